@@ -1,0 +1,187 @@
+"""Reading checkpoints: a directory that is complete or absent. No torch, no pickle.
+
+    checkpoint = Checkpoint.find("runs/my-run")       # its best step, else its newest
+    checkpoint = Checkpoint("runs/my-run/checkpoints/step_00001000")
+    checkpoint.verify()
+
+Every file is read whole and compared with its size and sha256 in MANIFEST.json before anything in
+it is believed. The hashes detect accidents, not attackers: who can change a file can change its
+hash. Writing is in `training/checkpoint.py`.
+"""
+
+import hashlib
+import json
+import re
+from dataclasses import fields
+from functools import cached_property
+from pathlib import Path
+
+from model.config import ModelConfig, UserError
+
+FORMAT = 1
+MANIFEST = "MANIFEST.json"
+STEP = re.compile(r"step_(\d{8,})")
+
+
+class CheckpointError(UserError):
+    """A checkpoint that is missing, incomplete, damaged or of another format."""
+
+
+class Checkpoint:
+    """One step's directory. Files are read when asked for, and verified when read."""
+
+    def __init__(self, path):
+        self.path = Path(path)
+        self.manifest = read_manifest(self.path)
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps behind these weights."""
+        return self.state["step"]
+
+    @cached_property
+    def config(self) -> dict:
+        """The whole resolved configuration of the run, as `config.json` holds it."""
+        return self.json("config.json")
+
+    @cached_property
+    def state(self) -> dict:
+        """Step, tokens seen, best validation loss, scaler, hashes, versions."""
+        return self.json("state.json")
+
+    def read(self, name: str) -> bytes:
+        """The verified bytes of one file. Raises CheckpointError."""
+        entry = self.manifest["files"].get(name)
+        if entry is None:
+            raise CheckpointError(f"{self.path}: {name} is not part of this checkpoint")
+        try:
+            content = (self.path / name).read_bytes()
+        except OSError as error:
+            raise CheckpointError(f"{self.path / name}: {error.strerror}") from None
+        if len(content) != entry["bytes"]:
+            raise CheckpointError(
+                f"{self.path / name}: {len(content)} bytes where {MANIFEST} says {entry['bytes']}: "
+                "use another checkpoint"
+            )
+        if hashlib.sha256(content).hexdigest() != entry["sha256"]:
+            raise CheckpointError(
+                f"{self.path / name}: its sha256 is not the one in {MANIFEST}, so it is damaged: "
+                "use another checkpoint"
+            )
+        return content
+
+    def json(self, name: str):
+        """A verified JSON file."""
+        return json.loads(self.read(name))
+
+    def tensors(self, name: str) -> dict:
+        """A verified safetensors file as NumPy arrays by name."""
+        from safetensors.numpy import load  # here: reading a configuration needs no NumPy
+
+        return load(self.read(name))
+
+    def model_config(self) -> ModelConfig:
+        """The shape of the decoder."""
+        known = {field.name for field in fields(ModelConfig)}
+        unknown = sorted(self.config["model"].keys() - known)
+        if unknown:
+            raise CheckpointError(
+                f"{self.path / 'config.json'}: model.{unknown[0]} is unknown to this version"
+            )
+        return ModelConfig(**self.config["model"])
+
+    def verify(self) -> "Checkpoint":
+        """Reads every file; raises CheckpointError at the first that is not whole."""
+        for name in self.manifest["files"]:
+            self.read(name)
+        return self
+
+    @classmethod
+    def find(cls, path) -> "Checkpoint":
+        """The checkpoint at `path`: a step's directory, or a run's best step, else its newest."""
+        path = Path(path)
+        if not path.exists():
+            raise CheckpointError(f"{path}: no such checkpoint or run; see what `runs` holds")
+        if (path / MANIFEST).exists() or not (path / "checkpoints").is_dir():
+            return cls(path)
+        best = read_best(path)
+        if best is not None:
+            try:
+                return cls(step_path(path, best["step"])).verify()
+            except CheckpointError:
+                pass  # the newest is next best
+        for candidate in reversed(list_steps(path)):
+            try:
+                return cls(candidate).verify()
+            except CheckpointError:
+                continue
+        raise CheckpointError(f"{path}: no complete checkpoint in this run yet")
+
+
+def canonical(value) -> bytes:
+    """The one way a manifest is written, so that any changed byte of it is noticed."""
+    return (json.dumps(value, indent=1, sort_keys=True) + "\n").encode()
+
+
+def seal(manifest: dict) -> bytes:
+    """The bytes of a manifest, its own sha256 included."""
+    digest = hashlib.sha256(canonical(manifest)).hexdigest()
+    return canonical({**manifest, "sha256": digest})
+
+
+def read_manifest(path: Path) -> dict:
+    """The manifest of a checkpoint's directory. Raises CheckpointError."""
+    file = path / MANIFEST
+    try:
+        content = file.read_bytes()
+    except FileNotFoundError:
+        raise CheckpointError(f"{file}: no such file, so this is no complete checkpoint") from None
+    except OSError as error:
+        raise CheckpointError(f"{file}: {error.strerror}") from None
+    try:
+        manifest = json.loads(content)
+        version = manifest["format"]
+        del manifest["sha256"]
+        files = {
+            name: {"bytes": int(entry["bytes"]), "sha256": str(entry["sha256"])}
+            for name, entry in manifest["files"].items()
+        }
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise CheckpointError(f"{file}: is not a checkpoint's manifest, or damaged") from None
+    if version != FORMAT:
+        raise CheckpointError(
+            f"{file}: format {version!r}, but this version reads format {FORMAT}: "
+            "use the version that wrote it"
+        )
+    if seal(manifest) != content:
+        raise CheckpointError(f"{file}: does not match its own sha256, so it is damaged")
+    if any(Path(name).name != name for name in files):
+        raise CheckpointError(f"{file}: names a file outside the checkpoint")
+    return manifest
+
+
+def step_path(run: Path, step: int) -> Path:
+    """Where a run keeps the checkpoint of a step."""
+    return Path(run) / "checkpoints" / f"step_{step:08d}"
+
+
+def list_steps(run: Path) -> list[Path]:
+    """The run's published checkpoints, oldest first; not verified."""
+    folder = Path(run) / "checkpoints"
+    found = [p for p in folder.glob("step_*") if STEP.fullmatch(p.name) and p.is_dir()]
+    return sorted(found, key=lambda p: int(STEP.fullmatch(p.name).group(1)))
+
+
+def read_best(run: Path) -> dict | None:
+    """{"step", "val_loss"} of the run's best checkpoint, or None."""
+    try:
+        best = json.loads((Path(run) / "checkpoints" / "best.json").read_bytes())
+        return {"step": int(best["step"]), "val_loss": float(best["val_loss"])}
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+
+
+def newest_run(runs_dir: Path) -> Path | None:
+    """The training run whose newest checkpoint was published last."""
+    runs = [p for p in Path(runs_dir).glob("*") if list_steps(p)]
+    return max(runs, key=lambda run: list_steps(run)[-1].stat().st_mtime, default=None)

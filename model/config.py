@@ -1,0 +1,81 @@
+"""The shape of the decoder, for every engine. Standard library only.
+
+`ModelConfig` is what `[model]` in a TOML file holds, what a checkpoint's `config.json` stores and
+what each engine is built from.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+class UserError(ValueError):
+    """Something the user can mend. The scripts print it as one line and exit with status 2."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A decoder-only transformer. The defaults are those of Vaswani et al. (2017), post-norm."""
+
+    vocab_size: int = 0
+    """Number of tokens; 0 takes it from the tokenizer."""
+    d_model: int = 256
+    """Width C of the residual stream."""
+    n_heads: int = 4
+    """Attention heads H; each is d_model / n_heads wide."""
+    n_layers: int = 6
+    """Decoder layers."""
+    d_ff: int = 1024
+    """Inner width of the feed-forward block."""
+    max_len: int = 128
+    """The longest sequence the model can hold, in tokens."""
+    dropout: float = 0.1
+    """Dropout on the embedding and on both residual branches."""
+    attention_dropout: float = 0.0
+    """Dropout on the attention weights; above 0, SDPA on a CPU leaves its fast path."""
+    positions: Literal["sinusoidal", "learned"] = "sinusoidal"
+    """Position table: fixed sines (Vaswani et al., 3.5) or trained."""
+    norm: Literal["layer", "rms", "none"] = "layer"
+    """LayerNorm with weight and bias, RMSNorm without weights, or nothing."""
+    norm_first: bool = False
+    """Normalise before each block (pre-norm) instead of after it, as in torch.nn."""
+    final_norm: bool = False
+    """One more norm in front of the output projection: pre-norm models want it."""
+    embedding_norm: bool = False
+    """A norm right after the embedding (microGPT)."""
+    norm_eps: float = 1e-5
+    """Added to the variance before the root."""
+    activation: Literal["relu", "gelu"] = "relu"
+    """Of the feed-forward block; gelu is the tanh form, which every engine can compute."""
+    bias: bool = True
+    """Biases in the linear layers."""
+    init_std: float = 0.02
+    """Standard deviation of the initial weights."""
+    scale_embedding: bool = True
+    """Multiply the token embedding by sqrt(d_model) (Vaswani et al., 3.4)."""
+    tie_embeddings: bool = False
+    """One matrix for the embedding and the output projection."""
+
+    def __post_init__(self):
+        wrong = []
+        for name in ("d_model", "n_heads", "n_layers", "d_ff", "max_len"):
+            if getattr(self, name) < 1:
+                wrong.append(f"{name} = {getattr(self, name)} must be at least 1")
+        if self.vocab_size < 0:
+            wrong.append(f"vocab_size = {self.vocab_size} must be 0 (from the tokenizer) or more")
+        if self.n_heads >= 1 and self.d_model % self.n_heads:
+            wrong.append(
+                f"d_model = {self.d_model} is not a multiple of n_heads = {self.n_heads}: "
+                f"try d_model = {max(1, round(self.d_model / self.n_heads)) * self.n_heads}"
+            )
+        if self.positions == "sinusoidal" and self.d_model % 2:
+            wrong.append(f"d_model = {self.d_model} must be even for sinusoidal positions")
+        for name in ("dropout", "attention_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                wrong.append(f"{name} = {getattr(self, name)} must be at least 0 and below 1")
+        for name in ("norm_eps", "init_std"):
+            if not 0 < getattr(self, name) < 1:
+                wrong.append(f"{name} = {getattr(self, name)} must be between 0 and 1")
+        if self.norm == "none" and (self.norm_first or self.final_norm or self.embedding_norm):
+            wrong.append('norm = "none" leaves nothing for norm_first, final_norm, embedding_norm')
+        if wrong:
+            raise UserError("; ".join(wrong))

@@ -1,0 +1,235 @@
+"""Generating with the PyTorch decoder: a cache of keys and values, prefill, and decode.
+
+    ids = generate(model, [[5, 6, 7], [8]], Sampling(top_k=50), end_id=3)
+
+Prefill reads all of a prompt but its last token in one pass; then each decode step reads one token
+of every row and chooses the next. A row gives what it gives alone, whatever stands beside it: in
+float64 exactly, in narrower floats up to rounding.
+
+Shapes: B rows, T tokens, L layers, H heads of width D, S places in the cache, V = vocab_size.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from itertools import count
+
+import torch
+
+from model.config import UserError
+from model.sampling import Sampling, uniform, window
+
+
+class KVCache:
+    """Keys and values of the tokens each row has read, in memory allocated once.
+
+    The decoder's forward pass, without gradients, calls `take` and then each layer's `extend`. A
+    pass over several tokens needs an empty cache (prefill); a pass over one token adds it to each
+    row at that row's own place (decode). `lengths` may be set by who knows that the end of a row
+    was padding.
+    """
+
+    def __init__(self, model, rows: int, places: int):
+        config, like = model.config, model.embed.weight
+        width = config.d_model // config.n_heads
+        shape = (config.n_layers, rows, config.n_heads, places, width)  # (L, B, H, S, D)
+        # zeros, because attention multiplies also what it masks, and 0 times NaN is NaN
+        self.keys = torch.zeros(shape, dtype=like.dtype, device=like.device)
+        self.values = torch.zeros_like(self.keys)
+        self.lengths = [0] * rows
+        self.layers = [LayerCache(self, i) for i in range(config.n_layers)]
+        self.mask = None  # (B, 1, 1, S): which keys each row's token sees; None: all, or causal
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory: 2 L B H S D times the size of a number."""
+        return 2 * self.keys.numel() * self.keys.element_size()
+
+    def take(self, table, T: int):
+        """Makes room for T more tokens a row; their positions in `table`: (T, C) or (B, 1, C)."""
+        first, last, B = min(self.lengths), max(self.lengths), len(self.lengths)
+        if T > 1 and last > 0:
+            raise ValueError(f"{T} tokens at once need an empty cache; this one holds {last}")
+        if last + T > self.keys.shape[3]:
+            raise ValueError(
+                f"the cache has {self.keys.shape[3]} places, and {last + T} are needed"
+            )
+        self.lengths = [n + T for n in self.lengths]
+        self.seen_keys = self.keys[:, :B, :, : last + T].unbind()  # L times (B, H, S, D)
+        self.seen_values = self.values[:, :B, :, : last + T].unbind()
+        if first == last:  # the new tokens are the last ones of every row: no mask
+            self.mask = self.places = None
+            return table[last : last + T]
+        rows, every = (torch.arange(n, device=table.device) for n in (B, last + 1))
+        places = torch.tensor(self.lengths, device=table.device) - 1  # (B,)
+        self.mask = (every <= places[:, None])[:, None, None]
+        self.places = (rows, slice(None), places)
+        return table[places][:, None]
+
+    def drop(self, row: int):
+        """Forgets a row; the last one takes its place."""
+        last = len(self.lengths) - 1
+        if row != last:
+            self.keys[:, row] = self.keys[:, last]
+            self.values[:, row] = self.values[:, last]
+            self.lengths[row] = self.lengths[last]
+        self.lengths.pop()
+
+
+class LayerCache:
+    """One layer's part of a cache."""
+
+    def __init__(self, cache: KVCache, layer: int):
+        self.cache, self.layer = cache, layer
+
+    def extend(self, K, V):
+        """Stores K and V (B, H, T, D) at the places taken; all that is stored: (B, H, S, D)."""
+        keys, values = self.cache.seen_keys[self.layer], self.cache.seen_values[self.layer]
+        if self.cache.places is None:
+            keys[:, :, -K.shape[2] :] = K
+            values[:, :, -K.shape[2] :] = V
+        else:
+            keys[self.cache.places] = K[:, :, 0].type_as(keys)  # autocast may narrow what comes
+            values[self.cache.places] = V[:, :, 0].type_as(values)
+        return keys, values
+
+
+@torch.inference_mode()
+def generate(
+    model,
+    prompts: Sequence[Sequence[int]],
+    rules: Sampling,
+    *,
+    seed: int = 0,
+    samples: Sequence[int] | None = None,
+    end_id: int | None = None,
+    on_token: Callable[[int, int], bool | None] | None = None,
+) -> list[list[int]]:
+    """The new ids of each prompt, up to `end_id` (not included) or rules.max_new_tokens of them.
+
+    seed, samples: which random numbers decide (`sampling.uniform`); without `samples` a prompt is
+    sample 0, and equal prompts are 0, 1, 2 and so on.
+    on_token: called with (index of the prompt, id) for each new token; True ends that row.
+    A text longer than `model.max_len` is read through `sampling.window`. PyTorch's random state is
+    not touched, and the model is left in the mode it was in. Raises UserError for an empty prompt,
+    ids outside the vocabulary, and a model whose logits are not finite.
+    """
+    check(model, prompts)
+    texts = [list(prompt) for prompt in prompts]
+    samples = number_samples(prompts) if samples is None else samples
+    rows = list(range(len(texts)))  # rows[b]: the prompt that row b of the cache goes on with
+    longest = max(map(len, texts), default=0) + rules.max_new_tokens
+    cache = KVCache(model, len(rows), min(model.max_len, longest - 1))  # the last is never read
+
+    def finished(row: int, token: int) -> bool:
+        if token == end_id:
+            return True
+        texts[row].append(token)
+        stopped = on_token is not None and on_token(row, token)
+        return bool(stopped) or len(texts[row]) - len(prompts[row]) == rules.max_new_tokens
+
+    training = model.training
+    model.eval()
+    try:
+        while rows:
+            logits = next_logits(model, cache, [texts[row] for row in rows])
+            numbers = [uniform(seed, samples[row], len(texts[row])) for row in rows]
+            tokens = choose_rows(logits, rules, numbers)
+            done = [b for b, row in enumerate(rows) if finished(row, tokens[b])]
+            for b in reversed(done):
+                cache.drop(b)
+                rows[b] = rows[-1]
+                rows.pop()
+    finally:
+        model.train(training)
+    return [text[len(prompt) :] for text, prompt in zip(texts, prompts, strict=True)]
+
+
+def check(model, prompts):
+    """Raises UserError for prompts that the model cannot read."""
+    for i, prompt in enumerate(prompts):
+        if not prompt:
+            raise UserError(f"prompt {i} has no tokens: start it with start_id")
+        if not 0 <= min(prompt) <= max(prompt) < model.config.vocab_size:
+            raise UserError(
+                f"prompt {i} has ids from {min(prompt)} to {max(prompt)}, "
+                f"but the model's vocabulary ends at {model.config.vocab_size - 1}"
+            )
+
+
+def number_samples(prompts: Sequence[Sequence[int]]) -> list[int]:
+    """For each prompt, how many equal ones stand before it."""
+    counters = defaultdict(count)
+    return [next(counters[tuple(prompt)]) for prompt in prompts]
+
+
+def next_logits(model, cache: KVCache, texts: list[list[int]]) -> torch.Tensor:
+    """Logits (B, V) after each text, of which the cache holds all but the last token, or should."""
+    seen = [window(len(text), model.max_len) for text in texts]
+    stale = [b for b, n in enumerate(cache.lengths) if n != seen[b] - 1]  # new, or its window moved
+    if stale:
+        prefill(model, cache, stale, [texts[b][-seen[b] : -1] for b in stale])
+    newest = torch.tensor([text[-1:] for text in texts], device=cache.keys.device)  # (B, 1)
+    return model(newest, cache=cache)[:, -1]
+
+
+def prefill(model, cache: KVCache, rows: list[int], texts: list[list[int]]):
+    """Reads whole texts into `rows` of the cache, whatever they held: each from place 0."""
+    lengths = [len(text) for text in texts]
+    T = max(lengths)
+    # A part of the rows is read into a cache of its own. All of them need no second one.
+    own = cache if len(rows) == len(cache.lengths) else KVCache(model, len(rows), T)
+    if T > 0:
+        ids = [text + [0] * (T - len(text)) for text in texts]  # no token sees what is on its right
+        own.lengths = [0] * len(rows)
+        model.hidden(torch.tensor(ids, device=cache.keys.device), cache=own)
+    if own is not cache:
+        cache.keys[:, rows, :, :T] = own.keys
+        cache.values[:, rows, :, :T] = own.values
+    for row, length in zip(rows, lengths, strict=True):
+        cache.lengths[row] = length
+
+
+def choose_rows(logits: torch.Tensor, rules: Sampling, numbers: list[float]) -> list[int]:
+    """`sampling.choose` for each row of logits (B, V), with one number a row."""
+    if not logits.amax(-1).isfinite().all():  # NaN counts as the largest
+        raise UserError("the logits are not finite: the weights are of a run that diverged")
+    if rules.deterministic:
+        return logits.argmax(-1).tolist()  # the lowest id of equal ones
+    ids, weights = candidates(logits, rules)
+    reached = weights.cumsum(-1)
+    thresholds = torch.tensor(numbers, dtype=torch.float64)[:, None] * reached[:, -1:]
+    chosen = torch.searchsorted(reached, thresholds, right=True)
+    return ids.gather(-1, chosen).flatten().tolist()
+
+
+def candidates(logits: torch.Tensor, rules: Sampling) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids (B, N), ascending, and their weights, float64: softmax without its divisor, 0 if dropped.
+
+    N is V, or with top-k the most that are kept in a row. All but top-k is done on the CPU, where
+    sums have one order (CUDA's have none, mps lacks float64), so each device chooses the same.
+    """
+    V = logits.shape[-1]
+    if 0 < rules.top_k < V:
+        values, ids = logits.topk(rules.top_k)
+        least = values[:, -1:].cpu()
+        N = int((logits >= values[:, -1:]).sum(-1).max())
+        if N > rules.top_k:  # others tie with the last one
+            values, ids = logits.topk(N)
+        ids, by_id = ids.cpu().sort()
+        values = values.cpu().gather(-1, by_id)
+        dropped = values < least
+    else:
+        ids = torch.arange(V).expand_as(logits)
+        values, dropped = logits.cpu(), None
+    exact = values.double()
+    weights = ((exact - exact.amax(-1, keepdim=True)) / rules.temperature).exp()
+    if dropped is not None:
+        weights.masked_fill_(dropped, 0.0)
+    if rules.top_p < 1:
+        order = values.sort(descending=True, stable=True).indices
+        ranked = weights.gather(-1, order)
+        reached = ranked.cumsum(-1)
+        beyond = reached[:, :-1] >= rules.top_p * reached[:, -1:]  # before all but the first
+        ranked[:, 1:].masked_fill_(beyond, 0.0)
+        weights.scatter_(-1, order, ranked)
+    return ids, weights

@@ -1,0 +1,259 @@
+"""The decoder in PyTorch: an `nn.Module` for training on CPU or CUDA.
+
+    model = TransformerDecoder(vocab_size=9500, d_model=256, n_heads=4, n_layers=6)
+    logits = model(ids)                                        # (B, T) -> (B, T, vocab_size)
+    model = TransformerDecoder.from_checkpoint("runs/my-run")  # in a notebook
+
+Shapes: B sequences, T tokens, C = d_model, H heads of width D = C / H, S keys, V = vocab_size.
+The numbered comments stand in all three engines' files, at the same places.
+"""
+
+import math
+from dataclasses import asdict
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from model.checkpoint import Checkpoint
+from model.config import ModelConfig, UserError
+
+
+def create_positional_encoding(max_len: int, d_model: int) -> torch.Tensor:
+    """The sinusoidal table (max_len, d_model) in float64. Vaswani et al. (2017), section 3.5.
+
+    PE(pos, 2i) = sin(pos / 10000^(2i / d_model)), PE(pos, 2i + 1) = cos(the same).
+    """
+    position = torch.arange(max_len, dtype=torch.float64)[:, None]
+    frequency = 10000.0 ** (-torch.arange(0, d_model, 2, dtype=torch.float64) / d_model)
+    table = torch.empty(max_len, d_model, dtype=torch.float64)
+    table[:, 0::2] = torch.sin(position * frequency)
+    table[:, 1::2] = torch.cos(position * frequency)
+    return table
+
+
+def create_norm(config: ModelConfig) -> nn.Module:
+    """LayerNorm with weight and bias, RMSNorm without weights, or nothing."""
+    if config.norm == "layer":
+        return nn.LayerNorm(config.d_model, eps=config.norm_eps)
+    if config.norm == "rms":
+        return nn.RMSNorm(config.d_model, eps=config.norm_eps, elementwise_affine=False)
+    return nn.Identity()
+
+
+def attention(Q, K, V, mask, dropout, causal):
+    """softmax(Q K^T / sqrt(D)) V in each head. Vaswani et al. (2017), equation 1.
+
+    On a CPU under autocast in float32: there the backward pass of the bf16 kernel takes twice to
+    six times as long.
+    """
+    if Q.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
+        with torch.autocast("cpu", enabled=False):
+            Q, K, V = Q.float(), K.float(), V.float()
+            return F.scaled_dot_product_attention(Q, K, V, mask, dropout, is_causal=causal)
+    return F.scaled_dot_product_attention(Q, K, V, mask, dropout, is_causal=causal)
+
+
+class MultiHeadAttention(nn.Module):
+    """Causal self-attention in several heads at once. Vaswani et al., 3.2.2."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.n_heads = config.n_heads
+        self.dropout = config.attention_dropout
+        self.W_q = nn.Linear(config.d_model, config.d_model, bias=config.bias)
+        self.W_k = nn.Linear(config.d_model, config.d_model, bias=config.bias)
+        self.W_v = nn.Linear(config.d_model, config.d_model, bias=config.bias)
+        self.W_o = nn.Linear(config.d_model, config.d_model, bias=config.bias)
+
+    def forward(self, x, mask=None, cache=None):
+        B, T, C = x.shape
+        # (1) three projections, cut into heads
+        Q = self.W_q(x).view(B, T, self.n_heads, -1).transpose(1, 2)  # (B, H, T, D)
+        K = self.W_k(x).view(B, T, self.n_heads, -1).transpose(1, 2)  # (B, H, T, D)
+        V = self.W_v(x).view(B, T, self.n_heads, -1).transpose(1, 2)  # (B, H, T, D)
+        if cache is not None:
+            K, V = cache.extend(K, V)  # (B, H, S, D)
+        # (2) every query weighs the keys up to its own place: a lone query sees all it is given
+        dropout = self.dropout if self.training else 0.0
+        causal = mask is None and T > 1
+        y = attention(Q, K, V, mask, dropout, causal)  # (B, H, T, D)
+        # (3) heads side by side again, and the output projection
+        return self.W_o(y.transpose(1, 2).reshape(B, T, C))
+
+
+class FeedForward(nn.Module):
+    """Two linear layers with a non-linearity between, at each position. Vaswani et al., 3.3."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.linear1 = nn.Linear(config.d_model, config.d_ff, bias=config.bias)
+        self.linear2 = nn.Linear(config.d_ff, config.d_model, bias=config.bias)
+        self.activation = nn.ReLU() if config.activation == "relu" else nn.GELU("tanh")
+
+    def forward(self, x):
+        return self.linear2(self.activation(self.linear1(x)))
+
+
+class DecoderLayer(nn.Module):
+    """Attention and feed-forward, each with dropout, a residual path and a norm."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.norm_first = config.norm_first
+        self.self_attn = MultiHeadAttention(config)
+        self.feed_forward = FeedForward(config)
+        self.norm1 = create_norm(config)
+        self.norm2 = create_norm(config)
+        self.dropout1 = nn.Dropout(config.dropout)
+        self.dropout2 = nn.Dropout(config.dropout)
+
+    def forward(self, x, mask=None, cache=None):
+        if self.norm_first:  # (4) pre-norm: the residual path runs through untouched
+            x = x + self.dropout1(self.self_attn(self.norm1(x), mask, cache))
+            return x + self.dropout2(self.feed_forward(self.norm2(x)))
+        # (5) post-norm: the sum is normalised
+        x = self.norm1(x + self.dropout1(self.self_attn(x, mask, cache)))
+        return self.norm2(x + self.dropout2(self.feed_forward(x)))
+
+
+class TransformerDecoder(nn.Module):
+    """A decoder-only transformer. Further options are the fields of `ModelConfig`."""
+
+    def __init__(
+        self,
+        vocab_size: int,
+        d_model: int = 256,
+        n_heads: int = 4,
+        n_layers: int = 6,
+        d_ff: int = 1024,
+        dropout: float = 0.1,
+        max_len: int = 128,
+        **options,
+    ):
+        super().__init__()
+        config = ModelConfig(
+            vocab_size, d_model, n_heads, n_layers, d_ff, max_len, dropout, **options
+        )
+        if config.vocab_size == 0:
+            raise UserError("model.vocab_size = 0: a model needs at least one token")
+        self.config = config
+        self.max_len = config.max_len
+        self.embedding_scale = math.sqrt(d_model) if config.scale_embedding else 1.0
+        self.embed = nn.Embedding(vocab_size, d_model)
+        if config.positions == "learned":
+            self.pos_encoding = nn.Parameter(torch.empty(max_len, d_model))
+        else:
+            table = create_positional_encoding(max_len, d_model).to(torch.get_default_dtype())
+            self.register_buffer("pos_encoding", table, persistent=False)
+        self.embed_norm = create_norm(config) if config.embedding_norm else nn.Identity()
+        self.dropout = nn.Dropout(dropout)
+        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(n_layers))
+        self.final_norm = create_norm(config) if config.final_norm else nn.Identity()
+        self.output = nn.Linear(d_model, vocab_size, bias=config.bias and not config.tie_embeddings)
+        self.init_weights()
+        if config.tie_embeddings:
+            self.output.weight = self.embed.weight
+
+    def init_weights(self):
+        """Every matrix from N(0, init_std^2); biases 0; norms 1 and 0, as torch.nn makes them.
+
+        In a pre-norm model the residual path adds up 2 n_layers outputs, so the matrices that
+        write to it are narrower by sqrt(2 n_layers), which keeps its variance (GPT-2, 2.3).
+        With these the first loss is close to ln(vocab_size) in either order of the norms.
+        """
+        for name, parameter in self.named_parameters():
+            if parameter.dim() == 2:
+                writes_residual = name.endswith(("W_o.weight", "linear2.weight"))
+                narrow = self.config.norm_first and writes_residual
+                std = self.config.init_std / (math.sqrt(2 * len(self.layers)) if narrow else 1.0)
+                nn.init.normal_(parameter, std=std)
+            elif name.endswith("bias"):
+                nn.init.zeros_(parameter)
+
+    def forward(self, ids, mask=None, positions=None, cache=None):
+        """Logits (B, T, V) of the next token at each place of `ids` (B, T), int64.
+
+        mask: None for causal; else as in `torch.nn.functional.scaled_dot_product_attention`.
+        positions: flat indices (N,) into B x T where logits are wanted: they come as (N, V).
+        cache: a `model.generation.KVCache`; the ids then follow on those it has seen.
+        """
+        x = self.hidden(ids, mask, cache)
+        if positions is not None:
+            x = x.flatten(0, 1).index_select(0, positions)  # (N, C)
+        return self.output(x)  # (8) one score for each token of the vocabulary
+
+    def hidden(self, ids, mask=None, cache=None):
+        """What the output projection reads: (B, T) -> (B, T, C). Arguments as in `forward`."""
+        T = ids.shape[1]
+        if T > self.max_len:
+            raise UserError(f"{T} tokens are more than model.max_len = {self.max_len} holds")
+        # (6) token embedding plus position
+        table = self.pos_encoding[:T] if cache is None else cache.take(self.pos_encoding, T)
+        x = self.embed(ids) * self.embedding_scale + table  # (B, T, C)
+        x = self.dropout(self.embed_norm(x))
+        # (7) the layers, one after another
+        for i, layer in enumerate(self.layers):
+            x = layer(x, *((mask, None) if cache is None else (cache.mask, cache.layers[i])))
+        return self.final_norm(x)
+
+    def num_parameters(self) -> int:
+        """Trained numbers; a tied matrix counts once, the sinusoidal table not at all."""
+        return sum(p.numel() for p in self.parameters())
+
+    def flops_per_token(self, length: int) -> int:
+        """FLOPs of one forward and backward pass a token, in sequences of `length` tokens.
+
+        6 for each weight that is multiplied (2 forward, 4 backward) and 12 C for each pair of
+        layer and key. PaLM (Chowdhery et al., 2022), appendix B; the causal half is not taken off.
+        """
+        multiplied = sum(m.weight.numel() for m in self.modules() if isinstance(m, nn.Linear))
+        return 6 * multiplied + 12 * len(self.layers) * self.config.d_model * length
+
+    def generate(
+        self, tokens, start_id=2, end_id=3, max_len=64, temperature=1.0, top_k=50, seed=0, **rules
+    ):
+        """Ids that follow `tokens` (a list of ids) and `start_id`, up to `end_id`, at most max_len.
+
+        start_id None: `tokens` stand alone. `rules` are the other fields of
+        `model.sampling.Sampling`. For text, batches and streaming see `model.generation`.
+        """
+        from model.generation import generate  # here, because generation builds on this file
+        from model.sampling import Sampling
+
+        prompt = list(tokens) + ([] if start_id is None else [start_id])
+        how = Sampling(temperature=temperature, top_k=top_k, max_new_tokens=max_len, **rules)
+        return generate(self, [prompt], how, seed=seed, end_id=end_id)[0]
+
+    def load_weights(self, tensors):
+        """Copies arrays by parameter name (a tied matrix once) into this model."""
+        own = dict(self.named_parameters())
+        wrong = sorted(own.keys() ^ tensors.keys()) or sorted(
+            name for name in own if own[name].shape != tensors[name].shape
+        )
+        if wrong:
+            raise UserError(f"the weights are of another model: {', '.join(wrong[:3])} do not fit")
+        with torch.no_grad():
+            for name, parameter in own.items():
+                parameter.copy_(torch.from_numpy(tensors[name]))
+
+    @classmethod
+    def from_config(cls, config: ModelConfig, dtype=torch.float32) -> "TransformerDecoder":
+        """A freshly initialised decoder of this shape, on the CPU."""
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(dtype)  # so that the sinusoidal table is exact in float64 too
+        try:
+            return cls(**asdict(config))
+        finally:
+            torch.set_default_dtype(before)
+
+    @classmethod
+    def from_checkpoint(cls, path, dtype=torch.float32) -> "TransformerDecoder":
+        """The decoder of a checkpoint, or of a run (its best step), in evaluation mode.
+
+        Raises `model.checkpoint.CheckpointError` where files are missing or damaged.
+        """
+        checkpoint = Checkpoint.find(path)
+        model = cls.from_config(checkpoint.model_config(), dtype)
+        model.load_weights(checkpoint.tensors("model.safetensors"))
+        return model.eval()

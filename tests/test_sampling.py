@@ -1,0 +1,170 @@
+"""The rules of choosing a token, against those of `transformers`; PyTorch's against the plain."""
+
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from transformers.generation.logits_process import (
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from model.config import UserError
+from model.generation import candidates, choose_rows
+from model.sampling import Sampling, choose, keep, uniform, window
+
+# multiples of 1/4, so that equal logits are frequent
+vocabularies = st.lists(st.integers(-20, 20).map(lambda n: n / 4), min_size=1, max_size=40)
+rules = st.builds(
+    Sampling,
+    temperature=st.sampled_from([0.05, 0.5, 1.0, 1.7, 100.0]),
+    top_k=st.integers(0, 45),
+    top_p=st.one_of(st.just(1.0), st.floats(1e-3, 1.0)),
+)
+
+
+def warped(logits, rules):
+    """Ids kept by the warpers, and how close the kept probability is to top_p without a token."""
+    scores = torch.tensor([logits], dtype=torch.float64)
+    scores = TemperatureLogitsWarper(rules.temperature)(None, scores)
+    if rules.top_k:
+        scores = TopKLogitsWarper(rules.top_k)(None, scores)
+    reached = scores.softmax(-1).sort(descending=True).values.cumsum(-1)
+    margin = (reached - rules.top_p).abs().min().item()
+    if rules.top_p < 1:
+        scores = TopPLogitsWarper(rules.top_p)(None, scores)
+    return scores.isfinite()[0].nonzero().flatten().tolist(), margin
+
+
+@settings(max_examples=300, deadline=None)
+@given(vocabularies, rules)
+def test_the_kept_set_is_that_of_transformers(logits, rules):
+    expected, margin = warped(logits, rules)
+    assume(rules.top_p == 1 or margin > 1e-9)  # nearer, rounding decides
+    kept = keep(logits, rules)
+    assert kept == sorted(kept)
+    # top-p may cut between equal logits, where transformers takes any of them and we the lowest ids
+    assert sorted(logits[i] for i in kept) == sorted(logits[i] for i in expected)
+    least = min(logits[i] for i in kept)
+    assert [i for i in kept if logits[i] > least] == [i for i in expected if logits[i] > least]
+    tied = [i for i, logit in enumerate(logits) if logit == least]
+    assert [i for i in kept if logits[i] == least] == tied[: sum(i in kept for i in tied)]
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.data(), st.integers(1, 40), rules)
+def test_pytorch_keeps_and_chooses_the_same(data, size, rules):
+    logits = data.draw(
+        st.lists(
+            st.lists(
+                st.integers(-20, 20).map(lambda n: n / 4) | st.floats(-9, 9, width=32),
+                min_size=size,
+                max_size=size,
+            ),
+            min_size=1,
+            max_size=4,
+        )
+    )
+    numbers = [uniform(size, 0, row) for row in range(len(logits))]
+    rows = torch.tensor(logits, dtype=torch.float64)
+    ids, weights = candidates(rows, rules)
+    for row, i, w in zip(logits, ids, weights, strict=True):
+        kept = keep(row, rules)
+        assert i.tolist() == sorted(i.tolist())
+        assert set(i[w > 0].tolist()) <= set(kept)
+        assert all(
+            math.exp((row[k] - max(row)) / rules.temperature) < 1e-300
+            for k in set(kept) - set(i[w > 0].tolist())
+        )
+    assert choose_rows(rows, rules, numbers) == [
+        choose(row, rules, number) for row, number in zip(logits, numbers, strict=True)
+    ]
+
+
+def test_tokens_come_as_often_as_the_softmax_says():
+    logits = [0.3, -1.0, 2.0, 0.3, -9.0]
+    kept = Sampling(temperature=0.7, top_k=4)
+    numbers = [(i + 0.5) / 10_000 for i in range(10_000)]
+    drawn = [choose(logits, kept, number) for number in numbers]
+    expected = torch.tensor([logits[:4]], dtype=torch.float64).div(0.7).softmax(-1) * 10_000
+    for token, often in enumerate(expected[0].tolist()):
+        assert abs(drawn.count(token) - often) <= 1
+    assert drawn == sorted(drawn)  # in the order of ids
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_many_equal_logits_in_narrow_floats(dtype):
+    logits = torch.randn(8, 9000, generator=torch.Generator().manual_seed(1)).to(dtype)
+    rules = Sampling(temperature=0.8, top_k=50, top_p=0.9)
+    numbers = [uniform(1, row, 0) for row in range(8)]
+    expected = [choose(row.tolist(), rules, n) for row, n in zip(logits, numbers, strict=True)]
+    assert choose_rows(logits, rules, numbers) == expected
+    if dtype == torch.bfloat16:
+        assert max(len(keep(row.tolist(), Sampling(top_k=50))) for row in logits) > 50
+
+
+@pytest.mark.parametrize("rules", [Sampling(greedy=True), Sampling(temperature=0, top_k=3)])
+def test_greedy_is_the_lowest_id_of_the_largest(rules):
+    logits = [1.0, 4.0, 2.0, 4.0]
+    assert keep(logits, rules) == [1]
+    assert choose(logits, rules, 0.99) == 1
+    assert choose_rows(torch.tensor([logits, logits[::-1]]), rules, [0.99, 0.99]) == [1, 0]
+
+
+def test_a_number_on_the_border_takes_the_token_after_it():
+    logits, rules = [0.0, -1e9, 0.0, 0.0, 0.0], Sampling()
+    assert [choose(logits, rules, n / 4) for n in range(4)] == [0, 2, 3, 4]
+    rows = torch.tensor([logits] * 4, dtype=torch.float64)
+    assert choose_rows(rows, rules, [n / 4 for n in range(4)]) == [0, 2, 3, 4]
+
+
+@pytest.mark.parametrize("temperature", [1e-310, 1e-3, 1e300])
+def test_no_temperature_overflows(temperature):
+    logits, rules = [-50.0, 80.0, 79.0], Sampling(temperature=temperature)
+    chosen = choose(logits, rules, 0.9)
+    assert chosen == (2 if temperature == 1e300 else 1)
+    assert choose_rows(torch.tensor([logits], dtype=torch.float64), rules, [0.9]) == [chosen]
+
+
+def test_uniform_is_what_it_was_and_fills_the_unit_interval():
+    golden = {
+        (0, 0, 0): 0.5109475436833134,
+        (1337, 2, 17): 0.9909743113421953,
+        (-5, 0, 1): 0.6418344181786527,
+        (2**70, 1, 10**6): 0.7756508603277152,
+    }
+    assert {place: uniform(*place) for place in golden} == golden
+    numbers = sorted(uniform(7, sample, position) for sample in range(40) for position in range(50))
+    assert all(abs(x - i / 2000) < 0.04 for i, x in enumerate(numbers))  # Kolmogorov-Smirnov
+    assert len(set(numbers)) == 2000
+
+
+def test_the_window_grows_to_the_end_and_falls_to_its_later_half():
+    assert [window(n, 8) for n in range(1, 16)] == [1, 2, 3, 4, 5, 6, 7, 8, 4, 5, 6, 7, 8, 4, 5]
+    for max_len in range(1, 12):
+        sizes = [window(n, max_len) for n in range(1, 60)]
+        assert max(sizes) == max_len and min(sizes) == 1
+        for before, after in pairwise(sizes):
+            assert after == (before + 1 if before < max_len else max(1, max_len // 2))
+
+
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        ("temperature", -0.1),
+        ("temperature", math.nan),
+        ("temperature", math.inf),
+        ("top_k", -1),
+        ("top_p", 0.0),
+        ("top_p", 1.1),
+        ("top_p", math.nan),
+        ("max_new_tokens", 0),
+    ],
+)
+def test_values_out_of_range_are_named(field, value):
+    with pytest.raises(UserError, match=f"^{field} = {value} must be"):
+        Sampling(**{field: value})
