@@ -1,0 +1,150 @@
+"""Token files to batches: batch(step) is a pure function of (seed, step, rank, world size).
+
+Data is visited in epochs, without replacement. An epoch is cut into global batches of
+`batch_size` examples, the last of which may be short; rank r of W takes the rows r, r + W, ...
+of each, and accumulation cuts a rank's rows into micro-batches. So neither the number of ranks nor
+accumulation changes what an optimizer step learns from.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from data.dataset import Split
+from data.rng import key, permutation
+from model.config import UserError
+
+IGNORED = -100  # the target of a place whose loss is not taken
+POOL = 50  # batches that are sorted by length together
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one forward pass reads.
+
+    ids: (B, T) int64, padded on the right. targets: (N,) int64, the tokens to predict.
+    positions: (N,) int64, flat indices into B x T of the places that predict them; None: all.
+    """
+
+    ids: np.ndarray
+    targets: np.ndarray
+    positions: np.ndarray | None
+
+
+class Examples:
+    """The examples of a split, by number: windows of a stream, or documents that fit.
+
+    A stream's windows lie side by side; `shift` moves them all, so that from epoch to epoch the
+    cuts fall elsewhere. `dropped` counts the documents longer than `seq_len`.
+    """
+
+    def __init__(self, split: Split, seq_len: int, pad_id: int):
+        self.split, self.seq_len, self.pad_id = split, seq_len, pad_id
+        self.dropped = 0
+        if split.starts is None:
+            # one window is kept back, so that every shift below a window has room
+            windows = (len(split.ids) - 1) // seq_len
+            self.count = max(min(1, windows), (len(split.ids) - seq_len) // seq_len)
+            self.shifts = max(1, min(seq_len, len(split.ids) - self.count * seq_len))
+            return
+        lengths = np.diff(split.starts) - 1  # the last token of a document is only predicted
+        self.kept = np.flatnonzero(lengths <= seq_len)
+        self.lengths = lengths[self.kept]
+        self.n_targets = self.lengths - split.prompts[self.kept] + 1
+        self.count = len(self.kept)
+        self.dropped = len(lengths) - self.count
+
+    def batch(self, chosen: np.ndarray, shift: int = 0) -> Batch:
+        """The examples `chosen` (their numbers) as one batch."""
+        if self.split.starts is None:
+            starts = shift + chosen * self.seq_len
+            # the indices of every token at once: one gather from the memory-mapped file
+            window = starts[:, None] + np.arange(self.seq_len + 1)
+            tokens = self.split.ids[window].astype(np.int64)  # (B, T + 1)
+            return Batch(np.ascontiguousarray(tokens[:, :-1]), tokens[:, 1:].reshape(-1), None)
+        T = int(self.lengths[chosen].max(initial=1))
+        tokens = np.full((len(chosen), T + 1), self.pad_id, dtype=np.int64)
+        taken = np.zeros((len(chosen), T), dtype=bool)
+        for row, number in enumerate(self.kept[chosen]):
+            start, end = self.split.starts[number], self.split.starts[number + 1]
+            tokens[row, : end - start] = self.split.ids[start:end]
+            taken[row, self.split.prompts[number] - 1 : end - start - 1] = True
+        positions = np.flatnonzero(taken)
+        return Batch(tokens[:, :-1].copy(), tokens[:, 1:][taken], positions)
+
+    def target_count(self, chosen: np.ndarray) -> int:
+        """How many tokens these examples ask to predict."""
+        if self.split.starts is None:
+            return len(chosen) * self.seq_len
+        return int(self.n_targets[chosen].sum())
+
+
+class Batches:
+    """The training batches of a run, by optimizer step."""
+
+    def __init__(self, examples: Examples, batch_size: int, seed: int):
+        if not examples.count:
+            raise UserError(
+                f"data.path: nothing to train on: {examples.split.describe()}, and no example fits "
+                f"data.seq_len = {examples.seq_len}: give more text or another data.seq_len"
+            )
+        self.examples, self.batch_size, self.seed = examples, batch_size, seed
+        self.steps_per_epoch = math.ceil(examples.count / batch_size)
+        self._plan = (-1, [], 0)
+
+    def plan(self, epoch: int) -> tuple[list[np.ndarray], int]:
+        """The examples of each batch of an epoch, and the shift of its windows."""
+        if self._plan[0] == epoch:
+            return self._plan[1:]
+        order = permutation(self.examples.count, "order", self.seed, epoch)
+        shift = 0
+        if self.examples.split.starts is None:
+            shift = key("shift", self.seed, epoch) % self.examples.shifts
+            batches = cut(order, self.batch_size)
+        else:  # examples of like length go together, so that little is padded
+            batches = []
+            for pool in cut(order, self.batch_size * POOL):
+                by_length = pool[np.argsort(self.examples.lengths[pool], kind="stable")]
+                batches += cut(by_length, self.batch_size)
+            turn = permutation(len(batches), "turn", self.seed, epoch)
+            batches = [batches[i] for i in turn]
+        self._plan = (epoch, batches, shift)
+        return batches, shift
+
+    def chosen(self, step: int) -> tuple[np.ndarray, int]:
+        """The examples of optimizer step `step` (from 0) over all ranks, and their shift."""
+        batches, shift = self.plan(step // self.steps_per_epoch)
+        return batches[step % self.steps_per_epoch], shift
+
+    def target_count(self, step: int) -> int:
+        """Tokens to predict in a step over all ranks and micro-steps: the loss's divisor."""
+        return self.examples.target_count(self.chosen(step)[0])
+
+    def __call__(self, step: int, accumulation: int = 1, rank: int = 0, world: int = 1):
+        """The micro-batches of a step for one rank: a list of at most `accumulation` Batches."""
+        chosen, shift = self.chosen(step)
+        mine = chosen[rank::world]
+        size = max(1, math.ceil(len(mine) / accumulation))
+        return [self.examples.batch(rows, shift) for rows in cut(mine, size)]
+
+
+def evaluation_batches(examples: Examples, batch_size: int) -> Iterator[Batch]:
+    """Every target of a split once, in a fixed order; a stream's last window may be short."""
+    if examples.split.starts is not None:
+        for chosen in cut(np.argsort(examples.lengths, kind="stable"), batch_size):
+            yield examples.batch(chosen)
+        return
+    ids, T = examples.split.ids, examples.seq_len
+    whole = (len(ids) - 1) // T
+    for chosen in cut(np.arange(whole), batch_size):
+        yield examples.batch(chosen)
+    tail = np.asarray(ids[whole * T :], dtype=np.int64)
+    if len(tail) > 1:
+        yield Batch(tail[None, :-1].copy(), tail[1:].copy(), None)
+
+
+def cut(array: np.ndarray, size: int) -> list[np.ndarray]:
+    """Consecutive pieces of `size`, the last of which may be short."""
+    return [array[i : i + size] for i in range(0, len(array), size)]
