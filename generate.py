@@ -1,0 +1,348 @@
+"""Writes text with a trained model.
+
+python generate.py                                     the newest run: freely, or after prompts that
+                                                       training never saw
+python generate.py --checkpoint runs/my-run --prompt "Return the absolute path of a file."
+python generate.py --interactive --temperature 0.8 --top_k 50
+python generate.py --help
+
+Text goes to stdout, with control characters made visible; which checkpoint wrote it, to stderr.
+With --json each text is one JSON object on a line of its own, exact, with how it ended.
+"""
+
+import contextlib
+import json
+import re
+import sys
+from collections import Counter
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from data.tokenizer import ESCAPE, Tokenizer, clean_text, load_tokenizer
+from model.checkpoint import Checkpoint, newest_run, read_best
+from model.config import ModelConfig, UserError
+from model.sampling import Sampling
+from training import cli
+
+DESCRIPTION = "Writes text with a trained model: after prompts, or freely without any."
+ROWS = 32  # texts written at a time; the memory for their caches grows with it
+FREE_LINES, FREE_PAIRS = 10, 3  # how many are written without a prompt
+CONTROL = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f]")  # all but tab and newline
+
+
+@tyro.conf.configure(tyro.conf.FlagCreatePairsOff)
+@dataclass(frozen=True)
+class Arguments:
+    """The command line."""
+
+    checkpoint: str = ""
+    """A run (its best step, else its newest) or one step's folder; empty: the newest run."""
+    prompt: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """Text to go on with, "" too; if it begins with a dash: --prompt=-x."""
+    prompt_file: str = ""
+    """A UTF-8 file with a prompt on each line."""
+    interactive: bool = False
+    """Ask for prompts until Ctrl-D (Windows: Ctrl-Z, Enter) or Ctrl-C."""
+    num_samples: int = 0
+    """Texts for each prompt; 0: one, or ten free lines."""
+    stop: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """End before this string."""
+    sampling: Annotated[Sampling, tyro.conf.OmitArgPrefixes] = field(default_factory=Sampling)
+    seed: int = 1337
+    """The same seed, prompt and settings give the same text."""
+    device: str = "auto"
+    """auto (cuda, else mps, else cpu), cpu, cuda, cuda:1, mps."""
+    precision: Literal["fp32", "bf16", "fp64"] = "fp32"
+    """Of weights and products; in fp64 a text is the same in any batch."""
+    json: bool = False
+    """One JSON object a line: prompt, sample, text, tokens, stop (end, stop, length), seed."""
+    runs_dir: str = "runs"
+    """Where the newest run is looked for."""
+
+    def __post_init__(self):
+        wrong = []
+        if self.num_samples < 0:
+            wrong.append(f"num_samples = {self.num_samples} must be 0 (as many as suit) or more")
+        if "" in self.stop:
+            wrong.append("stop: an empty string would end every text before it begins")
+        if self.interactive and (self.prompt or self.prompt_file):
+            wrong.append("interactive asks for prompts: leave prompt and prompt_file out")
+        if wrong:
+            raise UserError("; ".join(wrong))
+
+
+@dataclass(frozen=True)
+class Source:
+    """What generating needs of a checkpoint, all of it read and verified."""
+
+    checkpoint: Checkpoint
+    kind: str  # "stream", "lines" or "pairs"
+    tokenizer: Tokenizer
+    model_config: ModelConfig
+    weights: dict
+    held_out: list[dict]  # pairs that training never saw
+
+
+@dataclass(frozen=True)
+class Job:
+    """One text to write."""
+
+    prompt: str
+    ids: list[int]
+    sample: int
+    true: str = ""  # what the data has after this prompt, where that is known
+
+
+def main() -> int:
+    """Reads the command line and the checkpoint, and writes. Returns the exit status."""
+    arguments = cli.parse(Arguments, DESCRIPTION)
+    prompts = [*arguments.prompt, *read_prompts(arguments.prompt_file)]
+    sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may lack a character
+    source = open_source(arguments)
+    if arguments.interactive:
+        return converse(arguments, source)
+    jobs = plan(source, prompts, arguments.num_samples)
+    write(arguments, source, load_model(arguments, source), jobs)
+    return 0
+
+
+# Reading ------------------------------------------------------------------------------------------
+
+
+def read_prompts(path: str) -> list[str]:
+    """The lines of --prompt_file, an empty one being an empty prompt; [] without a file."""
+    if not path:
+        return []
+    try:
+        text = Path(path).read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise UserError(f"--prompt_file {path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"--prompt_file {path}: not UTF-8 (byte {error.start})") from None
+    lines = text.replace("\r\n", "\n").removesuffix("\n").split("\n")
+    if lines == [""]:
+        raise UserError(f"--prompt_file {path}: is empty; write a prompt on each line")
+    return lines
+
+
+def open_source(arguments: Arguments) -> Source:
+    """Finds and reads the checkpoint, and says which one it is. No torch."""
+    path = arguments.checkpoint or newest_run(Path(arguments.runs_dir))
+    if path is None:
+        raise UserError(
+            f"--runs_dir {arguments.runs_dir}: no run with a checkpoint there; "
+            "train one with python train.py, or name it with --checkpoint"
+        )
+    checkpoint = Checkpoint.find(path)
+    try:
+        source = read_source(checkpoint)
+    except UserError:
+        if checkpoint.path == Path(path) or checkpoint.path.exists():
+            raise
+        return open_source(arguments)  # training removed this step: it has published a newer one
+    best = read_best(checkpoint.path.parent.parent)
+    known = best is not None and best["step"] == checkpoint.step
+    loss = f", validation loss {best['val_loss']:.4f}" if known else ""
+    print(f"{checkpoint.path}: step {checkpoint.step:,}{loss}", file=sys.stderr, flush=True)
+    return source
+
+
+def read_source(checkpoint: Checkpoint) -> Source:
+    """Reads all that is needed at once. Raises UserError."""
+    for name in ("tokenizer.json", "tokenizer.model"):
+        if name in checkpoint.manifest["files"]:
+            checkpoint.read(name)  # which verifies it
+    return Source(
+        checkpoint,
+        checkpoint.config["data"]["kind"],
+        load_tokenizer(checkpoint.path),
+        checkpoint.model_config(),
+        checkpoint.tensors("model.safetensors"),
+        checkpoint.state["held_out"],
+    )
+
+
+def load_model(arguments: Arguments, source: Source):
+    """The decoder, on its device. From here on there is torch."""
+    from model.transformer_full import TransformerDecoder
+    from training.device import choose_device, choose_precision
+
+    device = choose_device(arguments.device)
+    precision, _ = choose_precision(arguments.precision, device)
+    model = TransformerDecoder.from_config(source.model_config, precision.products)
+    model.load_weights(source.weights)
+    return model.to(device).eval()
+
+
+# What to write ------------------------------------------------------------------------------------
+
+
+def plan(source: Source, prompts: list[str], num_samples: int) -> list[Job]:
+    """The texts to write: after each prompt; without any, after held-out ones or freely."""
+    if prompts:
+        pairs = [(prompt, "") for prompt in prompts]
+    elif source.kind == "pairs":
+        pairs = [(pair["prompt"], pair["completion"]) for pair in source.held_out[:FREE_PAIRS]]
+        if not pairs:
+            raise UserError("this checkpoint has no held-out prompts to show: give a --prompt")
+    else:
+        pairs = [("", "")]
+        num_samples = num_samples or (FREE_LINES if source.kind == "lines" else 1)
+    jobs = []
+    for prompt, true in pairs:
+        prompt = clean_text(prompt)
+        ids = prompt_ids(source.kind, source.tokenizer, prompt)
+        jobs += [Job(prompt, ids, sample, true) for sample in range(num_samples or 1)]
+    return jobs
+
+
+def prompt_ids(kind: str, tokenizer: Tokenizer, prompt: str) -> list[int]:
+    """What the model reads first: never empty. Raises UserError for characters it cannot know.
+
+    A prompt stands before <start> for pairs, after it for lines, and alone for a stream, where an
+    empty one is the end of a line, if the tokenizer knows that.
+    """
+    ids = tokenizer.encode(prompt)
+    if kind == "pairs":
+        return [*ids, tokenizer.start_id]
+    if kind == "lines":
+        return [tokenizer.start_id, *ids]
+    if not ids and tokenizer.unk_id is not None:
+        ids = tokenizer.encode("\n")
+        ids = [] if tokenizer.unk_id in ids else ids
+    return ids or [tokenizer.start_id]
+
+
+# Writing ------------------------------------------------------------------------------------------
+
+
+class Continuation:
+    """The text of one row as its tokens come: whole characters, cut before a stop string."""
+
+    def __init__(self, tokenizer: Tokenizer, stops: tuple[str, ...]):
+        self.tokenizer, self.stops = tokenizer, stops
+        self.text = ""
+        self.stopped = False
+        self.pending: list[int] = []  # tokens that end inside a character
+        self.shown = 0
+
+    def add(self, token: int) -> bool:
+        """Takes a token; whether a stop string is complete."""
+        self.pending.append(token)
+        # U+FFFD: bytes of a character of which more may come; ESCAPE: half of an escaped one
+        if not self.tokenizer.decode(self.pending).endswith(("\ufffd", ESCAPE)):
+            self.flush()
+        return self.stopped
+
+    def flush(self):
+        """Makes text of the tokens held back."""
+        before = len(self.text)
+        self.text += self.tokenizer.decode(self.pending)
+        self.pending = []
+        found = [self.text.find(stop, max(0, before - len(stop))) for stop in self.stops]
+        if any(at >= 0 for at in found):
+            self.text = self.text[: min(at for at in found if at >= 0)]
+            self.stopped = True
+
+    def news(self, complete: bool = False) -> str:
+        """Text not returned yet; unless complete, without what may begin a stop string."""
+        end = len(self.text)
+        if not complete:
+            held = (n for s in self.stops for n in range(1, len(s)) if self.text.endswith(s[:n]))
+            end -= max(held, default=0)
+        start, self.shown = self.shown, max(self.shown, end)
+        return self.text[start:end]
+
+
+def write(arguments: Arguments, source: Source, model, jobs: list[Job]):
+    """Generates and prints; a single text appears token by token."""
+    from model.generation import generate
+
+    rules, alone = arguments.sampling, len(jobs) == 1 and not arguments.json
+    stops = tuple(map(clean_text, arguments.stop))
+    for first in range(0, len(jobs), ROWS):
+        batch = jobs[first : first + ROWS]
+        texts = [Continuation(source.tokenizer, stops) for _ in batch]
+
+        def on_token(row: int, token: int, texts=texts) -> bool:
+            stopped = texts[row].add(token)
+            if alone:
+                show(texts[row].news())
+            return stopped
+
+        if alone and source.kind != "pairs":
+            show(batch[0].prompt)
+        rows = generate(
+            model,
+            [job.ids for job in batch],
+            rules,
+            seed=arguments.seed,
+            samples=[job.sample for job in batch],
+            end_id=None if source.kind == "stream" else source.tokenizer.end_id,
+            on_token=on_token,
+        )
+        for i, (job, text, ids) in enumerate(zip(batch, texts, rows, strict=True)):
+            text.flush()
+            if arguments.json:
+                ending = "length" if len(ids) == rules.max_new_tokens else "end"
+                print(as_json(job, text, len(ids), ending, arguments.seed), flush=True)
+            elif alone:
+                show(text.news(complete=True) + "\n")
+            else:
+                show(layout(source.kind, jobs, first + i, text.text))
+
+
+def as_json(job: Job, text: Continuation, tokens: int, ending: str, seed: int) -> str:
+    """One line; non-ASCII characters escaped, so that it survives any terminal or pipe."""
+    answer = {"prompt": job.prompt, "sample": job.sample, "text": text.text, "tokens": tokens}
+    answer |= {"stop": "stop" if text.stopped else ending, "seed": seed}
+    return json.dumps(answer | ({"true": job.true} if job.true else {}))
+
+
+def layout(kind: str, jobs: list[Job], index: int, text: str) -> str:
+    """One of several texts: a line, a passage, or a prompt and what was written for it."""
+    job = jobs[index]
+    if kind == "stream":
+        return ("---\n" if index else "") + f"{job.prompt}{text}\n"
+    if kind == "lines":
+        return f"{job.prompt}{text}\n"
+    if len({job.prompt for job in jobs}) == 1:
+        return f"{text}\n"
+    true = f"  true:  {job.true}\n" if job.true else ""
+    return ("\n" if index else "") + f"{job.prompt}\n  wrote: {text}\n{true}"
+
+
+def show(text: str):
+    """Prints at once; control characters, which could command a terminal, as \\x1b and the like."""
+    visible = CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
+    print(visible, end="", flush=True)
+
+
+def converse(arguments: Arguments, source: Source) -> int:
+    """Prompts from stdin, one a line, until it ends. Asked again, a prompt is answered anew."""
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401, line editing and history, where the system has them
+    model = load_model(arguments, source)
+    sys.stdin.reconfigure(errors="replace")
+    asked = Counter()
+    try:
+        while True:
+            prompt = input("> " if sys.stdin.isatty() else "")
+            try:
+                jobs = plan(source, [prompt], arguments.num_samples)
+            except UserError as error:  # characters that the model cannot know
+                print(error, file=sys.stderr)
+                continue
+            jobs = [replace(job, sample=asked[prompt] + job.sample) for job in jobs]
+            write(arguments, source, model, jobs)
+            asked[prompt] += len(jobs)
+    except (EOFError, KeyboardInterrupt):
+        print(file=sys.stderr)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run("generate.py", main))

@@ -1,0 +1,97 @@
+"""What several tests share: a tiny configuration, and the command lines as subprocesses."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+TEXT = ROOT / "tests" / "text.txt"
+
+# dropout and accumulation on, so that an exact resume has something to get wrong
+TINY = """
+seed = 7
+max_steps = 40
+device = "cpu"
+precision = "fp32"
+[model]
+d_model = 32
+n_heads = 2
+n_layers = 2
+d_ff = 64
+max_len = 32
+dropout = 0.1
+norm_first = true
+final_norm = true
+[data]
+path = {path!r}
+tokenizer = "char"
+cache_dir = {cache!r}
+[optimizer]
+lr = 3e-3
+warmup_steps = 5
+[train]
+batch_size = 8
+accumulation_steps = 2
+eval_interval = 20
+log_interval = 1
+threads = 1
+[sample]
+max_new_tokens = 8
+"""
+
+
+def write_config(folder: Path, path: Path = TEXT, text: str = TINY) -> Path:
+    """The tiny configuration as a file in `folder`, on the data at `path`."""
+    file = folder / "tiny.toml"
+    cache = str(folder / "cache")
+    file.write_text(
+        text.replace("{path!r}", json.dumps(str(path))).replace("{cache!r}", json.dumps(cache))
+    )
+    return file
+
+
+def command(script: str, *arguments) -> list[str]:
+    """The command that runs a script of the project."""
+    return [sys.executable, str(ROOT / script), *map(str, arguments)]
+
+
+def run(script: str, *arguments, cwd, timeout=120, **more) -> subprocess.CompletedProcess:
+    """Runs a script to its end, in `cwd`, without anything to read on standard input."""
+    environment = {**os.environ, "PYTHONPATH": "", "COLUMNS": "100"}
+    return subprocess.run(
+        command(script, *arguments),
+        cwd=cwd,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        **more,
+    )
+
+
+def refused(result: subprocess.CompletedProcess) -> str:
+    """The one line on stderr with which bad input was refused."""
+    assert result.returncode == 2, (result.returncode, result.stdout, result.stderr)
+    assert "Traceback" not in result.stderr + result.stdout
+    lines = result.stderr.strip().splitlines()
+    assert len(lines) == 1, result.stderr
+    return lines[0]
+
+
+def metrics(run_folder: Path) -> list[dict]:
+    """The records of metrics.jsonl."""
+    return [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(run_folder: Path) -> dict[tuple, float]:
+    """Every loss of a run by kind and step; fails if one stands twice."""
+    found = {}
+    for record in metrics(run_folder):
+        for name in ("loss/train", "loss/val"):
+            if name in record:
+                assert (name, record["step"]) not in found, (name, record["step"])
+                found[name, record["step"]] = record[name]
+    return found

@@ -1,0 +1,203 @@
+"""model/checkpoint.py and training/checkpoint.py: complete or absent, and verified when read."""
+
+import json
+import os
+import random
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+from safetensors.numpy import save as to_safetensors
+
+from model.checkpoint import (
+    MANIFEST,
+    Checkpoint,
+    CheckpointError,
+    list_steps,
+    newest_run,
+    read_best,
+    seal,
+)
+from training import checkpoint as writer
+from training.checkpoint import check_run_name, newest_complete, prune, save, set_best
+
+WEIGHTS = {"embed.weight": np.arange(12, dtype=np.float32).reshape(3, 4)}
+FILES = {
+    "model.safetensors": to_safetensors(WEIGHTS),
+    "state.json": b'{"step": 3}',
+    "config.json": b'{"model": {"d_model": 8}}',
+}
+
+
+def test_what_is_saved_is_read_back(tmp_path):
+    path = save(tmp_path, 3, FILES)
+    checkpoint = Checkpoint(path).verify()
+    assert checkpoint.step == 3
+    assert checkpoint.model_config().d_model == 8
+    np.testing.assert_array_equal(
+        checkpoint.tensors("model.safetensors")["embed.weight"], WEIGHTS["embed.weight"]
+    )
+    their_reader = load_file(path / "model.safetensors")
+    np.testing.assert_array_equal(their_reader["embed.weight"], WEIGHTS["embed.weight"])
+
+
+def test_every_flipped_bit_is_noticed(tmp_path):
+    path = save(tmp_path, 3, FILES)
+    dice = random.Random(0)
+    names = [*FILES, MANIFEST]
+    for _ in range(300):
+        file = path / dice.choice(names)
+        content = bytearray(file.read_bytes())
+        at = dice.randrange(len(content))
+        content[at] ^= 1 << dice.randrange(8)
+        before = file.read_bytes()
+        file.write_bytes(content)
+        with pytest.raises(CheckpointError) as error:
+            Checkpoint(path).verify()
+        assert file.name in str(error.value)
+        file.write_bytes(before)
+    Checkpoint(path).verify()
+
+
+@pytest.mark.parametrize("name", [*FILES, MANIFEST])
+def test_missing_and_truncated_files_are_noticed(tmp_path, name):
+    path = save(tmp_path, 3, FILES)
+    content = (path / name).read_bytes()
+    for cut in (0, 1, len(content) // 2, len(content) - 1):
+        (path / name).write_bytes(content[:cut])
+        with pytest.raises(CheckpointError, match=name):
+            Checkpoint(path).verify()
+    (path / name).unlink()
+    with pytest.raises(CheckpointError, match=name):
+        Checkpoint(path).verify()
+
+
+def test_a_file_of_another_checkpoint_is_noticed(tmp_path):
+    a = save(tmp_path, 1, FILES)
+    b = save(tmp_path, 2, {**FILES, "state.json": b'{"step": 2}'})
+    (b / "state.json").write_bytes((a / "state.json").read_bytes())
+    with pytest.raises(CheckpointError, match=r"state\.json"):
+        Checkpoint(b).verify()
+
+
+def test_another_format_version_is_refused(tmp_path):
+    path = save(tmp_path, 3, FILES)
+    manifest = json.loads((path / MANIFEST).read_bytes())
+    manifest["format"] = 99
+    del manifest["sha256"]
+    (path / MANIFEST).write_bytes(seal(manifest))
+    with pytest.raises(CheckpointError, match="format 99, but this version reads format 1"):
+        Checkpoint(path)
+
+
+def test_a_manifest_cannot_name_files_elsewhere(tmp_path):
+    path = save(tmp_path, 3, FILES)
+    (tmp_path / "outside").write_bytes(b"x")
+    entry = {"../../outside": {"bytes": 1, "sha256": "0" * 64}}
+    (path / MANIFEST).write_bytes(seal({"format": 1, "files": entry}))
+    with pytest.raises(CheckpointError, match="outside the checkpoint"):
+        Checkpoint(path)
+
+
+@pytest.mark.parametrize("failing", ["fsync", "rename"])
+def test_a_save_that_fails_leaves_the_older_one(tmp_path, monkeypatch, failing):
+    save(tmp_path, 1, FILES)
+
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, failing, fail)
+    with pytest.raises(OSError, match="No space"):
+        save(tmp_path, 2, FILES)
+    monkeypatch.undo()
+    assert [p.name for p in list_steps(tmp_path)] == ["step_00000001"]
+    assert list((tmp_path / "checkpoints").iterdir()) == list_steps(tmp_path)
+    Checkpoint(list_steps(tmp_path)[0]).verify()
+
+
+def test_the_protocols_order(tmp_path, monkeypatch):
+    """Files are fsynced before the directory, the directory before the rename, the parent last."""
+    events = []
+    real_fsync, real_rename = os.fsync, os.rename
+
+    def fsync(descriptor):
+        events.append(os.path.basename(os.readlink(f"/proc/self/fd/{descriptor}")))
+        real_fsync(descriptor)
+
+    def rename(a, b):
+        events.append("rename")
+        real_rename(a, b)
+
+    if not os.path.exists("/proc/self/fd"):
+        pytest.skip("needs /proc to see what is fsynced")
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "rename", rename)
+    save(tmp_path, 5, FILES)
+    assert events == [*FILES, MANIFEST, ".step_00000005", "rename", "checkpoints"]
+
+
+def test_the_newest_complete_one_is_found_and_others_are_told(tmp_path):
+    for step in (1, 2, 3):
+        save(tmp_path, step, {**FILES, "state.json": json.dumps({"step": step}).encode()})
+    (tmp_path / "checkpoints" / "step_00000003" / "state.json").write_bytes(b"{}")
+    said = []
+    assert newest_complete(tmp_path, said.append).step == 2
+    assert "step_00000003" in said[0]
+
+
+def test_a_damaged_step_is_moved_aside_before_it_is_written_again(tmp_path):
+    path = save(tmp_path, 3, FILES)
+    (path / "state.json").write_bytes(b"damaged")
+    save(tmp_path, 3, FILES)
+    Checkpoint(path).verify()
+    aside = tmp_path / "checkpoints" / "damaged_step_00000003_0" / "state.json"
+    assert aside.read_bytes() == b"damaged"
+
+
+def test_pruning_keeps_the_newest_and_the_best(tmp_path):
+    for step in range(1, 7):
+        save(tmp_path, step, FILES)
+        if step == 2:
+            set_best(tmp_path, 2, 0.5)
+        prune(tmp_path, keep=2)
+    assert [int(p.name[5:]) for p in list_steps(tmp_path)] == [2, 5, 6]
+    assert read_best(tmp_path) == {"step": 2, "val_loss": 0.5}
+    assert Checkpoint.find(tmp_path).path.name == "step_00000002"
+
+
+def test_find_takes_the_newest_where_the_best_is_damaged(tmp_path):
+    save(tmp_path, 1, FILES)
+    save(tmp_path, 2, FILES)
+    set_best(tmp_path, 1, 0.5)
+    (tmp_path / "checkpoints" / "step_00000001" / "model.safetensors").unlink()
+    assert Checkpoint.find(tmp_path).path.name == "step_00000002"
+    with pytest.raises(CheckpointError, match="no such checkpoint or run"):
+        Checkpoint.find(tmp_path / "nowhere")
+    (tmp_path / "empty" / "checkpoints").mkdir(parents=True)
+    with pytest.raises(CheckpointError, match="no complete checkpoint"):
+        Checkpoint.find(tmp_path / "empty")
+
+
+def test_newest_run_is_the_one_saved_last(tmp_path):
+    assert newest_run(tmp_path) is None
+    for name in ("b", "a"):
+        save(tmp_path / name, 1, FILES)
+    (tmp_path / "unfinished").mkdir()
+    assert newest_run(tmp_path).name == "a"
+
+
+@pytest.mark.parametrize("name", ["", "../x", "a/b", ".hidden", "a b", "ü", "a\n"])
+def test_run_names_stay_inside_the_folder_of_runs(name):
+    with pytest.raises(writer.UserError, match="--name"):
+        check_run_name(name)
+
+
+def test_reading_imports_neither_torch_nor_pickle_modules_of_it():
+    import subprocess
+    import sys
+
+    from tests.helpers import ROOT
+
+    code = "import sys, training.checkpoint, training.config, training.arguments, model.sampling\n"
+    code += "assert 'torch' not in sys.modules and 'numpy' not in sys.modules, 'imported'"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

@@ -1,0 +1,274 @@
+"""train.py as people run it: in processes of its own, stopped, killed and resumed."""
+
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from model.checkpoint import Checkpoint, list_steps, read_best
+from tests.helpers import ROOT, command, losses, metrics, refused, run, write_config
+
+GOLDEN = ROOT / "tests" / "golden" / "losses.json"
+
+
+def last_files(run_folder: Path) -> dict[str, bytes]:
+    """Weights and optimizer state of the newest checkpoint."""
+    checkpoint = Checkpoint(list_steps(run_folder)[-1]).verify()
+    return {n: checkpoint.read(n) for n in ("model.safetensors", "optimizer.safetensors")}
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A folder with the configuration, the cache and an uninterrupted run called `straight`."""
+    folder = tmp_path_factory.mktemp("home")
+    write_config(folder)
+    result = run("train.py", "--config", "tiny.toml", "--name", "straight", cwd=folder)
+    assert result.returncode == 0, result.stderr
+    (folder / "output.txt").write_text(result.stdout)
+    return folder
+
+
+def test_what_a_person_sees(home):
+    output = (home / "output.txt").read_text()
+    for stage in ("device:", "reading", "tokenizer:", "tokens:", "data:", "model:"):
+        assert stage in output, stage
+    for line in ("step 1/40: loss", "saved runs/straight/checkpoints/step_00000040"):
+        assert line in output, line
+    assert re.search(r"best validation loss \d\.\d+ at step \d+", output)
+    for command_line in ("tensorboard --logdir", "python generate.py", "python train.py --resume"):
+        assert command_line in output
+
+
+def test_the_golden_loss_curve(home):
+    """The losses that this text, this seed and this model gave when they were first right."""
+    found = {
+        f"{kind} {step}": loss for (kind, step), loss in losses(home / "runs/straight").items()
+    }
+    golden = json.loads(GOLDEN.read_text())
+    assert found.keys() == golden.keys()
+    for key, loss in golden.items():
+        assert found[key] == pytest.approx(loss, rel=1e-3), key
+    assert golden["loss/train 40"] < golden["loss/train 1"] - 0.7
+
+
+def test_the_run_folder(home):
+    folder = home / "runs" / "straight"
+    assert {p.name for p in folder.iterdir()} >= {"config.json", "metrics.jsonl", "tensorboard"}
+    config = json.loads((folder / "config.json").read_text())
+    assert config["data"]["kind"] == "stream"  # resolved
+    assert config["model"]["vocab_size"] > 30
+    newest = list_steps(folder)[-1]
+    assert {p.name for p in newest.iterdir()} == {
+        "MANIFEST.json", "config.json", "model.safetensors", "optimizer.safetensors",
+        "state.json", "tokenizer.json",
+    }  # fmt: skip
+    assert Checkpoint(newest).state["step"] == 40
+    assert read_best(folder)["step"] in (20, 40)
+
+
+def test_tensorboard_holds_what_metrics_jsonl_holds(home):
+    folder = home / "runs" / "straight"
+    board = EventAccumulator(str(folder / "tensorboard"), {"scalars": 0, "images": 0, "tensors": 0})
+    board.Reload()
+    for tag in ("loss/train", "loss/val", "lr", "grad_norm", "speed/tokens_per_second"):
+        shown = {(e.step, np.float32(e.value)) for e in board.Scalars(tag)}
+        logged = {(r["step"], np.float32(r[tag])) for r in metrics(folder) if tag in r}
+        assert shown == logged, tag
+    scalars = set(board.Tags()["scalars"])
+    assert {"time/data", "time/forward", "time/backward", "time/optimizer"} <= scalars
+    assert {"perplexity/val", "bits_per_byte/val", "speed/mfu", "memory/megabytes"} <= scalars
+    assert set(board.Tags()["images"]) == {"attention", "positional encoding"}
+    tensors = set(board.Tags()["tensors"])
+    assert {"configuration/text_summary", "samples/text_summary"} <= tensors
+    assert {p.name for p in (folder / "tensorboard").iterdir() if p.is_dir()} == set()
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_killed_and_resumed_is_the_same_bit_for_bit(home, seed):
+    """SIGKILL at a random moment, twice; then every loss and the weights as if nothing happened.
+
+    Dropout and accumulation are on; 40 steps are more than two epochs of this text.
+    """
+    name, dice = f"killed-{seed}", random.Random(seed)
+    flags = ["--config", "tiny.toml", "--name", name, "--train.save_interval", "3"]
+    log = home / "runs" / name / "metrics.jsonl"
+    for stop_after in sorted(dice.sample(range(4, 36), 2)):
+        resume = ["--resume"] if log.exists() else []
+        process = subprocess.Popen(
+            command("train.py", *flags, *resume), cwd=home, stdout=subprocess.DEVNULL
+        )
+        while process.poll() is None:
+            if log.exists() and len(log.read_bytes().splitlines()) >= stop_after:
+                process.send_signal(signal.SIGKILL)
+                break
+            time.sleep(0.001)
+        process.wait()
+        assert process.returncode == -signal.SIGKILL
+        if not list_steps(home / "runs" / name):
+            pytest.fail("killed before anything was saved")
+    result = run("train.py", *flags, "--resume", cwd=home)
+    assert result.returncode == 0, result.stderr
+    assert f"going on with {Path('runs') / name} from step" in result.stdout
+    assert losses(home / "runs" / name) == losses(home / "runs" / "straight")
+    assert last_files(home / "runs" / name) == last_files(home / "runs" / "straight")
+    board = EventAccumulator(str(home / "runs" / name / "tensorboard"), {"scalars": 0})
+    board.Reload()
+    for tag in ("loss/train", "loss/val"):
+        steps = [e.step for e in board.Scalars(tag)]
+        assert steps == sorted({s for t, s in losses(home / "runs" / name) if t == tag}), tag
+
+
+def test_other_intervals_change_nothing(home):
+    flags = "--train.eval_interval 7 --train.log_interval 4 --train.save_interval 5 --train.keep 1"
+    flags += " --train.histogram_interval 3 --sample.max_new_tokens 3 --sample.temperature 0.5"
+    result = run("train.py", "--config", "tiny.toml", "--name", "often", *flags.split(), cwd=home)
+    assert result.returncode == 0, result.stderr
+    assert last_files(home / "runs/often") == last_files(home / "runs/straight")
+    straight = losses(home / "runs/straight")
+    often = losses(home / "runs/often")
+    shared = straight.keys() & often.keys()
+    assert len(shared) > 10
+    assert all(straight[key] == often[key] for key in shared)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_leaves(home, number):
+    name = f"signalled-{number.name}"
+    flags = ["--config", "tiny.toml", "--name", name, "--max_steps", "100000"]
+    process = subprocess.Popen(
+        command("train.py", *flags), cwd=home, stdout=subprocess.PIPE, text=True
+    )
+    log = home / "runs" / name / "metrics.jsonl"
+    while not (log.exists() and len(log.read_bytes().splitlines()) >= 5):
+        time.sleep(0.005)
+        assert process.poll() is None
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=20)
+    assert process.returncode == 128 + number
+    step = max(r["step"] for r in metrics(home / "runs" / name))
+    checkpoint = Checkpoint(list_steps(home / "runs" / name)[-1]).verify()
+    assert checkpoint.step == step
+    assert f"step_{step:08d}" in output
+    assert not (home / "runs" / name / ".owner").exists()
+
+
+def test_resume_refuses_what_would_change_the_run(home):
+    def resume(*flags):
+        return refused(run("train.py", "--resume", "--name", "straight", *flags, cwd=home))
+
+    assert "model.d_ff 64 -> 128: the model would change" in resume("--model.d_ff", 128)
+    assert "seed 7 -> 8" in resume("--seed", 8)
+    assert "add --extend" in resume("--max_steps", 80)
+    other = home / "other.txt"
+    other.write_text("another text, long enough for a few windows " * 20)
+    assert "use --init_from" in resume("--data.path", other, "--max_steps", 80, "--extend")
+    assert "no such checkpoint or run" in refused(run("train.py", "--resume", "nowhere", cwd=home))
+
+
+def test_finished_extended_and_forked(home):
+    result = run("train.py", "--resume", "--name", "straight", cwd=home)
+    assert result.returncode == 0
+    assert "finished at step 40" in result.stdout
+    fork = ["--resume", "runs/straight/checkpoints/step_00000020", "--name", "fork"]
+    result = run("train.py", *fork, "--optimizer.weight_decay", "0.2", cwd=home)
+    assert result.returncode == 0, result.stderr
+    assert "changed: optimizer.weight_decay: 0.1 -> 0.2" in result.stdout
+    assert "a new run" in result.stdout
+    assert min(step for _, step in losses(home / "runs/fork")) >= 20
+    longer = ["--resume", "runs/fork", "--extend", "--max_steps", "50"]
+    result = run("train.py", *longer, cwd=home)
+    assert result.returncode == 0, result.stderr
+    assert Checkpoint(list_steps(home / "runs/fork")[-1]).step == 50
+
+
+def test_init_from_takes_weights_and_tokenizer(home):
+    other = home / "new.txt"
+    other.write_text("The lamp was lit again on the water. " * 60)
+    flags = ["--config", "tiny.toml", "--init_from", "runs/straight", "--data.path", other]
+    result = run("train.py", *flags, "--name", "tuned", "--max_steps", "10", cwd=home)
+    assert result.returncode == 0, result.stderr
+    assert Checkpoint(list_steps(home / "runs/tuned")[-1]).step == 10
+    straight = json.loads((home / "runs/straight/config.json").read_text())
+    tuned = json.loads((home / "runs/tuned/config.json").read_text())
+    assert tuned["model"]["vocab_size"] == straight["model"]["vocab_size"]
+    first = losses(home / "runs/tuned")["loss/train", 1]
+    assert first < losses(home / "runs/straight")["loss/train", 1] - 0.3
+    result = run("train.py", "--resume", "--name", "tuned", "--extend", "--max_steps", 12, cwd=home)
+    assert result.returncode == 0, result.stderr
+
+
+def test_a_second_process_on_the_same_run_is_refused(home):
+    flags = ["--config", "tiny.toml", "--name", "busy", "--max_steps", "100000"]
+    flags += ["--train.save_interval", "2"]
+    process = subprocess.Popen(command("train.py", *flags), cwd=home, stdout=subprocess.DEVNULL)
+    try:
+        while not list_steps(home / "runs/busy"):
+            time.sleep(0.01)
+            assert process.poll() is None
+        line = refused(run("train.py", "--resume", "--name", "busy", cwd=home))
+        assert f"in use by process {process.pid}" in line
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_bad_input_is_one_line(home, tmp_path):
+    tiny = ["--config", str(home / "tiny.toml")]
+
+    def says(*flags):
+        return refused(run("train.py", *flags, cwd=home))
+
+    assert "did you mean" in says("--config", "tiyn.toml")
+    assert "exists: add --resume" in says(*tiny, "--name", "straight")
+    assert "--name '../x'" in says(*tiny, "--name", "../x")
+    assert "data.path" in says(*tiny, "--data.path", "nowhere.txt")
+    (home / "latin.txt").write_bytes("caf\xe9 ".encode("latin-1") * 200)
+    assert "latin.txt" in says(*tiny, "--data.path", "latin.txt")
+    (home / "bad.jsonl").write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "a"}\n')
+    assert "bad.jsonl:2" in says(*tiny, "--data.path", "bad.jsonl")
+    (home / "short.txt").write_text("too short")
+    assert "nothing to train on" in says(
+        *tiny, "--data.path", "short.txt", "--data.val_fraction", 0
+    )
+    assert "data.vocab_size" in says(*tiny, "--data.tokenizer", "bpe", "--data.vocab_size", 9000)
+    if os.path.exists("/proc"):
+        assert "--runs_dir" in says(*tiny, "--runs_dir", "/proc/runs")
+
+
+def test_a_typo_on_the_command_line_is_answered_with_the_nearest_flag(home):
+    result = run("train.py", "--model.d_modle", "64", cwd=home)
+    assert result.returncode == 2
+    assert "--model.d_model" in result.stderr
+    assert "Traceback" not in result.stderr
+    result = run("train.py", "--optimizer.lr", "-1", cwd=home)
+    assert result.returncode == 2
+    assert "lr = -1.0 must be at least 0" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_cuda_where_there_is_none(home):
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("this machine has CUDA")
+    line = refused(run("train.py", "--config", "tiny.toml", "--device", "cuda", cwd=home))
+    assert "--device cuda: not on this machine" in line
+    assert "--device cpu" in line
+
+
+def test_print_config_is_a_configuration(home):
+    flags = ["--config", "tiny.toml", "--print_config", "--model.n_layers", "5"]
+    result = run("train.py", *flags, cwd=home)
+    assert result.returncode == 0
+    (home / "printed.toml").write_text(result.stdout)
+    again = run("train.py", "--config", "printed.toml", "--print_config", cwd=home)
+    assert again.stdout == result.stdout
+    assert "n_layers = 5" in result.stdout

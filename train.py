@@ -1,0 +1,76 @@
+"""Trains a transformer decoder: configuration -> loop -> checkpoints.
+
+python train.py                                        configs/default.toml, about two minutes
+python train.py --config configs/mini.toml --device cuda --model.d_model 256
+python train.py --resume                               goes on with the newest run
+python train.py --help
+"""
+
+import sys
+from functools import partial
+
+from training import cli
+from training.arguments import read_command_line
+from training.run import Plan, locked
+
+say = partial(print, flush=True)  # seen at once also where it goes into a pipe
+
+
+def main() -> int:
+    """Decides what is to be done, and does it. Returns the exit status."""
+    plan = read_command_line(say)
+    return 0 if plan is None else train(plan)
+
+
+def train(plan: Plan) -> int:
+    """The loop. One pass more than there are steps: the last one only saves and evaluates."""
+    # imported here, so that a mistake in the settings is told before PyTorch has loaded
+    from training.optimizer import lr_factor, set_lr
+    from training.recorder import Recorder
+    from training.setup import Prefetch, build
+    from training.signals import StopRequest
+    from training.step import NonFinite, compiled, train_step
+
+    t = build(plan, say)
+    config, progress = t.config, t.progress
+    batches = Prefetch(t.batches, config.train.accumulation_steps)
+    hidden = t.model.hidden
+    if config.compile:
+        hidden = compiled(t, *batches(progress.step), say)
+    with locked(plan), StopRequest() as stop, Recorder(t, plan, stop) as recorder:
+        try:
+            for step in range(progress.step, config.max_steps + 1):
+                last = step == config.max_steps
+                evaluating = recorder.evaluation_due(step)
+                if stop.signal or evaluating or due(step, config.train.save_interval):
+                    recorder.save()  # before the evaluation, so that nothing is lost in it
+                if evaluating:
+                    recorder.evaluate()
+                if stop.signal or last:
+                    break
+
+                lr = set_lr(t.optimizers, lr_factor(config.optimizer, step, config.horizon))
+                recorder.begin_step()
+                result = train_step(t, hidden, *batches(step), step, recorder.clock)
+                progress.step, progress.tokens = step + 1, progress.tokens + result.targets
+                progress.skipped += not result.updated
+                recorder.end_step(result, lr)
+        except NonFinite as error:
+            recorder.say(f"train.py: {error}")
+            return 1
+        finally:
+            batches.close()
+        if not stop.signal:
+            recorder.finish()
+    if recorder.failed_save:
+        return 1
+    return 128 + stop.signal if stop.signal else 0
+
+
+def due(step: int, interval: int) -> bool:
+    """Whether something done every `interval` steps is due after `step` steps; 0: never."""
+    return bool(step and interval and step % interval == 0)
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run("train.py", main))

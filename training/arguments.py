@@ -1,0 +1,126 @@
+"""The command line of train.py, all of it checked before torch is imported.
+
+The settings are, from weakest to strongest: the dataclasses' defaults, the TOML file (on resuming:
+what the checkpoint carries), the flags.
+"""
+
+import argparse
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from model.config import UserError
+from training import cli
+from training.config import Config, load, to_toml
+from training.run import (
+    Plan,
+    find_resume,
+    is_newest,
+    keep_resolved,
+    load_weights_of,
+    name_run,
+    plan_resume,
+    stored_config,
+)
+
+DESCRIPTION = (
+    "Trains a transformer decoder. Flags beat the configuration file, whatever their order."
+)
+DEFAULT = Path(__file__).parent.parent / "configs" / "default.toml"
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Flags beat the configuration file, whatever their order."""
+
+    settings: Annotated[Config, tyro.conf.arg(name="")]
+    config: str = ""
+    """TOML file with the settings; empty: configs/default.toml."""
+    name: str = ""
+    """Name of the run, a folder in runs_dir; empty: after the configuration and the time."""
+    runs_dir: str = "runs"
+    """Where runs are kept."""
+    resume: tuple[str, ...] | None = None
+    """Go on with the newest run (or --name), or with the run or checkpoint PATH."""
+    init_from: str = ""
+    """Start anew from the weights of a run or checkpoint, on the same or other data."""
+    extend: bool = False
+    """With --resume: let --max_steps move the end of the learning-rate schedule."""
+    print_config: bool = False
+    """Print the resolved settings as TOML and exit."""
+
+
+def read_command_line(say, argv: list[str] | None = None) -> Plan | None:
+    """What train.py is to do; None when there is nothing to do. `say` gets lines for people."""
+    scan = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    scan.add_argument("--config", default="")
+    scan.add_argument("--name", default="")
+    scan.add_argument("--runs_dir", default="runs")
+    scan.add_argument("--init_from", default="")
+    scan.add_argument("--resume", nargs="*")
+    early = scan.parse_known_args(argv)[0]  # what the other flags' defaults depend on
+    if early.resume is not None and len(early.resume) > 1:
+        raise UserError(f"--resume takes one path, not {len(early.resume)}")
+    if early.resume is not None and early.init_from:
+        raise UserError("--resume goes on with a run, --init_from starts one: give one of them")
+
+    found = weights = None
+    if early.resume is not None:
+        path = early.resume[0] if early.resume else None
+        found = find_resume(Path(early.runs_dir), path, early.name, say)
+    stored = stored_config(found[1]) if found else None
+    settings = stored if stored and not early.config else load(Path(early.config or DEFAULT))
+    if early.init_from:
+        weights = load_weights_of(early.init_from)
+        shape = weights.model_config()
+        kept = {k: getattr(settings.model, k) for k in ("dropout", "attention_dropout")}
+        settings = replace(settings, model=replace(shape, **kept))
+    arguments = cli.parse(Arguments, DESCRIPTION, Arguments(settings), argv)
+    if arguments.print_config:
+        print(to_toml(arguments.settings))
+        return None
+    plan = make_plan(arguments, found, weights, say)
+    if plan is not None:
+        say(describe(arguments, plan))
+    return plan
+
+
+def make_plan(arguments: Arguments, found, weights, say) -> Plan | None:
+    """What to do; None when a resumed run is at its end already."""
+    config, runs_dir = arguments.settings, Path(arguments.runs_dir)
+    stem = Path(arguments.config or DEFAULT).stem
+    if found is None:
+        if weights and replace(config.model, dropout=0, attention_dropout=0) != replace(
+            weights.model_config(), dropout=0, attention_dropout=0
+        ):
+            raise UserError(f"--init_from {weights.path}: its model has another shape: leave it")
+        return Plan(name_run(runs_dir, arguments.name, stem), config, weights=weights)
+    folder, checkpoint = found
+    stored = stored_config(checkpoint)
+    config = keep_resolved(stored, config)
+    config, changes = plan_resume(stored, config, arguments.extend)
+    for change in changes:
+        say(f"changed: {change.key}: {change.before} -> {change.after}")
+    if checkpoint.step >= config.max_steps:
+        say(
+            f"{folder}: finished at step {checkpoint.step}; to train on: "
+            f"python train.py --resume {folder} --extend --max_steps {2 * checkpoint.step}"
+        )
+        return None
+    forks = not is_newest(folder, checkpoint)
+    if forks:
+        name = "" if arguments.name == folder.name else arguments.name
+        folder = name_run(runs_dir, name, folder.name)
+    return Plan(folder, config, resume=checkpoint, changes=tuple(changes), is_new=forks)
+
+
+def describe(arguments: Arguments, plan: Plan) -> str:
+    """The first line: what is about to happen, and where to find it."""
+    if plan.resume and plan.is_new:
+        return f"a new run {plan.run} from step {plan.resume.step} of {plan.resume.path}"
+    if plan.resume:
+        return f"going on with {plan.run} from step {plan.resume.step}"
+    origin = f" from the weights of {plan.weights.path}" if plan.weights else ""
+    return f"{arguments.config or 'configs/default.toml'} -> {plan.run}{origin}"

@@ -1,0 +1,292 @@
+"""All settings of a run: TOML and command line to one checked dataclass. No torch.
+
+Each room owns its part (`ModelConfig`, `DataConfig`, ...); here they are put together, read from a
+file, checked, and compared on resuming.
+"""
+
+import difflib
+import json
+import tomllib
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from pydantic import TypeAdapter, ValidationError
+
+from data.config import DataConfig
+from model.config import ModelConfig, UserError
+from model.sampling import Sampling
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """How weights are moved. The learning rate is a function of the step alone."""
+
+    name: Literal["adamw", "muon"] = "adamw"
+    """muon: torch.optim.Muon for the layers' matrices, AdamW for all the rest."""
+    lr: float = 1e-3
+    """Peak learning rate of AdamW."""
+    muon_lr: float = 1e-2
+    """Peak learning rate of Muon, on AdamW's scale (its update has the same size)."""
+    warmup_steps: int = 100
+    """Steps over which the learning rate rises linearly from 0."""
+    schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    """What follows the warm-up."""
+    min_lr_ratio: float = 0.1
+    """Learning rate at the end of a linear or cosine schedule, as a share of the peak."""
+    schedule_steps: int = 0
+    """The step at which the schedule ends; 0: max_steps."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay of the matrices; biases, norms and embeddings have none."""
+    beta1: float = 0.9
+    """AdamW's decay of the mean gradient."""
+    beta2: float = 0.95
+    """AdamW's decay of the mean squared gradient."""
+    eps: float = 1e-8
+    """Added to AdamW's denominator."""
+    momentum: float = 0.95
+    """Muon's momentum."""
+    grad_clip: float = 1.0
+    """Largest norm of the gradient of all weights together; 0: not clipped."""
+
+    def __post_init__(self):
+        refuse(
+            at_least(self, 0, "lr", "muon_lr", "warmup_steps", "schedule_steps", "grad_clip")
+            + at_least(self, 0, "weight_decay", "min_lr_ratio")
+            + [
+                f"{name} = {getattr(self, name)} must be at least 0 and below 1"
+                for name in ("beta1", "beta2", "momentum")
+                if not 0 <= getattr(self, name) < 1
+            ]
+            + ([f"eps = {self.eps} must be above 0"] if not self.eps > 0 else [])
+        )
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The loop: how much at a time, and what is done how often (in optimizer steps)."""
+
+    batch_size: int = 32
+    """Examples an optimizer step learns from, over all micro-batches."""
+    accumulation_steps: int = 1
+    """Micro-batches a step's examples are cut into, to save memory."""
+    eval_interval: int = 250
+    """Steps between evaluations, each with a checkpoint before it; 0: only at the end."""
+    eval_examples: int = 0
+    """Validation examples that are used, always the same ones; 0: all."""
+    save_interval: int = 0
+    """Steps between further checkpoints; 0: none but at evaluations and at the end."""
+    keep: int = 3
+    """Checkpoints kept, besides the best."""
+    log_interval: int = 10
+    """Steps between log entries."""
+    histogram_interval: int = 0
+    """Steps between histograms of weights and gradients; 0: none."""
+    threads: int = 0
+    """CPU threads; 0: as many as PyTorch chooses."""
+    deterministic: bool = False
+    """On CUDA: only algorithms that give the same bits every time."""
+
+    def __post_init__(self):
+        refuse(
+            at_least(self, 1, "batch_size", "accumulation_steps", "keep", "log_interval")
+            + at_least(self, 0, "eval_interval", "eval_examples", "save_interval")
+            + at_least(self, 0, "histogram_interval", "threads")
+        )
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that shapes a run; a TOML file holds it, and so does each checkpoint."""
+
+    seed: int = 1337
+    """Everything random is a function of it, of what it is for, and of the step."""
+    max_steps: int = 1000
+    """Optimizer steps."""
+    device: str = "auto"
+    """auto (cuda, else mps, else cpu), cpu, cuda, cuda:1, mps."""
+    precision: Literal["auto", "fp32", "bf16", "fp16", "fp64"] = "auto"
+    """Of the matrix products; the weights stay in float32 (fp64: in float64)."""
+    compile: bool = False
+    """torch.compile; without a compiler on the machine the run goes on without."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    sample: Sampling = field(default_factory=Sampling)
+
+    def __post_init__(self):
+        wrong = at_least(self, 0, "seed") + at_least(self, 1, "max_steps")
+        if self.data.seq_len > self.model.max_len:
+            wrong.append(
+                f"data.seq_len = {self.data.seq_len} is more than model.max_len = "
+                f"{self.model.max_len}: the model cannot hold it"
+            )
+        refuse(wrong)
+
+    @property
+    def seq_len(self) -> int:
+        """Tokens in a training window."""
+        return self.data.seq_len or self.model.max_len
+
+    @property
+    def horizon(self) -> int:
+        """The step at which the learning rate's schedule ends."""
+        return self.optimizer.schedule_steps or self.max_steps
+
+
+def at_least(config, least: int, *names: str) -> list[str]:
+    """What is wrong with the fields `names`: those below `least`."""
+    return [
+        f"{name} = {getattr(config, name)} must be at least {least}"
+        for name in names
+        if getattr(config, name) < least
+    ]
+
+
+def refuse(wrong: list[str]):
+    """Raises UserError with everything that is wrong, if anything is."""
+    if wrong:
+        raise UserError("; ".join(wrong))
+
+
+# pydantic takes its settings from this attribute, also of standard-library dataclasses
+for _part in (ModelConfig, DataConfig, OptimizerConfig, TrainConfig, Sampling, Config):
+    _part.__pydantic_config__ = {"extra": "forbid", "strict": True, "allow_inf_nan": False}
+_CHECKER = TypeAdapter(Config)
+
+
+def check(values: dict, origin: str) -> Config:
+    """A Config from nested tables. Raises UserError naming `origin`, the keys and the mends."""
+    try:
+        # from JSON, because strict checking takes a table for a dataclass only there
+        return _CHECKER.validate_json(json.dumps(values, default=str))
+    except ValidationError as error:
+        lines = [describe(item, values) for item in error.errors()]
+    raise UserError(f"{origin}: {'; '.join(lines)}")
+
+
+def describe(error: dict, values: dict) -> str:
+    """One of pydantic's errors in words: key, what is wrong, and the nearest key there is."""
+    path = [str(part) for part in error["loc"]]
+    key = ".".join(path)
+    if error["type"] == "unexpected_keyword_argument":
+        known = list(flatten(Config())) + [f.name for f in fields(Config)]
+        siblings = [name for name in known if name.split(".")[:-1] == path[:-1]]
+        # a right key in the wrong table is nearer than a like one in this table
+        near = [name for name in known if name.split(".")[-1] == path[-1]]
+        near = near or difflib.get_close_matches(key, siblings, 1) or siblings
+        near = near or difflib.get_close_matches(key, known, 1)
+        hint = f"did you mean {near[0]}?" if len(near) == 1 else f"known: {', '.join(near)}"
+        return f"unknown key {key}; {hint}"
+    message = error["msg"].removeprefix("Value error, ")
+    if error["type"] in ("dataclass_type", "dataclass_exact_type"):
+        return f"{key} must be a table"
+    if error["type"] == "value_error":  # our own checks name the field and its value
+        return f"{key}.{message}" if key else message
+    return f"{key} = {error['input']!r}: {message[0].lower()}{message[1:]}"
+
+
+def load(path: Path) -> Config:
+    """The Config of a TOML file; what it leaves out has the dataclasses' defaults."""
+    try:
+        text = Path(path).read_bytes().decode("utf-8-sig")
+    except FileNotFoundError:
+        folder = Path(path).parent
+        there = sorted(p.name for p in folder.glob("*.toml")) if folder.is_dir() else []
+        near = difflib.get_close_matches(Path(path).name, there, 1)
+        hint = f"; did you mean {folder / near[0]}?" if near else ""
+        raise UserError(f"--config {path}: no such file{hint}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not UTF-8"
+        raise UserError(f"--config {path}: {reason}") from None
+    try:
+        values = tomllib.loads(text)
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
+        raise UserError(f"{path}: not TOML: {error}") from None
+    return check(values, str(path))
+
+
+def flatten(config, prefix: str = "") -> dict:
+    """{"model.d_model": 256, ...} of a Config or of its asdict()."""
+    values = asdict(config) if is_dataclass(config) else config
+    flat = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def to_toml(config: Config) -> str:
+    """The configuration as TOML that reads back to the same."""
+
+    def line(key, value):
+        if isinstance(value, str):
+            # TOML's basic strings have JSON's escapes, but for those of characters beyond 16 bits
+            quoted = value.replace("\\", "\\\\").replace('"', '\\"')
+            quoted = "".join(c if c.isprintable() else f"\\U{ord(c):08x}" for c in quoted)
+            return f'{key} = "{quoted}"'
+        return f"{key} = {str(value).lower() if isinstance(value, bool) else value}"
+
+    values = asdict(config)
+    lines = [line(k, v) for k, v in values.items() if not isinstance(v, dict)]
+    for table, entries in values.items():
+        if isinstance(entries, dict):
+            lines += ["", f"[{table}]", *(line(k, v) for k, v in entries.items())]
+    return "\n".join(lines)
+
+
+# Resuming ---------------------------------------------------------------------------------------
+
+# All other settings of the data are judged by its hash, once it is prepared: a moved file is none.
+REFUSED = {
+    "seed": "the order of the data would change",
+    "data.seq_len": "the data would change",
+    "train.batch_size": "the order of the data would change",
+    "optimizer.name": "the optimizer's state would not fit",
+    "optimizer.schedule_steps": "the schedule's horizon would change",
+}
+FREE = {"model.dropout", "model.attention_dropout"}
+
+
+@dataclass(frozen=True)
+class Change:
+    """One setting that a resume changes, and why it is refused ("" where it is allowed)."""
+
+    key: str
+    before: object
+    after: object
+    refused: str = ""
+
+
+def changes(stored: Config, wanted: Config, extend: bool) -> list[Change]:
+    """What differs between a run's stored settings and those asked for on resuming it."""
+    found = []
+    before, after = flatten(stored), flatten(wanted)
+    for key in before:
+        if before[key] == after[key]:
+            continue
+        reason = REFUSED.get(key, "")
+        if key.startswith("model.") and key not in FREE:
+            reason = "the model would change"
+        if key == "max_steps" and after[key] > stored.horizon and not extend:
+            reason = "the schedule's horizon would change: add --extend if that is meant"
+        if key == "optimizer.schedule_steps" and extend:
+            reason = ""
+        found.append(Change(key, before[key], after[key], reason))
+    return found
+
+
+def resumed(stored: Config, wanted: Config, extend: bool) -> Config:
+    """`wanted`, with the schedule's horizon where it was unless it is extended.
+
+    Fewer steps than stored stop the run earlier on the same learning-rate curve.
+    """
+    horizon = wanted.optimizer.schedule_steps
+    if extend and wanted.max_steps > stored.horizon:
+        horizon = 0
+    elif wanted.max_steps != stored.max_steps and horizon == stored.optimizer.schedule_steps:
+        horizon = stored.horizon
+    return replace(wanted, optimizer=replace(wanted.optimizer, schedule_steps=horizon))

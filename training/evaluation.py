@@ -1,0 +1,114 @@
+"""What is looked at while a model trains: validation loss, samples, attention maps.
+
+None of it touches training: evaluation draws nothing at random, and sampling takes its numbers from
+a hash, so a run evaluated more often has the same losses bit for bit.
+"""
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from data.batches import Batch, Examples, evaluation_batches
+from model.generation import generate
+from model.sampling import Sampling
+from training.loss import loss_sum
+
+SAMPLES = 3
+
+
+class Interrupted(Exception):
+    """A signal came in the middle of an evaluation; nothing of it is kept."""
+
+
+def to_device(batch: Batch, device: torch.device) -> list[torch.Tensor | None]:
+    """ids, targets and positions as tensors there."""
+    arrays = (batch.ids, batch.targets, batch.positions)
+    if device.type != "cuda":
+        return [None if a is None else torch.from_numpy(a).to(device) for a in arrays]
+    return [
+        None if a is None else torch.from_numpy(a).pin_memory().to(device, non_blocking=True)
+        for a in arrays
+    ]
+
+
+@torch.no_grad()
+def evaluate(model, examples: Examples, batch_size: int, limit: int, precision, stop) -> dict:
+    """Loss in nats a token over the validation examples (the first `limit`, 0: all).
+
+    Returns the scalars to log: loss/val, perplexity/val, bits_per_byte/val.
+    """
+    device = next(model.parameters()).device
+    total, targets, seen = 0.0, 0, 0
+    model.eval()
+    for batch in evaluation_batches(examples, batch_size):
+        if stop.signal:
+            raise Interrupted
+        if limit and seen >= limit:
+            break
+        with precision.autocast(device):
+            total += loss_sum(model, *to_device(batch, device)).item()
+        targets += len(batch.targets)
+        seen += len(batch.ids)
+    model.train()
+    loss = total / targets
+    return {
+        "loss/val": loss,
+        "perplexity/val": math.exp(min(loss, 700)),
+        "bits_per_byte/val": loss * examples.split.targets_per_byte() / math.log(2),
+    }
+
+
+class Sampler:
+    """Text written by the model as it is now: after held-out prompts, or freely."""
+
+    def __init__(self, dataset, rules: Sampling, seed: int):
+        self.dataset, self.rules, self.seed = dataset, rules, seed
+        tokenizer = dataset.tokenizer
+        if dataset.kind == "pairs":
+            held_out = dataset.held_out[:SAMPLES]
+            self.rules = replace(rules, greedy=True)  # what it thinks, rather than what it might
+            self.shown = [(pair["prompt"], pair["completion"]) for pair in held_out]
+            prompts = [[*tokenizer.encode(prompt), tokenizer.start_id] for prompt, _ in self.shown]
+        elif dataset.kind == "lines":
+            self.shown = [("", "")] * 10
+            prompts = [[tokenizer.start_id]] * 10
+        else:
+            self.shown = [("", "")]
+            prompts = [free_start(tokenizer)]
+        self.prompts = prompts
+
+    def __call__(self, model) -> list[str]:
+        """One text for each of `shown`. Leaves the model in training mode."""
+        if not self.prompts:
+            return []
+        tokenizer = self.dataset.tokenizer
+        end_id = None if self.dataset.kind == "stream" else tokenizer.end_id
+        rows = generate(model, self.prompts, self.rules, seed=self.seed, end_id=end_id)
+        model.train()
+        return [tokenizer.decode(row) for row in rows]
+
+    def lines(self, texts: list[str]) -> list[str]:
+        """For people: the text, for pairs with its prompt and the true completion."""
+        if self.dataset.kind != "pairs":
+            return texts
+        return [
+            f"{prompt}\n  wrote: {text}\n  true:  {true}"
+            for (prompt, true), text in zip(self.shown, texts, strict=True)
+        ]
+
+
+def free_start(tokenizer) -> list[int]:
+    """What free writing in a stream follows on: a line's end, if the tokenizer knows one."""
+    ids = tokenizer.encode("\n") if tokenizer.unk_id is not None else []
+    return ids if ids and tokenizer.unk_id not in ids else [tokenizer.start_id]
+
+
+def example_ids(examples: Examples, longest: int = 32) -> np.ndarray:
+    """The ids (1, T) of one validation example, for its attention maps."""
+    batch = next(evaluation_batches(examples, 1))
+    if examples.split.starts is not None:  # the shortest come first; one from the middle says more
+        middle = np.argsort(examples.lengths, kind="stable")[examples.count // 2 :][:1]
+        batch = examples.batch(middle)
+    return batch.ids[:1, :longest]

@@ -1,0 +1,83 @@
+"""The loss of the loop: cross-entropy summed over the tokens to predict.
+
+The loop divides by the number of targets of the whole optimizer step, so that accumulation and
+several ranks give the mean over all its tokens, and not a mean of means.
+
+The output projection is part of it. With a large vocabulary the logits are the largest tensor of a
+step by far (4,096 tokens x 9,500 entries: 156 MB in float32, and as much for their gradient), and
+moving them costs more than computing them. So they are made, used and dropped a chunk of rows at a
+time, and the gradient, which needs nothing but the same logits, is made with them.
+"""
+
+import torch
+import torch.nn.functional as F
+
+
+def loss_sum(model, ids, targets, positions, hidden=None) -> torch.Tensor:
+    """Negative log-likelihood in nats, summed over `targets` (N,), a float32 or float64 scalar.
+
+    ids (B, T); positions (N,) are the flat places that predict the targets, None for all. Logits
+    exist only there. hidden: what to call for `model.hidden`, if that is compiled.
+    """
+    x = (hidden or model.hidden)(ids).flatten(0, 1)  # (B T, C)
+    if positions is not None:
+        x = x.index_select(0, positions)  # (N, C)
+    device = x.device.type
+    narrow = torch.is_autocast_enabled(device)
+    dtype = torch.get_autocast_dtype(device) if narrow else x.dtype
+    output = model.output
+    with torch.autocast(device, enabled=False):
+        if torch.is_grad_enabled():
+            return LinearCrossEntropy.apply(x, output.weight, output.bias, targets, dtype)
+        return linear_cross_entropy(x, output.weight, output.bias, targets, dtype, None)
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """`F.cross_entropy(F.linear(x, weight, bias), targets, reduction="sum")`, chunk by chunk."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, targets, dtype):
+        gradients = [torch.empty_like(x), torch.zeros_like(weight)]
+        gradients.append(None if bias is None else torch.zeros_like(bias))
+        loss = linear_cross_entropy(x, weight, bias, targets, dtype, gradients)
+        ctx.save_for_backward(*gradients)
+        return loss
+
+    @staticmethod
+    def backward(ctx, factor):
+        dx, dweight, dbias = ctx.saved_tensors
+        scaled = (g if g is None else g * factor.to(g.dtype) for g in (dx, dweight, dbias))
+        return *scaled, None, None
+
+
+def linear_cross_entropy(x, weight, bias, targets, dtype, gradients) -> torch.Tensor:
+    """The summed loss of x (N, C), weight (V, C), targets (N,); products are taken in `dtype`.
+
+    gradients: None, or [dx, dweight, dbias] to fill: the softmax less the one-hot targets, times
+    the other factor of each product.
+    """
+    wide = torch.promote_types(dtype, torch.float32)  # of everything but the products
+    rows = chunk_rows(x.device, len(weight))
+    narrow_x, narrow_weight = x.to(dtype), weight.to(dtype)
+    narrow_bias = None if bias is None else bias.to(dtype)
+    loss = torch.zeros((), dtype=wide, device=x.device)
+    for start in range(0, len(x), rows):
+        chunk, target = narrow_x[start : start + rows], targets[start : start + rows, None]
+        log_p = F.linear(chunk, narrow_weight, narrow_bias).to(wide).log_softmax(-1)  # (rows, V)
+        loss -= log_p.gather(1, target).sum()
+        if gradients is None:
+            continue
+        dx, dweight, dbias = gradients
+        dlogits = log_p.exp_()
+        dlogits.scatter_add_(1, target, -torch.ones_like(target, dtype=wide))
+        if dbias is not None:
+            dbias += dlogits.sum(0)
+        dlogits = dlogits.to(dtype)
+        dx[start : start + rows] = dlogits @ narrow_weight
+        dweight += dlogits.T @ chunk
+    return loss
+
+
+def chunk_rows(device: torch.device, vocab_size: int) -> int:
+    """Rows whose logits a CPU's caches hold; on a GPU, few enough for its memory."""
+    return max(1, (2**22 if device.type == "cpu" else 2**28) // vocab_size)

@@ -1,0 +1,103 @@
+"""Optimizers, their learning rate as a function of the step, and their state by parameter name."""
+
+import math
+
+import numpy as np
+import torch
+from torch import nn
+
+from model.config import UserError
+from training.config import OptimizerConfig
+
+
+def lr_factor(config: OptimizerConfig, step: int, horizon: int) -> float:
+    """The share of the peak learning rate at optimizer step `step`, counted from 0.
+
+    Linear warm-up, then constant, or linear or half a cosine (Loshchilov and Hutter, 2017) down
+    to `min_lr_ratio` at `horizon`.
+    """
+    if step < config.warmup_steps:
+        return (step + 1) / config.warmup_steps
+    if config.schedule == "constant":
+        return 1.0
+    done = (step - config.warmup_steps) / max(1, horizon - config.warmup_steps)
+    done = min(1.0, done)
+    left = 1.0 - done if config.schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))
+    return config.min_lr_ratio + (1.0 - config.min_lr_ratio) * left
+
+
+def create_optimizers(model: nn.Module, config: OptimizerConfig) -> list[torch.optim.Optimizer]:
+    """AdamW, and Muon in front of it where it is asked for. Each group has its peak in "peak_lr".
+
+    Weight decay is for the matrices that multiply; vectors and embeddings have none. Muon takes
+    the matrices inside the layers: the embedding and the output projection are tables of rows, not
+    maps between hidden states (Jordan et al., 2024).
+    """
+    tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    hidden, output, rest = [], [], []
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 2 and name.startswith("layers."):
+            hidden.append(parameter)
+        elif parameter.dim() == 2 and id(parameter) not in tables and name != "pos_encoding":
+            output.append(parameter)
+        else:
+            rest.append(parameter)
+    optimizers = []
+    if config.name == "muon":
+        muon = torch.optim.Muon(
+            hidden,
+            lr=config.muon_lr,
+            weight_decay=config.weight_decay,
+            momentum=config.momentum,
+            adjust_lr_fn="match_rms_adamw",
+        )
+        muon.param_groups[0]["peak_lr"] = config.muon_lr
+        optimizers.append(muon)
+    decayed = output if config.name == "muon" else hidden + output
+    groups = [
+        {"params": decayed, "weight_decay": config.weight_decay},
+        {"params": rest, "weight_decay": 0.0},
+    ]
+    adamw = torch.optim.AdamW(
+        [group for group in groups if group["params"]],
+        lr=config.lr,
+        betas=(config.beta1, config.beta2),
+        eps=config.eps,
+        fused=True,
+    )
+    for group in adamw.param_groups:
+        group["peak_lr"] = config.lr
+    return [*optimizers, adamw]
+
+
+def set_lr(optimizers: list[torch.optim.Optimizer], factor: float) -> float:
+    """Sets every group to its peak times `factor`. Returns AdamW's learning rate."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * factor
+    return optimizers[-1].param_groups[0]["lr"]
+
+
+def state_tensors(model: nn.Module, optimizers) -> dict[str, np.ndarray]:
+    """The optimizers' state as arrays named `exp_avg/<parameter>` and so on."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    return {
+        f"{key}/{names[id(parameter)]}": value.detach().cpu().numpy()
+        for optimizer in optimizers
+        for parameter, state in optimizer.state.items()
+        for key, value in state.items()
+    }
+
+
+def load_state_tensors(model: nn.Module, optimizers, arrays: dict[str, np.ndarray]):
+    """Puts back what `state_tensors` gave. Raises UserError where it does not fit the model."""
+    parameters = dict(model.named_parameters())
+    owner = {id(p): o for o in optimizers for group in o.param_groups for p in group["params"]}
+    for name, array in arrays.items():
+        key, _, parameter_name = name.partition("/")
+        parameter = parameters.get(parameter_name)
+        value = torch.from_numpy(array).clone()
+        if parameter is None or (value.dim() and value.shape != parameter.shape):
+            raise UserError(f"optimizer.safetensors: {name} does not fit the model")
+        # fused optimizers keep even their step count on the device
+        owner[id(parameter)].state[parameter][key] = value.to(parameter.device)

@@ -1,0 +1,220 @@
+"""Around the loop's steps: checkpoints, evaluations, log entries, and what is shown."""
+
+import sys
+import time
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from model.checkpoint import read_best
+from training.checkpoint import prune, save, set_best, write_synced
+from training.device import matmul_flops, memory_used
+from training.evaluation import Interrupted, Sampler, evaluate, example_ids
+from training.metrics import Clock, Metrics, attention_maps, colour, tile
+from training.run import Plan
+from training.setup import Training, resumed_from
+from training.signals import StopRequest
+from training.step import StepResult
+
+QUIET = 5.0  # seconds between log lines where there is no terminal
+
+
+class Recorder:
+    """Saves, evaluates and logs the run `t`; shows a bar on a terminal, plain lines elsewhere."""
+
+    def __init__(self, t: Training, plan: Plan, stop: StopRequest):
+        self.t, self.plan, self.stop = t, plan, stop
+        write_synced(plan.run / "config.json", t.config_json())
+        resumed_at = t.progress.step if resumed_from(plan) else None
+        redo_val = t.val is not None and self.evaluation_due(t.progress.step)
+        self.metrics = Metrics(plan.run, t.config, resumed_at, redo_val)
+        self.sampler = Sampler(t.dataset, t.config.sample, t.config.seed)
+        self.peak_flops = matmul_flops(t.device, t.precision)
+        self.failed_save = ""
+        self.shown_at = -QUIET
+        self.tokens = 0  # since the last log entry
+        self.bar = tqdm(
+            total=t.config.max_steps,
+            initial=t.progress.step,
+            disable=None,  # only on a terminal
+            unit="step",
+            dynamic_ncols=True,
+            smoothing=0.05,
+        )
+        if not resumed_from(plan):
+            self.show_positions()
+        self.clock = Clock(t.device)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.bar.close()
+        self.metrics.close()
+
+    def say(self, text: str):
+        """A line for people that leaves the progress bar whole."""
+        self.bar.write(text, file=sys.stdout) if not self.bar.disable else print(text, flush=True)
+
+    # Checkpoints ----------------------------------------------------------------------------------
+
+    def save(self):
+        """Publishes a checkpoint of this step; a failure costs this one only."""
+        step = self.t.progress.step
+        with self.clock.pause():
+            try:
+                self.metrics.flush()
+                path = save(self.plan.run, step, self.t.checkpoint_files())
+                prune(self.plan.run, self.t.config.train.keep)
+                self.failed_save = ""
+            except OSError as error:
+                self.failed_save = f"step {step} could not be saved: {error}"
+                self.say(f"{self.failed_save}; the older checkpoints are as they were")
+                return
+        self.say(f"saved {path}")
+
+    # Evaluations ----------------------------------------------------------------------------------
+
+    def evaluation_due(self, step: int) -> bool:
+        """Whether the state after `step` steps is evaluated."""
+        interval = self.t.config.train.eval_interval
+        return step == self.t.config.max_steps or bool(step and interval and step % interval == 0)
+
+    def evaluate(self):
+        """Validation loss, samples and attention maps of the weights as they are."""
+        t, step = self.t, self.t.progress.step
+        with self.clock.pause():
+            try:
+                values = self.validate() if t.val else {}
+            except Interrupted:
+                return
+            texts = self.sampler(t.model)
+            self.metrics.board.add_text("samples", as_markdown(self.sampler.lines(texts)), step)
+            self.show_attention(step)
+            if texts:
+                self.say(f"sample: {self.sampler.lines(texts)[0].strip()}")
+            if values:
+                self.metrics.scalars(step, values)
+            self.metrics.flush()
+
+    def validate(self) -> dict:
+        """The scalars of one evaluation; moves `best` if it is strictly better."""
+        t, settings, progress = self.t, self.t.config.train, self.t.progress
+        values = evaluate(
+            t.model, t.val, settings.batch_size, settings.eval_examples, t.precision, self.stop
+        )
+        loss, best = values["loss/val"], progress.best_val_loss
+        is_best = best is None or loss < best
+        if is_best:
+            progress.best_step, progress.best_val_loss = progress.step, loss
+            if not self.failed_save:
+                set_best(self.plan.run, progress.step, loss)
+        self.say(
+            f"step {progress.step:,}: validation loss {loss:.4f}, "
+            f"{values['bits_per_byte/val']:.3f} bits per byte"
+            + (" (best so far)" if is_best else f" (best: {best:.4f} at {progress.best_step:,})")
+        )
+        return values
+
+    def show_attention(self, step: int):
+        """Attention maps of a validation example: a row a layer, a column a head."""
+        if self.t.val is None:
+            return
+        ids = torch.from_numpy(example_ids(self.t.val)).to(self.t.device)
+        self.t.model.eval()
+        maps = attention_maps(self.t.model, ids)
+        self.t.model.train()
+        picture = tile(maps, scale=max(1, 128 // ids.shape[1]))
+        self.metrics.board.add_image("attention", picture, step, dataformats="HWC")
+
+    def show_positions(self):
+        """The table of positions, once: a row a position, a column a dimension."""
+        table = self.t.model.pos_encoding.detach().float().cpu().numpy()
+        span = float(np.abs(table).max()) or 1.0
+        picture = colour(0.5 + table / (2 * span)).repeat(2, 0).repeat(2, 1)
+        self.metrics.board.add_image("positional encoding", picture, 0, dataformats="HWC")
+
+    # Log entries ----------------------------------------------------------------------------------
+
+    def logged(self, step: int) -> bool:
+        """Whether the step that makes it `step` is logged."""
+        interval = self.t.config.train.log_interval
+        return step in (1, self.t.config.max_steps) or step % interval == 0
+
+    def begin_step(self):
+        """Before a step: on a GPU, parts are timed only in steps that are logged."""
+        self.clock.on = self.t.device.type == "cpu" or self.logged(self.t.progress.step + 1)
+
+    def end_step(self, result: StepResult, lr: float):
+        """After a step: the bar, and a log entry if one is due."""
+        t, step = self.t, self.t.progress.step
+        self.tokens += result.targets
+        self.bar.update()
+        if not result.updated:
+            scale = t.scaler.get_scale()
+            self.say(f"step {step}: gradient not finite, skipped; loss scale {scale:g}")
+        interval = t.config.train.histogram_interval
+        if interval and step % interval == 0:
+            with self.clock.pause():
+                self.metrics.histograms(step, t.model)
+        if not self.logged(step):
+            return
+        seconds = self.clock.training()
+        speed = self.tokens / seconds
+        flops = speed * t.model.flops_per_token(t.config.seq_len)
+        self.metrics.scalars(
+            step,
+            {
+                "loss/train": result.loss,
+                "perplexity/train": float(np.exp(min(result.loss, 700.0))),
+                "lr": lr,
+                "grad_norm": result.grad_norm,
+                "tokens": t.progress.tokens,
+                "epoch": step / t.batches.steps_per_epoch,
+                "speed/tokens_per_second": speed,
+                "speed/tflops": flops / 1e12,
+                "speed/mfu": flops / self.peak_flops,
+                "memory/megabytes": memory_used(t.device) / 1e6,
+                **({"fp16/scale": t.scaler.get_scale()} if t.scaler.is_enabled() else {}),
+                **self.clock.shares(),
+            },
+        )
+        self.show_step(step, result, speed)
+        self.tokens = 0
+        self.clock.restart()
+
+    def show_step(self, step: int, result: StepResult, speed: float):
+        """The bar's text, or a plain line at most every few seconds."""
+        text = f"loss {result.loss:.4f}, {speed:,.0f} tokens/s"
+        if not self.bar.disable:
+            self.bar.set_postfix_str(text, refresh=False)
+        elif time.monotonic() - self.shown_at >= QUIET or step == self.t.config.max_steps:
+            self.shown_at = time.monotonic()
+            left = (self.t.config.max_steps - step) * result.targets / speed
+            self.say(f"step {step:,}/{self.t.config.max_steps:,}: {text}, {minutes(left)} left")
+
+    def finish(self):
+        """The end of a whole run: samples, the best loss, and what to type next."""
+        t, run = self.t, self.plan.run
+        self.bar.close()
+        print("\n" + "\n\n".join(self.sampler.lines(self.sampler(t.model))) + "\n")
+        if t.val:
+            best = read_best(run) or {"val_loss": t.progress.best_val_loss, "step": "?"}
+            print(f"best validation loss {best['val_loss']:.4f} at step {best['step']}\n")
+        steps = 2 * t.config.max_steps
+        print(
+            f"next:\n  tensorboard --logdir {run.parent}\n"
+            f"  python generate.py --checkpoint {run}\n"
+            f"  python train.py --resume {run} --extend --max_steps {steps}"
+        )
+
+
+def as_markdown(texts: list[str]) -> str:
+    """Texts as TensorBoard shows them unchanged."""
+    return "\n\n".join("\n".join(f"    {line}" for line in t.splitlines()) for t in texts)
+
+
+def minutes(seconds: float) -> str:
+    """4:07"""
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"

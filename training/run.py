@@ -1,0 +1,159 @@
+"""Which run this is: a new one, or one that goes on; its folder, lock and settings. No torch."""
+
+import os
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from model.checkpoint import Checkpoint, CheckpointError, list_steps, newest_run
+from model.config import UserError
+from training import config as configuration
+from training.checkpoint import check_run_name, newest_complete, write_synced
+from training.config import Change, Config
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What train.py is about to do."""
+
+    run: Path
+    config: Config
+    resume: Checkpoint | None = None  # goes on from this step
+    weights: Checkpoint | None = None  # starts anew from these weights
+    changes: tuple[Change, ...] = ()
+    is_new: bool = True  # the run's folder must not exist yet
+
+
+def find_resume(runs_dir: Path, path: str | None, name: str, report) -> tuple[Path, Checkpoint]:
+    """The run and the checkpoint that `--resume [path]` means.
+
+    Without a path: the newest complete checkpoint of the run called `name`, or of the newest run.
+    A step given by path is that one or an error; it never falls back to another.
+    """
+    if path is None:
+        run = runs_dir / name if name else newest_run(runs_dir)
+        if run is None:
+            raise UserError(f"--resume: no run with a checkpoint in {runs_dir}: start one first")
+        if not run.is_dir():
+            raise UserError(f"--resume: {run}: no such run")
+        refuse_if_busy(run)
+        return run, newest_complete(run, report)
+    given = Path(path)
+    if not given.exists():
+        raise UserError(f"--resume {given}: no such checkpoint or run")
+    if (given / "checkpoints").is_dir():
+        refuse_if_busy(given)
+        return given, newest_complete(given, report)
+    checkpoint = Checkpoint(given).verify()
+    return given.resolve().parent.parent, checkpoint
+
+
+def plan_resume(stored: Config, wanted: Config, extend: bool) -> tuple[Config, list[Change]]:
+    """The settings of a resumed run and what changes. Raises UserError if any must not."""
+    found = configuration.changes(stored, wanted, extend)
+    refused = [f"{c.key} {c.before!r} -> {c.after!r}: {c.refused}" for c in found if c.refused]
+    if refused:
+        raise UserError(f"--resume: {'; '.join(refused)}; to start anew use --init_from")
+    return configuration.resumed(stored, wanted, extend), found
+
+
+def keep_resolved(stored: Config, wanted: Config) -> Config:
+    """`wanted` with what a run has settled once: a setting left to "auto" does not change it."""
+    settled = {}
+    for key in ("device", "precision"):
+        if getattr(wanted, key) == "auto":
+            settled[key] = getattr(stored, key)
+    if wanted.data.kind == "auto":
+        settled["data"] = replace(wanted.data, kind=stored.data.kind)
+    if wanted.model.vocab_size == 0:
+        settled["model"] = replace(wanted.model, vocab_size=stored.model.vocab_size)
+    if wanted.train.threads == 0:
+        settled["train"] = replace(wanted.train, threads=stored.train.threads)
+    return replace(wanted, **settled)
+
+
+def stored_config(checkpoint: Checkpoint) -> Config:
+    """The checked configuration that a checkpoint carries."""
+    return configuration.check(checkpoint.config, str(checkpoint.path / "config.json"))
+
+
+def is_newest(run: Path, checkpoint: Checkpoint) -> bool:
+    """Whether going on from `checkpoint` continues its run, and does not fork it."""
+    steps = list_steps(run)
+    return bool(steps) and steps[-1].name == checkpoint.path.name
+
+
+def name_run(runs_dir: Path, name: str, stem: str) -> Path:
+    """The folder of a new run: as named, or after the configuration's file and the time."""
+    if name:
+        check_run_name(name)
+        if (runs_dir / name).exists():
+            raise UserError(
+                f"--name {name}: {runs_dir / name} exists: add --resume to go on with it, "
+                "or choose another name"
+            )
+        return runs_dir / name
+    base = f"{stem}-{time.strftime('%Y%m%d-%H%M%S')}"
+    number, run = 1, runs_dir / base
+    while run.exists():
+        number += 1
+        run = runs_dir / f"{base}-{number}"
+    return run
+
+
+@contextmanager
+def locked(plan: Plan):
+    """The run's folder, made if it is new, and nobody else's while the block runs."""
+    lock = FileLock(plan.run / ".lock", blocking=False)
+    owner = plan.run / ".owner"
+    try:
+        plan.run.parent.mkdir(parents=True, exist_ok=True)
+        if plan.is_new:
+            plan.run.mkdir()
+        (plan.run / "checkpoints").mkdir(exist_ok=True)
+        lock.acquire()
+        write_synced(owner, str(os.getpid()).encode())
+    except Timeout:
+        raise UserError(busy(plan.run)) from None
+    except FileExistsError:
+        raise UserError(f"{plan.run}: another process has just begun this run") from None
+    except OSError as error:
+        raise UserError(
+            f"{error.filename or plan.run}: {error.strerror}: choose a folder that can be written "
+            "with --runs_dir"
+        ) from None
+    try:
+        yield
+    finally:
+        owner.unlink(missing_ok=True)
+        lock.release()
+
+
+def refuse_if_busy(run: Path):
+    """Raises UserError if a process is writing to this run: what is read would change below us."""
+    try:
+        FileLock(run / ".lock", blocking=False).acquire().lock.release()
+    except Timeout:
+        raise UserError(busy(run)) from None
+    except OSError:
+        pass  # a folder that cannot be written is told about later
+
+
+def busy(run: Path) -> str:
+    """Who holds a run's lock, and what to do."""
+    try:
+        owner = "process " + (run / ".owner").read_text(encoding="utf-8")
+    except OSError:
+        owner = "another process"
+    return f"{run}: in use by {owner}: wait for it, stop it, or choose another --name"
+
+
+def load_weights_of(path: str) -> Checkpoint:
+    """The checkpoint that `--init_from` names: a step, or a run's best."""
+    try:
+        return Checkpoint.find(path).verify()
+    except CheckpointError as error:
+        raise UserError(f"--init_from {error}") from None

@@ -1,0 +1,211 @@
+"""The parts of a run put together: device, data, model, optimizers, and where it stands."""
+
+import json
+import platform
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.numpy import save as to_safetensors
+
+from data.batches import Batches, Examples
+from data.dataset import Dataset, prepare
+from data.rng import key
+from data.tokenizer import load_tokenizer
+from model.checkpoint import Checkpoint, read_best
+from model.config import UserError
+from model.transformer_full import TransformerDecoder
+from training.config import Config
+from training.device import Precision, choose_device, choose_precision, set_up
+from training.optimizer import create_optimizers, load_state_tensors, state_tensors
+from training.run import Plan
+
+Report = Callable[[str], None]
+
+
+@dataclass
+class Progress:
+    """Where a run stands: the loop's counters, saved with every checkpoint."""
+
+    step: int = 0
+    tokens: int = 0  # predicted in training so far
+    skipped: int = 0  # steps without an update, fp16 only
+    best_step: int = 0
+    best_val_loss: float | None = None
+
+
+@dataclass
+class Training:
+    """What the loop works on."""
+
+    config: Config  # resolved: no "auto" is left in it
+    device: torch.device
+    precision: Precision
+    dataset: Dataset
+    batches: Batches
+    val: Examples | None
+    model: TransformerDecoder
+    optimizers: list[torch.optim.Optimizer]
+    scaler: torch.amp.GradScaler
+    progress: Progress
+
+    def config_json(self) -> bytes:
+        """The resolved configuration, as a run and each of its checkpoints keep it."""
+        return json.dumps(asdict(self.config), indent=1).encode()
+
+    def checkpoint_files(self) -> dict[str, bytes]:
+        """Everything that going on needs, as the files of a checkpoint."""
+        weights = {n: p.detach().cpu().numpy() for n, p in self.model.named_parameters()}
+        state = {
+            **asdict(self.progress),
+            "scaler": self.scaler.state_dict(),
+            "data": self.dataset.fingerprint,
+            "tokenizer": self.dataset.tokenizer.fingerprint,
+            "tokenizer_given": self.dataset.tokenizer_given,
+            "held_out": self.dataset.held_out,
+            "versions": {
+                "python": platform.python_version(),
+                "torch": torch.__version__,
+                "numpy": np.__version__,
+            },
+        }
+        return {
+            "model.safetensors": to_safetensors(weights),
+            "optimizer.safetensors": to_safetensors(state_tensors(self.model, self.optimizers)),
+            "state.json": json.dumps(state, indent=1).encode(),
+            "config.json": self.config_json(),
+            **self.dataset.tokenizer.files(),
+        }
+
+
+def build(plan: Plan, report: Report) -> Training:
+    """Makes or restores every part of the run that `plan` describes."""
+    config = plan.config
+    device = choose_device(config.device)
+    precision, why = choose_precision(config.precision, device)
+    set_up(config.train, device, config.train.threads)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+    report(f"device: {name}, {torch.get_num_threads()} CPU threads, {precision.name} ({why})")
+
+    dataset = prepare(config.data, report, tokenizer=given_tokenizer(plan))
+    check_data(plan, dataset)
+    config = resolve(config, device, precision, dataset)
+    pad_id = dataset.tokenizer.pad_id
+    examples = Examples(dataset.train, config.seq_len, pad_id)
+    val = Examples(dataset.val, config.seq_len, pad_id) if dataset.val else None
+    for split, side in (("train", examples), ("validation", val)):
+        if side is not None:
+            report(f"data: {dataset.name} ({dataset.kind}), {split}: {side.split.describe()}")
+            if side.dropped:
+                report(
+                    f"data: {side.dropped:,} {split} examples longer than {config.seq_len} left out"
+                )
+    batches = Batches(examples, config.train.batch_size, config.seed)
+    if val is not None and val.split.starts is not None and not val.count:
+        raise UserError(f"data.seq_len = {config.seq_len}: no validation example is short enough")
+
+    torch.manual_seed(key("init", config.seed))
+    model = TransformerDecoder.from_config(config.model, precision.weights)
+    source = plan.resume or plan.weights
+    if source:
+        model.load_weights(source.tensors("model.safetensors"))
+    model.to(device)
+    optimizers = create_optimizers(model, config.optimizer)
+    scaler = torch.amp.GradScaler(device.type, enabled=precision.name == "fp16")
+    progress = Progress()
+    if plan.resume:
+        load_state_tensors(model, optimizers, plan.resume.tensors("optimizer.safetensors"))
+        progress = restore_progress(plan)
+        if scaler.is_enabled() and plan.resume.state["scaler"]:
+            scaler.load_state_dict(plan.resume.state["scaler"])
+    shape = config.model
+    report(
+        f"model: {model.num_parameters():,} parameters: {shape.n_layers} layers, "
+        f"d_model {shape.d_model}, {shape.n_heads} heads, d_ff {shape.d_ff}, "
+        f"max_len {shape.max_len}, vocabulary {shape.vocab_size:,}"
+    )
+    return Training(
+        config, device, precision, dataset, batches, val, model, optimizers, scaler, progress
+    )
+
+
+def given_tokenizer(plan: Plan):
+    """The tokenizer that a run does not make itself: its checkpoint's, or the user's own."""
+    if plan.resume:
+        return load_tokenizer(plan.resume.path) if plan.resume.state["tokenizer_given"] else None
+    if plan.weights:
+        return load_tokenizer(plan.weights.path)
+    path = plan.config.data.tokenizer_path
+    if not path:
+        return None
+    folder = Path(path) if Path(path).is_dir() else Path(path).parent
+    return load_tokenizer(folder)
+
+
+def resolve(config: Config, device, precision: Precision, dataset: Dataset) -> Config:
+    """The configuration with everything settled that was left to be found."""
+    vocab_size = dataset.tokenizer.vocab_size
+    if config.model.vocab_size not in (0, vocab_size):
+        raise UserError(
+            f"model.vocab_size = {config.model.vocab_size}, but the tokenizer of {dataset.name} "
+            f"has {vocab_size} tokens: set it to 0, or data.vocab_size to the same"
+        )
+    return replace(
+        config,
+        device=str(device),
+        precision=precision.name,
+        model=replace(config.model, vocab_size=vocab_size),
+        data=replace(config.data, kind=dataset.kind),
+        train=replace(config.train, threads=torch.get_num_threads()),
+    )
+
+
+def check_data(plan: Plan, dataset: Dataset):
+    """Refuses to resume on other data than the run was trained on."""
+    if plan.resume and plan.resume.state["data"] != dataset.fingerprint:
+        changed = [f"{c.key} {c.before!r} -> {c.after!r}" for c in plan.changes]
+        raise UserError(
+            f"--resume: the data of {plan.resume.path} was another"
+            + (f" ({'; '.join(changed)})" if changed else ": its file or this Python has changed")
+            + "; to train on other data use --init_from"
+        )
+
+
+def restore_progress(plan: Plan) -> Progress:
+    """The counters of the checkpoint, with the best step that is known by now."""
+    known = Progress.__dataclass_fields__
+    progress = Progress(**{k: v for k, v in plan.resume.state.items() if k in known})
+    best = read_best(plan.run)
+    if not plan.is_new and best is not None and best["step"] <= progress.step:
+        progress.best_step, progress.best_val_loss = best["step"], best["val_loss"]
+    return progress
+
+
+class Prefetch:
+    """The next step's batches, made by a thread while this step computes."""
+
+    def __init__(self, batches: Batches, accumulation: int):
+        self.batches, self.accumulation = batches, accumulation
+        self.pool = ThreadPoolExecutor(1)
+        self.pending = {}
+
+    def make(self, step: int):
+        return self.batches(step, self.accumulation), self.batches.target_count(step)
+
+    def __call__(self, step: int):
+        """The micro-batches of a step, and its number of targets."""
+        future = self.pending.pop(step, None) or self.pool.submit(self.make, step)
+        result = future.result()
+        self.pending = {step + 1: self.pool.submit(self.make, step + 1)}
+        return result
+
+    def close(self):
+        self.pool.shutdown(wait=False, cancel_futures=True)
+
+
+def resumed_from(plan: Plan) -> Checkpoint | None:
+    """The checkpoint whose metrics this run goes on with; None for a run of its own."""
+    return None if plan.is_new else plan.resume
