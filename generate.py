@@ -16,11 +16,13 @@ import re
 import sys
 from collections import Counter
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 
+from data.prompts import end_id, prompt_ids
 from data.tokenizer import ESCAPE, Tokenizer, clean_text, load_tokenizer
 from model.checkpoint import Checkpoint, newest_run, read_best
 from model.config import ModelConfig, UserError
@@ -136,7 +138,7 @@ def open_source(arguments: Arguments) -> Source:
             f"--runs_dir {arguments.runs_dir}: no run with a checkpoint there; "
             "train one with python train.py, or name it with --checkpoint"
         )
-    checkpoint = Checkpoint.find(path)
+    checkpoint = Checkpoint.find(path, report=partial(print, file=sys.stderr, flush=True))
     try:
         source = read_source(checkpoint)
     except UserError:
@@ -197,23 +199,6 @@ def plan(source: Source, prompts: list[str], num_samples: int) -> list[Job]:
         ids = prompt_ids(source.kind, source.tokenizer, prompt)
         jobs += [Job(prompt, ids, sample, true) for sample in range(num_samples or 1)]
     return jobs
-
-
-def prompt_ids(kind: str, tokenizer: Tokenizer, prompt: str) -> list[int]:
-    """What the model reads first: never empty. Raises UserError for characters it cannot know.
-
-    A prompt stands before <start> for pairs, after it for lines, and alone for a stream, where an
-    empty one is the end of a line, if the tokenizer knows that.
-    """
-    ids = tokenizer.encode(prompt)
-    if kind == "pairs":
-        return [*ids, tokenizer.start_id]
-    if kind == "lines":
-        return [tokenizer.start_id, *ids]
-    if not ids and tokenizer.unk_id is not None:
-        ids = tokenizer.encode("\n")
-        ids = [] if tokenizer.unk_id in ids else ids
-    return ids or [tokenizer.start_id]
 
 
 # Writing ------------------------------------------------------------------------------------------
@@ -281,7 +266,7 @@ def write(arguments: Arguments, source: Source, model, jobs: list[Job]):
             rules,
             seed=arguments.seed,
             samples=[job.sample for job in batch],
-            end_id=None if source.kind == "stream" else source.tokenizer.end_id,
+            end_id=end_id(source.kind, source.tokenizer),
             on_token=on_token,
         )
         for i, (job, text, ids) in enumerate(zip(batch, texts, rows, strict=True)):

@@ -52,7 +52,7 @@ def train(plan: Plan) -> int:
                 lr = set_lr(t.optimizers, lr_factor(config.optimizer, step, config.horizon))
                 recorder.begin_step()
                 result = train_step(t, hidden, *batches(step), step, recorder.clock)
-                progress.step, progress.tokens = step + 1, progress.tokens + result.targets
+                progress.step, progress.tokens = step + 1, progress.tokens + result.tokens
                 progress.skipped += not result.updated
                 recorder.end_step(result, lr)
         except NonFinite as error:

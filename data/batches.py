@@ -26,11 +26,13 @@ class Batch:
 
     ids: (B, T) int64, padded on the right. targets: (N,) int64, the tokens to predict.
     positions: (N,) int64, flat indices into B x T of the places that predict them; None: all.
+    tokens: how many of the ids are no padding.
     """
 
     ids: np.ndarray
     targets: np.ndarray
     positions: np.ndarray | None
+    tokens: int
 
 
 class Examples:
@@ -63,7 +65,8 @@ class Examples:
             # the indices of every token at once: one gather from the memory-mapped file
             window = starts[:, None] + np.arange(self.seq_len + 1)
             tokens = self.split.ids[window].astype(np.int64)  # (B, T + 1)
-            return Batch(np.ascontiguousarray(tokens[:, :-1]), tokens[:, 1:].reshape(-1), None)
+            ids = np.ascontiguousarray(tokens[:, :-1])
+            return Batch(ids, tokens[:, 1:].reshape(-1), None, ids.size)
         T = int(self.lengths[chosen].max(initial=1))
         tokens = np.full((len(chosen), T + 1), self.pad_id, dtype=np.int64)
         taken = np.zeros((len(chosen), T), dtype=bool)
@@ -72,7 +75,8 @@ class Examples:
             tokens[row, : end - start] = self.split.ids[start:end]
             taken[row, self.split.prompts[number] - 1 : end - start - 1] = True
         positions = np.flatnonzero(taken)
-        return Batch(tokens[:, :-1].copy(), tokens[:, 1:][taken], positions)
+        n = int(self.lengths[chosen].sum())
+        return Batch(tokens[:, :-1].copy(), tokens[:, 1:][taken], positions, n)
 
     def target_count(self, chosen: np.ndarray) -> int:
         """How many tokens these examples ask to predict."""
@@ -142,7 +146,7 @@ def evaluation_batches(examples: Examples, batch_size: int) -> Iterator[Batch]:
         yield examples.batch(chosen)
     tail = np.asarray(ids[whole * T :], dtype=np.int64)
     if len(tail) > 1:
-        yield Batch(tail[None, :-1].copy(), tail[1:].copy(), None)
+        yield Batch(tail[None, :-1].copy(), tail[1:].copy(), None, len(tail) - 1)
 
 
 def cut(array: np.ndarray, size: int) -> list[np.ndarray]:

@@ -9,6 +9,7 @@ it is believed. The hashes detect accidents, not attackers: who can change a fil
 hash. Writing is in `training/checkpoint.py`.
 """
 
+import contextlib
 import hashlib
 import json
 import re
@@ -90,31 +91,31 @@ class Checkpoint:
             )
         return ModelConfig(**self.config["model"])
 
-    def verify(self) -> "Checkpoint":
-        """Reads every file; raises CheckpointError at the first that is not whole."""
+    def verify(self, without: tuple[str, ...] = ()) -> "Checkpoint":
+        """Reads every file but `without`; raises CheckpointError at the first that is not whole."""
         for name in self.manifest["files"]:
-            self.read(name)
+            if name not in without:
+                self.read(name)
         return self
 
     @classmethod
-    def find(cls, path) -> "Checkpoint":
-        """The checkpoint at `path`: a step's directory, or a run's best step, else its newest."""
+    def find(cls, path, report=print) -> "Checkpoint":
+        """The checkpoint at `path`: a step's directory, or a run's best step, else its newest.
+
+        The optimizer's state is not read. `report` gets a line for each one that is passed over.
+        """
         path = Path(path)
         if not path.exists():
             raise CheckpointError(f"{path}: no such checkpoint or run; see what `runs` holds")
         if (path / MANIFEST).exists() or not (path / "checkpoints").is_dir():
             return cls(path)
         best = read_best(path)
-        if best is not None:
+        candidates = [step_path(path, best["step"])] if best else []
+        for candidate in [*candidates, *reversed(list_steps(path))]:
             try:
-                return cls(step_path(path, best["step"])).verify()
-            except CheckpointError:
-                pass  # the newest is next best
-        for candidate in reversed(list_steps(path)):
-            try:
-                return cls(candidate).verify()
-            except CheckpointError:
-                continue
+                return cls(candidate).verify(without=("optimizer.safetensors",))
+            except CheckpointError as error:
+                report(f"passed over: {error}")
         raise CheckpointError(f"{path}: no complete checkpoint in this run yet")
 
 
@@ -183,5 +184,9 @@ def read_best(run: Path) -> dict | None:
 
 def newest_run(runs_dir: Path) -> Path | None:
     """The training run whose newest checkpoint was published last."""
-    runs = [p for p in Path(runs_dir).glob("*") if list_steps(p)]
-    return max(runs, key=lambda run: list_steps(run)[-1].stat().st_mtime, default=None)
+    published = {}
+    for run in Path(runs_dir).glob("*"):
+        for step in list_steps(run)[-1:]:
+            with contextlib.suppress(OSError):  # pruned meanwhile
+                published[run] = step.stat().st_mtime_ns
+    return max(published, key=published.get, default=None)

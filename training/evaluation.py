@@ -11,11 +11,12 @@ import numpy as np
 import torch
 
 from data.batches import Batch, Examples, evaluation_batches
+from data.prompts import end_id, prompt_ids
 from model.generation import generate
 from model.sampling import Sampling
 from training.loss import loss_sum
 
-SAMPLES = 3
+SAMPLES, FREE_LINES = 3, 10  # written at each evaluation: pairs, lines
 
 
 class Interrupted(Exception):
@@ -65,28 +66,19 @@ class Sampler:
 
     def __init__(self, dataset, rules: Sampling, seed: int):
         self.dataset, self.rules, self.seed = dataset, rules, seed
-        tokenizer = dataset.tokenizer
         if dataset.kind == "pairs":
-            held_out = dataset.held_out[:SAMPLES]
             self.rules = replace(rules, greedy=True)  # what it thinks, rather than what it might
+            held_out = dataset.held_out[:SAMPLES]
             self.shown = [(pair["prompt"], pair["completion"]) for pair in held_out]
-            prompts = [[*tokenizer.encode(prompt), tokenizer.start_id] for prompt, _ in self.shown]
-        elif dataset.kind == "lines":
-            self.shown = [("", "")] * 10
-            prompts = [[tokenizer.start_id]] * 10
         else:
-            self.shown = [("", "")]
-            prompts = [free_start(tokenizer)]
-        self.prompts = prompts
+            self.shown = [("", "")] * (FREE_LINES if dataset.kind == "lines" else 1)
 
     def __call__(self, model) -> list[str]:
-        """One text for each of `shown`. Leaves the model in training mode."""
-        if not self.prompts:
-            return []
-        tokenizer = self.dataset.tokenizer
-        end_id = None if self.dataset.kind == "stream" else tokenizer.end_id
-        rows = generate(model, self.prompts, self.rules, seed=self.seed, end_id=end_id)
-        model.train()
+        """One text for each of `shown`. Leaves the model in the mode it was in."""
+        kind, tokenizer = self.dataset.kind, self.dataset.tokenizer
+        prompts = [prompt_ids(kind, tokenizer, prompt) for prompt, _ in self.shown]
+        end = end_id(kind, tokenizer)
+        rows = generate(model, prompts, self.rules, seed=self.seed, end_id=end)
         return [tokenizer.decode(row) for row in rows]
 
     def lines(self, texts: list[str]) -> list[str]:
@@ -97,12 +89,6 @@ class Sampler:
             f"{prompt}\n  wrote: {text}\n  true:  {true}"
             for (prompt, true), text in zip(self.shown, texts, strict=True)
         ]
-
-
-def free_start(tokenizer) -> list[int]:
-    """What free writing in a stream follows on: a line's end, if the tokenizer knows one."""
-    ids = tokenizer.encode("\n") if tokenizer.unk_id is not None else []
-    return ids if ids and tokenizer.unk_id not in ids else [tokenizer.start_id]
 
 
 def example_ids(examples: Examples, longest: int = 32) -> np.ndarray:

@@ -33,7 +33,7 @@ class Recorder:
         self.peak_flops = matmul_flops(t.device, t.precision)
         self.failed_save = ""
         self.shown_at = -QUIET
-        self.tokens = 0  # since the last log entry
+        self.steps = self.tokens = self.positions = 0  # since the last log entry
         self.bar = tqdm(
             total=t.config.max_steps,
             initial=t.progress.step,
@@ -149,7 +149,9 @@ class Recorder:
     def end_step(self, result: StepResult, lr: float):
         """After a step: the bar, and a log entry if one is due."""
         t, step = self.t, self.t.progress.step
-        self.tokens += result.targets
+        self.steps += 1
+        self.tokens += result.tokens
+        self.positions += result.positions
         self.bar.update()
         if not result.updated:
             scale = t.scaler.get_scale()
@@ -162,7 +164,7 @@ class Recorder:
             return
         seconds = self.clock.training()
         speed = self.tokens / seconds
-        flops = speed * t.model.flops_per_token(t.config.seq_len)
+        flops = self.positions / seconds * t.model.flops_per_token(t.config.seq_len)
         self.metrics.scalars(
             step,
             {
@@ -175,30 +177,31 @@ class Recorder:
                 "speed/tokens_per_second": speed,
                 "speed/tflops": flops / 1e12,
                 "speed/mfu": flops / self.peak_flops,
+                "padding": 1 - self.tokens / self.positions,
                 "memory/megabytes": memory_used(t.device) / 1e6,
                 **({"fp16/scale": t.scaler.get_scale()} if t.scaler.is_enabled() else {}),
                 **self.clock.shares(),
             },
         )
-        self.show_step(step, result, speed)
-        self.tokens = 0
+        left = (t.config.max_steps - step) * seconds / self.steps
+        self.show_step(step, f"loss {result.loss:.4f}, {speed:,.0f} tokens/s", left)
+        self.steps = self.tokens = self.positions = 0
         self.clock.restart()
 
-    def show_step(self, step: int, result: StepResult, speed: float):
+    def show_step(self, step: int, text: str, left: float):
         """The bar's text, or a plain line at most every few seconds."""
-        text = f"loss {result.loss:.4f}, {speed:,.0f} tokens/s"
         if not self.bar.disable:
             self.bar.set_postfix_str(text, refresh=False)
         elif time.monotonic() - self.shown_at >= QUIET or step == self.t.config.max_steps:
             self.shown_at = time.monotonic()
-            left = (self.t.config.max_steps - step) * result.targets / speed
             self.say(f"step {step:,}/{self.t.config.max_steps:,}: {text}, {minutes(left)} left")
 
     def finish(self):
         """The end of a whole run: samples, the best loss, and what to type next."""
         t, run = self.t, self.plan.run
         self.bar.close()
-        print("\n" + "\n\n".join(self.sampler.lines(self.sampler(t.model))) + "\n")
+        gap = "\n" if t.dataset.kind == "lines" else "\n\n"
+        print("\n" + gap.join(self.sampler.lines(self.sampler(t.model))) + "\n")
         if t.val:
             best = read_best(run) or {"val_loss": t.progress.best_val_loss, "step": "?"}
             print(f"best validation loss {best['val_loss']:.4f} at step {best['step']}\n")

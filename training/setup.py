@@ -31,7 +31,7 @@ class Progress:
     """Where a run stands: the loop's counters, saved with every checkpoint."""
 
     step: int = 0
-    tokens: int = 0  # predicted in training so far
+    tokens: int = 0  # read in training so far
     skipped: int = 0  # steps without an update, fp16 only
     best_step: int = 0
     best_val_loss: float | None = None

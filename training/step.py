@@ -18,11 +18,15 @@ class NonFinite(Exception):
 
 @dataclass
 class StepResult:
-    """loss: mean over the step's targets, in nats. grad_norm: before clipping."""
+    """loss: mean over the step's targets, in nats. grad_norm: before clipping.
+
+    tokens: read by the model, without padding; positions: with it.
+    """
 
     loss: float
     grad_norm: float
-    targets: int
+    tokens: int
+    positions: int
     updated: bool
 
 
@@ -58,7 +62,9 @@ def train_step(t: Training, hidden, micro_batches, targets: int, step: int, cloc
             for optimizer in t.optimizers:
                 t.scaler.step(optimizer)
         t.scaler.update()
-    return StepResult(loss, norm, targets, updated)
+    tokens = sum(batch.tokens for batch in micro_batches)
+    positions = sum(batch.ids.size for batch in micro_batches)
+    return StepResult(loss, norm, tokens, positions, updated)
 
 
 def check_finite(t: Training, loss: float, norm: float, step: int):

@@ -1,0 +1,23 @@
+"""Where a prompt stands in what the model reads, for each kind of data."""
+
+
+def prompt_ids(kind: str, tokenizer, prompt: str) -> list[int]:
+    """What the model reads first: never empty. Raises UserError for characters it cannot know.
+
+    A prompt stands before <start> for pairs, after it for lines, and alone for a stream, where an
+    empty one is the end of a line, if the tokenizer knows that.
+    """
+    ids = tokenizer.encode(prompt)
+    if kind == "pairs":
+        return [*ids, tokenizer.start_id]
+    if kind == "lines":
+        return [tokenizer.start_id, *ids]
+    if not ids and tokenizer.unk_id is not None:
+        ids = tokenizer.encode("\n")
+        ids = [] if tokenizer.unk_id in ids else ids
+    return ids or [tokenizer.start_id]
+
+
+def end_id(kind: str, tokenizer) -> int | None:
+    """The token that ends a text; a stream has none."""
+    return None if kind == "stream" else tokenizer.end_id
