@@ -5,10 +5,10 @@
     model = TransformerDecoder.from_checkpoint("runs/my-run")  # in a notebook
 
 Shapes: B sequences, T tokens, C = d_model, H heads of width D = C / H, S keys, V = vocab_size.
-The numbered comments stand in all three engines' files, at the same places.
 """
 
 import math
+from contextlib import nullcontext
 from dataclasses import asdict
 
 import torch
@@ -42,16 +42,12 @@ def create_norm(config: ModelConfig) -> nn.Module:
 
 
 def attention(Q, K, V, mask, dropout, causal):
-    """softmax(Q K^T / sqrt(D)) V in each head. Vaswani et al. (2017), equation 1.
-
-    On a CPU under autocast in float32: there the backward pass of the bf16 kernel takes twice to
-    six times as long.
-    """
-    if Q.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
-        with torch.autocast("cpu", enabled=False):
-            Q, K, V = Q.float(), K.float(), V.float()
-            return F.scaled_dot_product_attention(Q, K, V, mask, dropout, is_causal=causal)
-    return F.scaled_dot_product_attention(Q, K, V, mask, dropout, is_causal=causal)
+    """softmax(Q K^T / sqrt(D)) V in each head, (B, H, T, D). Vaswani et al. (2017), equation 1."""
+    wide = Q.device.type == "cpu" and torch.is_autocast_enabled("cpu")
+    if wide:  # a CPU's backward pass is two to six times as fast in float32 as in bf16
+        Q, K, V = Q.float(), K.float(), V.float()
+    with torch.autocast("cpu", enabled=False) if wide else nullcontext():
+        return F.scaled_dot_product_attention(Q, K, V, mask, dropout, is_causal=causal)
 
 
 class MultiHeadAttention(nn.Module):
@@ -76,8 +72,7 @@ class MultiHeadAttention(nn.Module):
             K, V = cache.extend(K, V)  # (B, H, S, D)
         # (2) every query weighs the keys up to its own place: a lone query sees all it is given
         dropout = self.dropout if self.training else 0.0
-        causal = mask is None and T > 1
-        y = attention(Q, K, V, mask, dropout, causal)  # (B, H, T, D)
+        y = attention(Q, K, V, mask, dropout, causal=mask is None and T > 1)
         # (3) heads side by side again, and the output projection
         return self.W_o(y.transpose(1, 2).reshape(B, T, C))
 
@@ -164,8 +159,7 @@ class TransformerDecoder(nn.Module):
         """
         for name, parameter in self.named_parameters():
             if parameter.dim() == 2:
-                writes_residual = name.endswith(("W_o.weight", "linear2.weight"))
-                narrow = self.config.norm_first and writes_residual
+                narrow = self.config.norm_first and name.endswith(("W_o.weight", "linear2.weight"))
                 std = self.config.init_std / (math.sqrt(2 * len(self.layers)) if narrow else 1.0)
                 nn.init.normal_(parameter, std=std)
             elif name.endswith("bias"):
@@ -176,7 +170,7 @@ class TransformerDecoder(nn.Module):
 
         mask: None for causal; else as in `torch.nn.functional.scaled_dot_product_attention`.
         positions: flat indices (N,) into B x T where logits are wanted: they come as (N, V).
-        cache: a `model.generation.KVCache`; the ids then follow on those it has seen.
+        cache: a `generation.KVCache`; the ids then follow on those it has seen. No gradients.
         """
         x = self.hidden(ids, mask, cache)
         if positions is not None:
@@ -189,12 +183,16 @@ class TransformerDecoder(nn.Module):
         if T > self.max_len:
             raise UserError(f"{T} tokens are more than model.max_len = {self.max_len} holds")
         # (6) token embedding plus position
-        table = self.pos_encoding[:T] if cache is None else cache.take(self.pos_encoding, T)
+        if cache is None:
+            table, layer_caches = self.pos_encoding[:T], [None] * len(self.layers)
+        else:
+            table, layer_caches = cache.take(self.pos_encoding, T), cache.layers
+            mask = cache.mask
         x = self.embed(ids) * self.embedding_scale + table  # (B, T, C)
         x = self.dropout(self.embed_norm(x))
         # (7) the layers, one after another
-        for i, layer in enumerate(self.layers):
-            x = layer(x, *((mask, None) if cache is None else (cache.mask, cache.layers[i])))
+        for layer, layer_cache in zip(self.layers, layer_caches, strict=True):
+            x = layer(x, mask, layer_cache)
         return self.final_norm(x)
 
     def num_parameters(self) -> int:
@@ -210,20 +208,16 @@ class TransformerDecoder(nn.Module):
         multiplied = sum(m.weight.numel() for m in self.modules() if isinstance(m, nn.Linear))
         return 6 * multiplied + 12 * len(self.layers) * self.config.d_model * length
 
-    def generate(
-        self, tokens, start_id=2, end_id=3, max_len=64, temperature=1.0, top_k=50, seed=0, **rules
-    ):
+    def generate(self, tokens, start_id=2, end_id=3, max_len=64, temperature=1.0, top_k=50, seed=0):
         """Ids that follow `tokens` (a list of ids) and `start_id`, up to `end_id`, at most max_len.
 
-        start_id None: `tokens` stand alone. `rules` are the other fields of
-        `model.sampling.Sampling`. For text, batches and streaming see `model.generation`.
+        start_id None: `tokens` stand alone. For all else that generating can see `generation`.
         """
-        from model.generation import generate  # here, because generation builds on this file
-        from model.sampling import Sampling
+        from model import generation, sampling  # here, because they build on this file
 
         prompt = list(tokens) + ([] if start_id is None else [start_id])
-        how = Sampling(temperature=temperature, top_k=top_k, max_new_tokens=max_len, **rules)
-        return generate(self, [prompt], how, seed=seed, end_id=end_id)[0]
+        rules = sampling.Sampling(temperature, top_k, max_new_tokens=max_len)
+        return generation.generate(self, [prompt], rules, seed=seed, end_id=end_id)[0]
 
     def load_weights(self, tensors):
         """Copies arrays by parameter name (a tied matrix once) into this model."""
@@ -249,10 +243,7 @@ class TransformerDecoder(nn.Module):
 
     @classmethod
     def from_checkpoint(cls, path, dtype=torch.float32) -> "TransformerDecoder":
-        """The decoder of a checkpoint, or of a run (its best step), in evaluation mode.
-
-        Raises `model.checkpoint.CheckpointError` where files are missing or damaged.
-        """
+        """The decoder of a checkpoint, or of a run (its best step). Raises CheckpointError."""
         checkpoint = Checkpoint.find(path)
         model = cls.from_config(checkpoint.model_config(), dtype)
         model.load_weights(checkpoint.tensors("model.safetensors"))
