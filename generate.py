@@ -12,7 +12,6 @@ With --json each text is one JSON object on a line of its own, exact, with how i
 
 import contextlib
 import json
-import re
 import sys
 from collections import Counter
 from dataclasses import dataclass, field, replace
@@ -32,7 +31,6 @@ from training import cli
 DESCRIPTION = "Writes text with a trained model: after prompts, or freely without any."
 ROWS = 32  # texts written at a time; the memory for their caches grows with it
 FREE_LINES, FREE_PAIRS = 10, 3  # how many are written without a prompt
-CONTROL = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f]")  # all but tab and newline
 
 
 @tyro.conf.configure(tyro.conf.FlagCreatePairsOff)
@@ -102,7 +100,6 @@ def main() -> int:
     """Reads the command line and the checkpoint, and writes. Returns the exit status."""
     arguments = cli.parse(Arguments, DESCRIPTION)
     prompts = [*arguments.prompt, *read_prompts(arguments.prompt_file)]
-    sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may lack a character
     source = open_source(arguments)
     if arguments.interactive:
         return converse(arguments, source)
@@ -159,11 +156,11 @@ def read_source(checkpoint: Checkpoint) -> Source:
             checkpoint.read(name)  # which verifies it
     return Source(
         checkpoint,
-        checkpoint.config["data"]["kind"],
+        checkpoint.config["data"].get("kind", "stream"),
         load_tokenizer(checkpoint.path),
         checkpoint.model_config(),
         checkpoint.tensors("model.safetensors"),
-        checkpoint.state["held_out"],
+        checkpoint.state.get("held_out", []),
     )
 
 
@@ -302,8 +299,7 @@ def layout(kind: str, jobs: list[Job], index: int, text: str) -> str:
 
 def show(text: str):
     """Prints at once; control characters, which could command a terminal, as \\x1b and the like."""
-    visible = CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
-    print(visible, end="", flush=True)
+    print(cli.visible(text), end="", flush=True)
 
 
 def converse(arguments: Arguments, source: Source) -> int:

@@ -134,18 +134,21 @@ class Batches:
         return [self.examples.batch(rows, shift) for rows in cut(mine, size)]
 
 
-def evaluation_batches(examples: Examples, batch_size: int) -> Iterator[Batch]:
-    """Every target of a split once, in a fixed order; a stream's last window may be short."""
-    if examples.split.starts is not None:
-        for chosen in cut(np.argsort(examples.lengths, kind="stable"), batch_size):
-            yield examples.batch(chosen)
-        return
+def evaluation_batches(examples: Examples, batch_size: int, limit: int = 0) -> Iterator[Batch]:
+    """Every target of a split once, in a fixed order; a stream's last window may be short.
+
+    limit: only so many examples, always the same ones, drawn evenly; 0: all.
+    """
+    is_stream = examples.split.starts is None
     ids, T = examples.split.ids, examples.seq_len
-    whole = (len(ids) - 1) // T
-    for chosen in cut(np.arange(whole), batch_size):
-        yield examples.batch(chosen)
-    tail = np.asarray(ids[whole * T :], dtype=np.int64)
-    if len(tail) > 1:
+    count = (len(ids) - 1) // T if is_stream else examples.count
+    chosen = permutation(count, "evaluation")[:limit] if limit else np.arange(count)
+    if not is_stream:
+        chosen = chosen[np.argsort(examples.lengths[chosen], kind="stable")]
+    for rows in cut(chosen, batch_size):
+        yield examples.batch(rows)
+    tail = np.asarray(ids[count * T :], dtype=np.int64) if is_stream else ()
+    if len(tail) > 1 and not 0 < limit <= count:
         yield Batch(tail[None, :-1].copy(), tail[1:].copy(), None, len(tail) - 1)
 
 

@@ -76,12 +76,13 @@ def prepare(config: DataConfig, report: Report = print, tokenizer=None) -> Datas
 
     `tokenizer` is used in place of the one that `config` describes.
     """
-    cache = Path(config.cache_dir).expanduser() if config.cache_dir else CACHE
+    cache = Path(os.path.expanduser(config.cache_dir)) if config.cache_dir else CACHE
     try:
         cache.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        reason = getattr(error, "strerror", None) or error
         raise UserError(
-            f"{cache}: {error.strerror}: set data.cache_dir to a folder that can be written"
+            f"{cache}: {reason}: set data.cache_dir to a folder that can be written"
         ) from None
     source = open_source(config, report, cache)
     settings = {
@@ -112,6 +113,8 @@ def built_at(folder: Path) -> Iterator[Path]:
         if folder.exists():  # a folder without a manifest is nobody's
             shutil.rmtree(folder)
         os.replace(unfinished, folder)
+    except BrokenPipeError:
+        raise  # of what is reported, not of what is written
     except OSError as error:
         raise UserError(f"{folder}: {error.strerror or error}: nothing was kept") from None
     finally:

@@ -196,11 +196,11 @@ def _escape(text: str) -> str:
 # Loading ------------------------------------------------------------------------------------------
 
 
-def load_tokenizer(folder: Path) -> CharTokenizer | SentencePieceTokenizer:
-    """The tokenizer saved in `folder`. Raises UserError if there is none or it is damaged."""
+def load_tokenizer(place: Path) -> CharTokenizer | SentencePieceTokenizer:
+    """The tokenizer in a folder, or that file. Raises UserError for none or a damaged one."""
     for name, load in (("tokenizer.json", _load_characters), ("tokenizer.model", _load_model)):
-        path = folder / name
-        if path.exists():
+        path = place if place.is_file() else place / name
+        if path.exists() and path.suffix == Path(name).suffix:
             try:
                 return load(path)
             # KeyError and TypeError: JSON of another shape; RecursionError: JSON nested too deep
@@ -208,7 +208,7 @@ def load_tokenizer(folder: Path) -> CharTokenizer | SentencePieceTokenizer:
                 raise UserError(
                     f"{path} is not a tokenizer ({error}): restore it from a copy, or train again"
                 ) from None
-    raise UserError(f"{folder} has neither tokenizer.json nor tokenizer.model: restore it")
+    raise UserError(f"{place}: there is neither a tokenizer.json nor a tokenizer.model")
 
 
 def _load_model(path: Path) -> SentencePieceTokenizer:

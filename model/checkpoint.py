@@ -43,12 +43,18 @@ class Checkpoint:
     @cached_property
     def config(self) -> dict:
         """The whole resolved configuration of the run, as `config.json` holds it."""
-        return self.json("config.json")
+        config = self.json("config.json")
+        if not all(isinstance(config.get(part), dict) for part in ("model", "data")):
+            raise CheckpointError(f"{self.path / 'config.json'}: has no model or no data in it")
+        return config
 
     @cached_property
     def state(self) -> dict:
         """Step, tokens seen, best validation loss, scaler, hashes, versions."""
-        return self.json("state.json")
+        state = self.json("state.json")
+        if type(state.get("step")) is not int or state["step"] < 0:
+            raise CheckpointError(f"{self.path / 'state.json'}: has no step in it")
+        return state
 
     def read(self, name: str) -> bytes:
         """The verified bytes of one file. Raises CheckpointError."""
@@ -73,13 +79,23 @@ class Checkpoint:
 
     def json(self, name: str):
         """A verified JSON file."""
-        return json.loads(self.read(name))
+        try:
+            content = json.loads(self.read(name))
+        except (ValueError, RecursionError):
+            content = None
+        if not isinstance(content, dict):
+            raise CheckpointError(f"{self.path / name}: is not the JSON object it should be")
+        return content
 
     def tensors(self, name: str) -> dict:
         """A verified safetensors file as NumPy arrays by name."""
-        from safetensors.numpy import load  # here: reading a configuration needs no NumPy
+        from safetensors import SafetensorError  # here: reading settings needs no NumPy
+        from safetensors.numpy import load
 
-        return load(self.read(name))
+        try:
+            return load(self.read(name))
+        except (SafetensorError, ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{self.path / name}: not a safetensors file: {error}") from None
 
     def model_config(self) -> ModelConfig:
         """The shape of the decoder."""
@@ -89,7 +105,10 @@ class Checkpoint:
             raise CheckpointError(
                 f"{self.path / 'config.json'}: model.{unknown[0]} is unknown to this version"
             )
-        return ModelConfig(**self.config["model"])
+        try:
+            return ModelConfig(**self.config["model"])
+        except (UserError, TypeError) as error:
+            raise CheckpointError(f"{self.path / 'config.json'}: {error}") from None
 
     def verify(self, without: tuple[str, ...] = ()) -> "Checkpoint":
         """Reads every file but `without`; raises CheckpointError at the first that is not whole."""

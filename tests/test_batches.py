@@ -127,6 +127,21 @@ def test_evaluation_sees_every_target_once():
     assert len(set(targets)) == len(targets)
 
 
+def test_a_limited_evaluation_is_an_even_draw_and_always_the_same():
+    split = documents([(0, i) for i in range(1, 101)])
+    examples = Examples(split, 200, 0)
+
+    def drawn(limit):
+        return [t for b in evaluation_batches(examples, 8, limit) for t in b.targets]
+
+    assert drawn(10) == drawn(10)
+    assert sum(len(b.ids) for b in evaluation_batches(examples, 8, 10)) == 10
+    assert 250 < len(drawn(10)) < 850, "10 of 100 documents of 2 to 101 targets, not the shortest"
+    windows = Examples(stream(801), 8, 0)
+    assert sum(len(b.ids) for b in evaluation_batches(windows, 3, 7)) == 7
+    assert sum(len(b.ids) for b in evaluation_batches(windows, 3, 1000)) == 100
+
+
 def test_like_lengths_are_batched_together():
     dice = np.random.default_rng(0)
     shapes = [(int(a), int(b)) for a, b in dice.geometric(0.05, (3000, 2)).clip(1, 60)]

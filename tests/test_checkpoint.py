@@ -25,7 +25,7 @@ WEIGHTS = {"embed.weight": np.arange(12, dtype=np.float32).reshape(3, 4)}
 FILES = {
     "model.safetensors": to_safetensors(WEIGHTS),
     "state.json": b'{"step": 3}',
-    "config.json": b'{"model": {"d_model": 8}}',
+    "config.json": b'{"model": {"d_model": 8}, "data": {}}',
 }
 
 
@@ -88,6 +88,20 @@ def test_another_format_version_is_refused(tmp_path):
     (path / MANIFEST).write_bytes(seal(manifest))
     with pytest.raises(CheckpointError, match="format 99, but this version reads format 1"):
         Checkpoint(path)
+
+
+@pytest.mark.parametrize("content", [b"[]", b"{", b"{}", b'{"step": "x"}', b"[" * 99999])
+def test_wrong_contents_under_right_hashes_are_checkpoint_errors(tmp_path, content):
+    path = save(tmp_path, 3, {name: content for name in FILES})
+    checkpoint = Checkpoint(path).verify()
+    for read in (
+        lambda: checkpoint.step,
+        lambda: checkpoint.config,
+        lambda: checkpoint.model_config(),
+        lambda: checkpoint.tensors("model.safetensors"),
+    ):
+        with pytest.raises(CheckpointError, match=r"step_00000003"):
+            read()
 
 
 def test_a_manifest_cannot_name_files_elsewhere(tmp_path):
@@ -186,7 +200,7 @@ def test_newest_run_is_the_one_saved_last(tmp_path):
     assert newest_run(tmp_path).name == "a"
 
 
-@pytest.mark.parametrize("name", ["", "../x", "a/b", ".hidden", "a b", "ü", "a\n"])
+@pytest.mark.parametrize("name", ["", "../x", "a/b", ".hidden", "a b", "ü", "a\n", "a" * 201])
 def test_run_names_stay_inside_the_folder_of_runs(name):
     with pytest.raises(writer.UserError, match="--name"):
         check_run_name(name)

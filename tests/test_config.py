@@ -44,6 +44,9 @@ def test_every_key_of_a_shipped_configuration_has_a_comment(path):
         ({"train": {"keep": 0}}, "train.keep = 0 must be at least 1"),
         ({"data": {"val_fraction": 1.0}}, "data.val_fraction = 1.0 must be at least 0 and below 1"),
         ({"data": {"seq_len": 999}}, "data.seq_len = 999 is more than model.max_len = 128"),
+        ({"seed": 2**63}, "must be below 2^63"),
+        ({"train": {"threads": 10**9}}, "train.threads = 1000000000 must be at most 1024"),
+        ({"sample": {"": 1}}, "unknown key sample."),
         ({"seed": True}, "seed = True: input should be a valid integer"),
     ],
 )
@@ -53,6 +56,13 @@ def test_bad_values_are_named_with_their_key_and_mend(values, said):
     assert str(error.value).startswith("my.toml: ")
     assert said in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("key", ["lr", "grad_clip", "weight_decay", "eps", "min_lr_ratio"])
+def test_the_command_line_too_takes_no_nan_and_no_infinity(key):
+    for value in (math.nan, math.inf):
+        with pytest.raises(UserError, match=key):
+            replace(Config().optimizer, **{key: value})
 
 
 def test_all_that_is_wrong_is_told_at_once():
@@ -69,6 +79,9 @@ def test_files_that_cannot_be_read(tmp_path):
     (tmp_path / "binary.toml").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(UserError, match="not UTF-8"):
         load(tmp_path / "binary.toml")
+    (tmp_path / "endless.toml").write_text("seed = " + "1" * 5000)
+    with pytest.raises(UserError, match="not TOML"):
+        load(tmp_path / "endless.toml")
     (tmp_path / "broken.toml").write_text("[model\nd_model = 3")
     with pytest.raises(UserError, match=r"not TOML.*line 1"):
         load(tmp_path / "broken.toml")
@@ -121,6 +134,11 @@ def test_a_shorter_run_stays_on_the_learning_rate_curve():
     longer = resumed(shorter, replace(shorter, max_steps=300), True)
     assert (longer.max_steps, longer.horizon) == (300, 300)
     assert resumed(stored, stored, False) == stored
+    # a schedule that was meant to end before the run does stays as it is
+    early = replace(stored, optimizer=replace(stored.optimizer, schedule_steps=20))
+    assert resumed(early, replace(early, max_steps=60), False).horizon == 20
+    assert not any(c.refused for c in changes(early, replace(early, max_steps=60), False))
+    assert resumed(early, replace(early, max_steps=300), True).horizon == 20
 
 
 def test_flatten_names_every_setting():

@@ -4,6 +4,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import time
@@ -134,6 +135,10 @@ def test_other_intervals_change_nothing(home):
     assert last_files(home / "runs/often") == last_files(home / "runs/straight")
     straight = losses(home / "runs/straight")
     often = losses(home / "runs/often")
+    board = EventAccumulator(str(home / "runs/often/tensorboard"), {"histograms": 0})
+    board.Reload()
+    histograms = set(board.Tags()["histograms"])
+    assert {"weights/embed.weight", "gradients/layers.0.self_attn.W_q.weight"} <= histograms
     shared = straight.keys() & often.keys()
     assert len(shared) > 10
     assert all(straight[key] == often[key] for key in shared)
@@ -272,3 +277,93 @@ def test_print_config_is_a_configuration(home):
     again = run("train.py", "--config", "printed.toml", "--print_config", cwd=home)
     assert again.stdout == result.stdout
     assert "n_layers = 5" in result.stdout
+
+
+def test_both_spellings_of_a_flag_are_one(home):
+    flags = ["--config", "tiny.toml", "--init-from=runs/straight", "--runs-dir", "elsewhere"]
+    result = run("train.py", *flags, "--name", "hyphens", "--max-steps", 2, cwd=home)
+    assert result.returncode == 0, result.stderr
+    assert "from the weights of" in result.stdout
+    assert list_steps(home / "elsewhere" / "hyphens")
+
+
+def test_killed_between_the_last_save_and_its_evaluation(home):
+    name = "last"
+    result = run("train.py", "--config", "tiny.toml", "--name", name, "--max_steps", 6, cwd=home)
+    assert result.returncode == 0
+    folder, whole = home / "runs" / name, losses(home / "runs" / name)
+    log = folder / "metrics.jsonl"  # as if the kill had come before the evaluation's record
+    log.write_text("".join(f"{json.dumps(r)}\n" for r in metrics(folder) if "loss/val" not in r))
+    (folder / "checkpoints" / "best.json").unlink()
+    result = run("train.py", "--resume", "--name", name, cwd=home)
+    assert result.returncode == 0, result.stderr
+    assert losses(folder) == whole
+    assert read_best(folder)["step"] == 6
+    assert "finished" in run("train.py", "--resume", "--name", name, cwd=home).stdout
+
+
+def test_a_damaged_newest_step_is_passed_over_and_made_again(home):
+    shutil.copytree(home / "runs" / "straight", home / "runs" / "damaged")
+    weights = home / "runs/damaged/checkpoints/step_00000040/model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    result = run("train.py", "--resume", "--name", "damaged", cwd=home)
+    assert result.returncode == 0, result.stderr
+    assert "passed over" in result.stdout
+    assert "going on with" in result.stdout
+    assert last_files(home / "runs/damaged") == last_files(home / "runs/straight")
+    assert losses(home / "runs/damaged") == losses(home / "runs/straight")
+    assert list((home / "runs/damaged/checkpoints").glob("damaged_*"))
+
+
+def test_resume_refuses_another_tokenizer(home):
+    shutil.copytree(home / "runs" / "straight", home / "runs" / "scrambled")
+    (cached,) = (home / "cache").glob("text-*/tokenizer.json")
+    before = cached.read_text()
+    cached.write_text(before.replace("x", "~"))
+    flags = ["--resume", "--name", "scrambled", "--extend", "--max_steps", 44]
+    try:
+        assert "the data of" in refused(run("train.py", *flags, cwd=home))
+    finally:
+        cached.write_text(before)
+    result = run("train.py", *flags, "--precision", "fp64", cwd=home)
+    assert result.returncode == 0, result.stderr
+    assert "changed: precision: fp32 -> fp64" in result.stdout
+
+
+def test_a_terminal_that_lacks_characters_and_a_reader_that_leaves(home):
+    (home / "accents.txt").write_text("é“☃\x1b[31m " * 300, encoding="utf-8")
+    flags = ["--config", "tiny.toml", "--data.path", "accents.txt", "--max_steps", "4"]
+    environment = {**os.environ, "LC_ALL": "C", "PYTHONIOENCODING": "ascii"}
+    result = subprocess.run(
+        command("train.py", *flags, "--name", "ascii"), cwd=home, env=environment,
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert "\x1b" not in result.stdout
+    process = subprocess.Popen(
+        command("train.py", "--config", "tiny.toml", "--max_steps", 100000, "--name", "pipe"),
+        cwd=home, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    while "step 1/" not in process.stdout.readline():
+        assert process.poll() is None
+    process.stdout.close()
+    said = process.stderr.read()
+    assert process.wait(timeout=30) == 141
+    assert "Traceback" not in said
+    assert list_steps(home / "runs" / "pipe"), "what was trained is saved"
+
+
+def test_a_run_that_never_began_leaves_its_name_free(home):
+    flags = ["--config", "tiny.toml", "--name", "never", "--max_steps", "3"]
+    first = run("train.py", *flags, "--runs_dir", "tiny.toml", cwd=home)
+    assert "--runs_dir tiny.toml" in refused(first)
+    assert run("train.py", *flags, cwd=home).returncode == 0
+
+
+def test_a_notebook_reads_a_run(home):
+    from model.transformer_full import TransformerDecoder
+
+    model = TransformerDecoder.from_checkpoint(home / "runs" / "straight")
+    tokens = model.generate([7, 8, 9], start_id=None, end_id=None, max_len=5, seed=3)
+    assert len(tokens) == 5
+    assert tokens == model.generate([7, 8, 9], start_id=None, end_id=None, max_len=5, seed=3)

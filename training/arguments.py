@@ -5,6 +5,8 @@ what the checkpoint carries), the flags.
 """
 
 import argparse
+import os
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
@@ -17,7 +19,7 @@ from training.config import Config, load, to_toml
 from training.run import (
     Plan,
     find_resume,
-    is_newest,
+    is_finished,
     keep_resolved,
     load_weights_of,
     name_run,
@@ -60,12 +62,15 @@ def read_command_line(say, argv: list[str] | None = None) -> Plan | None:
     scan.add_argument("--runs_dir", default="runs")
     scan.add_argument("--init_from", default="")
     scan.add_argument("--resume", nargs="*")
+    argv = [underscored(flag) for flag in (sys.argv[1:] if argv is None else argv)]
     early = scan.parse_known_args(argv)[0]  # what the other flags' defaults depend on
     if early.resume is not None and len(early.resume) > 1:
         raise UserError(f"--resume takes one path, not {len(early.resume)}")
     if early.resume is not None and early.init_from:
         raise UserError("--resume goes on with a run, --init_from starts one: give one of them")
 
+    if early.resume is None and "--extend" in argv:
+        raise UserError("--extend goes with --resume")
     found = weights = None
     if early.resume is not None:
         path = early.resume[0] if early.resume else None
@@ -81,10 +86,29 @@ def read_command_line(say, argv: list[str] | None = None) -> Plan | None:
     if arguments.print_config:
         print(to_toml(arguments.settings))
         return None
+    check_runs_dir(Path(arguments.runs_dir))
     plan = make_plan(arguments, found, weights, say)
     if plan is not None:
         say(describe(arguments, plan))
     return plan
+
+
+def underscored(flag: str) -> str:
+    """`--init-from=x` as `--init_from=x`: both spellings are taken."""
+    if not flag.startswith("--"):
+        return flag
+    name, equals, value = flag.partition("=")
+    return "--" + name[2:].replace("-", "_") + equals + value
+
+
+def check_runs_dir(folder: Path):
+    """Refuses a folder of runs that cannot be written, before any work is done."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--runs_dir {folder}: {error.strerror}: choose another folder") from None
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"--runs_dir {folder}: cannot be written: choose another folder")
 
 
 def make_plan(arguments: Arguments, found, weights, say) -> Plan | None:
@@ -97,19 +121,18 @@ def make_plan(arguments: Arguments, found, weights, say) -> Plan | None:
         ):
             raise UserError(f"--init_from {weights.path}: its model has another shape: leave it")
         return Plan(name_run(runs_dir, arguments.name, stem), config, weights=weights)
-    folder, checkpoint = found
+    folder, checkpoint, forks = found
     stored = stored_config(checkpoint)
     config = keep_resolved(stored, config)
     config, changes = plan_resume(stored, config, arguments.extend)
     for change in changes:
         say(f"changed: {change.key}: {change.before} -> {change.after}")
-    if checkpoint.step >= config.max_steps:
+    if checkpoint.step >= config.max_steps and is_finished(folder, checkpoint, config):
         say(
             f"{folder}: finished at step {checkpoint.step}; to train on: "
             f"python train.py --resume {folder} --extend --max_steps {2 * checkpoint.step}"
         )
         return None
-    forks = not is_newest(folder, checkpoint)
     if forks:
         name = "" if arguments.name == folder.name else arguments.name
         folder = name_run(runs_dir, name, folder.name)

@@ -116,7 +116,8 @@ def sync_directory(path: Path):
 
 def check_run_name(name: str):
     """Refuses a run name that could leave the folder of runs, or hide in it."""
-    if not re.fullmatch(r"[A-Za-z0-9._-]+", name) or name.startswith("."):
+    if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,199}", name):
         raise UserError(
-            f"--name {name!r}: only letters, digits, '.', '_' and '-', and no '.' in front"
+            f"--name {name[:210]!r}: only letters, digits, '.', '_' and '-', no '.' in front, "
+            "and at most 200 of them"
         )

@@ -6,6 +6,7 @@ file, checked, and compared on resuming.
 
 import difflib
 import json
+import math
 import tomllib
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
@@ -58,7 +59,7 @@ class OptimizerConfig:
                 for name in ("beta1", "beta2", "momentum")
                 if not 0 <= getattr(self, name) < 1
             ]
-            + ([f"eps = {self.eps} must be above 0"] if not self.eps > 0 else [])
+            + ([] if 0 < self.eps < 1 else [f"eps = {self.eps} must be between 0 and 1"])
         )
 
 
@@ -92,6 +93,7 @@ class TrainConfig:
             at_least(self, 1, "batch_size", "accumulation_steps", "keep", "log_interval")
             + at_least(self, 0, "eval_interval", "eval_examples", "save_interval")
             + at_least(self, 0, "histogram_interval", "threads")
+            + ([f"threads = {self.threads} must be at most 1024"] if self.threads > 1024 else [])
         )
 
 
@@ -117,6 +119,8 @@ class Config:
 
     def __post_init__(self):
         wrong = at_least(self, 0, "seed") + at_least(self, 1, "max_steps")
+        if self.seed >= 2**63:
+            wrong.append(f"seed = {str(self.seed)[:30]} must be below 2^63")
         if self.data.seq_len > self.model.max_len:
             wrong.append(
                 f"data.seq_len = {self.data.seq_len} is more than model.max_len = "
@@ -140,7 +144,7 @@ def at_least(config, least: int, *names: str) -> list[str]:
     return [
         f"{name} = {getattr(config, name)} must be at least {least}"
         for name in names
-        if getattr(config, name) < least
+        if not least <= getattr(config, name) < math.inf  # refuses NaN as well
     ]
 
 
@@ -171,10 +175,10 @@ def describe(error: dict, values: dict) -> str:
     path = [str(part) for part in error["loc"]]
     key = ".".join(path)
     if error["type"] == "unexpected_keyword_argument":
-        known = list(flatten(Config())) + [f.name for f in fields(Config)]
+        known = list(dict.fromkeys([*flatten(Config()), *(f.name for f in fields(Config))]))
         siblings = [name for name in known if name.split(".")[:-1] == path[:-1]]
         # a right key in the wrong table is nearer than a like one in this table
-        near = [name for name in known if name.split(".")[-1] == path[-1]]
+        near = [name for name in known if name.split(".")[-1] == path[-1] != ""]
         near = near or difflib.get_close_matches(key, siblings, 1) or siblings
         near = near or difflib.get_close_matches(key, known, 1)
         hint = f"did you mean {near[0]}?" if len(near) == 1 else f"known: {', '.join(near)}"
@@ -202,7 +206,7 @@ def load(path: Path) -> Config:
         raise UserError(f"--config {path}: {reason}") from None
     try:
         values = tomllib.loads(text)
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # ValueError: also an integer without end
         raise UserError(f"{path}: not TOML: {error}") from None
     return check(values, str(path))
 
@@ -271,7 +275,8 @@ def changes(stored: Config, wanted: Config, extend: bool) -> list[Change]:
         reason = REFUSED.get(key, "")
         if key.startswith("model.") and key not in FREE:
             reason = "the model would change"
-        if key == "max_steps" and after[key] > stored.horizon and not extend:
+        beyond = key == "max_steps" and after[key] > max(stored.horizon, stored.max_steps)
+        if beyond and not extend:
             reason = "the schedule's horizon would change: add --extend if that is meant"
         if key == "optimizer.schedule_steps" and extend:
             reason = ""
@@ -285,7 +290,7 @@ def resumed(stored: Config, wanted: Config, extend: bool) -> Config:
     Fewer steps than stored stop the run earlier on the same learning-rate curve.
     """
     horizon = wanted.optimizer.schedule_steps
-    if extend and wanted.max_steps > stored.horizon:
+    if extend and wanted.max_steps > stored.horizon >= stored.max_steps:
         horizon = 0
     elif wanted.max_steps != stored.max_steps and horizon == stored.optimizer.schedule_steps:
         horizon = stored.horizon

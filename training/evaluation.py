@@ -36,22 +36,19 @@ def to_device(batch: Batch, device: torch.device) -> list[torch.Tensor | None]:
 
 @torch.no_grad()
 def evaluate(model, examples: Examples, batch_size: int, limit: int, precision, stop) -> dict:
-    """Loss in nats a token over the validation examples (the first `limit`, 0: all).
+    """Loss in nats a token over the validation examples (`limit` of them, 0: all).
 
     Returns the scalars to log: loss/val, perplexity/val, bits_per_byte/val.
     """
     device = next(model.parameters()).device
-    total, targets, seen = 0.0, 0, 0
+    total, targets = 0.0, 0
     model.eval()
-    for batch in evaluation_batches(examples, batch_size):
+    for batch in evaluation_batches(examples, batch_size, limit):
         if stop.signal:
             raise Interrupted
-        if limit and seen >= limit:
-            break
         with precision.autocast(device):
             total += loss_sum(model, *to_device(batch, device)).item()
         targets += len(batch.targets)
-        seen += len(batch.ids)
     model.train()
     loss = total / targets
     return {

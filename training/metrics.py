@@ -15,8 +15,10 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
+from data.tokenizer import clean_text
 from training.config import Config, flatten, to_toml
 from training.device import synchronize
+from training.run import read_records
 
 CHARTS = {  # custom scalars: curves that belong on one chart
     "loss": {"train and validation": ["Multiline", ["loss/train", "loss/val"]]},
@@ -32,9 +34,10 @@ class Metrics:
         kept = cut_back(self.file, resumed_at, redo_val)
         self.board = SummaryWriter(str(run / "tensorboard"), purge_step=resumed_at)
         self.jsonl = open(self.file, "a", encoding="utf-8")  # noqa: SIM115, closed in close()
-        if resumed_at is None:
+        if not resumed_at:  # also where a resume at step 0 hides what stood there
             self.board.add_custom_scalars(CHARTS)
-            self.board.add_text("configuration", f"```toml\n{to_toml(config)}\n```")
+            text = clean_text(to_toml(config))
+            self.board.add_text("configuration", f"```toml\n{text}\n```")
             # in the run's own folder: SummaryWriter.add_hparams would make a run of its own
             settings, session, _ = hparams(hyperparameters(config), {"loss/val": math.nan})
             self.board.file_writer.add_summary(settings)
@@ -45,7 +48,8 @@ class Metrics:
 
     def scalars(self, step: int, values: dict[str, float]):
         """One line of metrics.jsonl, and the same values in TensorBoard."""
-        record = {"step": step, **values}
+        # JSON has no infinity, which is what a skipped fp16 step's gradient may have
+        record = {"step": step, **{k: v for k, v in values.items() if math.isfinite(v)}}
         self.jsonl.write(json.dumps(record) + "\n")
         self.jsonl.flush()
         self.show(record)
@@ -77,7 +81,11 @@ class Metrics:
 def hyperparameters(config: Config) -> dict:
     """The settings that TensorBoard's HParams table compares between runs."""
     flat = flatten(config)
-    return {k: v for k, v in flat.items() if not k.startswith(("sample.", "data.cache"))}
+    return {
+        key: clean_text(value) if isinstance(value, str) else value
+        for key, value in flat.items()
+        if not key.startswith(("sample.", "data.cache"))
+    }
 
 
 def cut_back(file: Path, step: int | None, redo_val: bool) -> list[dict]:
@@ -87,15 +95,12 @@ def cut_back(file: Path, step: int | None, redo_val: bool) -> list[dict]:
     """
     if step is None or not file.exists():
         return []
-    kept = []
-    for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            record = json.loads(line)
-            at = record["step"]
-        except (ValueError, KeyError, TypeError):
-            continue
-        if at < step or (at == step and not (redo_val and "loss/val" in record)):
-            kept.append(record)
+    kept = [
+        record
+        for record in read_records(file)
+        if record["step"] < step
+        or (record["step"] == step and not (redo_val and "loss/val" in record))
+    ]
     beside = file.with_suffix(".tmp")
     beside.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
     os.replace(beside, file)

@@ -100,4 +100,5 @@ def load_state_tensors(model: nn.Module, optimizers, arrays: dict[str, np.ndarra
         if parameter is None or (value.dim() and value.shape != parameter.shape):
             raise UserError(f"optimizer.safetensors: {name} does not fit the model")
         # fused optimizers keep even their step count on the device
-        owner[id(parameter)].state[parameter][key] = value.to(parameter.device)
+        dtype = parameter.dtype if value.dim() else value.dtype  # the run may go on in float64
+        owner[id(parameter)].state[parameter][key] = value.to(parameter.device, dtype)

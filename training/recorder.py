@@ -1,5 +1,6 @@
 """Around the loop's steps: checkpoints, evaluations, log entries, and what is shown."""
 
+import contextlib
 import sys
 import time
 
@@ -7,7 +8,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from model.checkpoint import read_best
+from model.checkpoint import list_steps, read_best
+from training import cli
 from training.checkpoint import prune, save, set_best, write_synced
 from training.device import matmul_flops, memory_used
 from training.evaluation import Interrupted, Sampler, evaluate, example_ids
@@ -26,6 +28,7 @@ class Recorder:
     def __init__(self, t: Training, plan: Plan, stop: StopRequest):
         self.t, self.plan, self.stop = t, plan, stop
         write_synced(plan.run / "config.json", t.config_json())
+        self.mend_best()
         resumed_at = t.progress.step if resumed_from(plan) else None
         redo_val = t.val is not None and self.evaluation_due(t.progress.step)
         self.metrics = Metrics(plan.run, t.config, resumed_at, redo_val)
@@ -49,13 +52,22 @@ class Recorder:
     def __enter__(self):
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, failure, *_):
         self.bar.close()
-        self.metrics.close()
+        # a full disk has been told about once
+        with contextlib.suppress(OSError) if failure else contextlib.nullcontext():
+            self.metrics.close()
 
     def say(self, text: str):
-        """A line for people that leaves the progress bar whole."""
-        self.bar.write(text, file=sys.stdout) if not self.bar.disable else print(text, flush=True)
+        """A line for people that leaves the progress bar whole; a reader who has gone is a stop."""
+        try:
+            if self.bar.disable:
+                print(cli.visible(text), flush=True)
+            else:
+                self.bar.write(cli.visible(text), file=sys.stdout)
+        except BrokenPipeError:
+            cli.mute()
+            self.stop.signal = self.stop.signal or 13  # SIGPIPE, which Windows does not name
 
     # Checkpoints ----------------------------------------------------------------------------------
 
@@ -73,6 +85,14 @@ class Recorder:
                 self.say(f"{self.failed_save}; the older checkpoints are as they were")
                 return
         self.say(f"saved {path}")
+
+    def mend_best(self):
+        """Where a resume has passed over steps, the best may be one of them: not any more."""
+        progress, best = self.t.progress, read_best(self.plan.run)
+        if best is not None and best["step"] > progress.step:
+            (self.plan.run / "checkpoints" / "best.json").unlink()
+            if progress.best_val_loss is not None:
+                set_best(self.plan.run, progress.best_step, progress.best_val_loss)
 
     # Evaluations ----------------------------------------------------------------------------------
 
@@ -105,7 +125,7 @@ class Recorder:
             t.model, t.val, settings.batch_size, settings.eval_examples, t.precision, self.stop
         )
         loss, best = values["loss/val"], progress.best_val_loss
-        is_best = best is None or loss < best
+        is_best = np.isfinite(loss) and (best is None or loss < best)
         if is_best:
             progress.best_step, progress.best_val_loss = progress.step, loss
             if not self.failed_save:
@@ -201,15 +221,17 @@ class Recorder:
         t, run = self.t, self.plan.run
         self.bar.close()
         gap = "\n" if t.dataset.kind == "lines" else "\n\n"
-        print("\n" + gap.join(self.sampler.lines(self.sampler(t.model))) + "\n")
+        self.say("\n" + gap.join(self.sampler.lines(self.sampler(t.model))) + "\n")
         if t.val:
             best = read_best(run) or {"val_loss": t.progress.best_val_loss, "step": "?"}
             print(f"best validation loss {best['val_loss']:.4f} at step {best['step']}\n")
-        steps = 2 * t.config.max_steps
+        if not list_steps(run):
+            return
+        prompt = ' --prompt "..."' if t.dataset.kind == "pairs" and not t.dataset.held_out else ""
         print(
             f"next:\n  tensorboard --logdir {run.parent}\n"
-            f"  python generate.py --checkpoint {run}\n"
-            f"  python train.py --resume {run} --extend --max_steps {steps}"
+            f"  python generate.py --checkpoint {run}{prompt}\n"
+            f"  python train.py --resume {run} --extend --max_steps {2 * t.config.max_steps}"
         )
 
 

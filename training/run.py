@@ -1,14 +1,16 @@
 """Which run this is: a new one, or one that goes on; its folder, lock and settings. No torch."""
 
+import contextlib
+import json
 import os
+import shutil
 import time
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from model.checkpoint import Checkpoint, CheckpointError, list_steps, newest_run
+from model.checkpoint import Checkpoint, CheckpointError, list_steps, newest_run, step_path
 from model.config import UserError
 from training import config as configuration
 from training.checkpoint import check_run_name, newest_complete, write_synced
@@ -27,11 +29,12 @@ class Plan:
     is_new: bool = True  # the run's folder must not exist yet
 
 
-def find_resume(runs_dir: Path, path: str | None, name: str, report) -> tuple[Path, Checkpoint]:
-    """The run and the checkpoint that `--resume [path]` means.
+def find_resume(runs_dir: Path, path: str | None, name: str, report):
+    """The run and the checkpoint that `--resume [path]` means, and whether it forks the run.
 
     Without a path: the newest complete checkpoint of the run called `name`, or of the newest run.
-    A step given by path is that one or an error; it never falls back to another.
+    A step given by path is that one or an error; it never falls back to another, and if it is not
+    the newest, what follows is a run of its own.
     """
     if path is None:
         run = runs_dir / name if name else newest_run(runs_dir)
@@ -40,15 +43,18 @@ def find_resume(runs_dir: Path, path: str | None, name: str, report) -> tuple[Pa
         if not run.is_dir():
             raise UserError(f"--resume: {run}: no such run")
         refuse_if_busy(run)
-        return run, newest_complete(run, report)
+        return run, newest_complete(run, report), False
     given = Path(path)
     if not given.exists():
         raise UserError(f"--resume {given}: no such checkpoint or run")
     if (given / "checkpoints").is_dir():
         refuse_if_busy(given)
-        return given, newest_complete(given, report)
+        return given, newest_complete(given, report), False
     checkpoint = Checkpoint(given).verify()
-    return given.resolve().parent.parent, checkpoint
+    run = given.resolve().parent.parent
+    if Path(path).parent.parent != Path(os.path.curdir):
+        run = given.parent.parent  # as it was typed
+    return run, checkpoint, list_steps(run)[-1:] != [step_path(run, checkpoint.step)]
 
 
 def plan_resume(stored: Config, wanted: Config, extend: bool) -> tuple[Config, list[Change]]:
@@ -80,10 +86,26 @@ def stored_config(checkpoint: Checkpoint) -> Config:
     return configuration.check(checkpoint.config, str(checkpoint.path / "config.json"))
 
 
-def is_newest(run: Path, checkpoint: Checkpoint) -> bool:
-    """Whether going on from `checkpoint` continues its run, and does not fork it."""
-    steps = list_steps(run)
-    return bool(steps) and steps[-1].name == checkpoint.path.name
+def is_finished(run: Path, checkpoint: Checkpoint, config: Config) -> bool:
+    """Whether a run at its last step has had its last evaluation, which comes after the save."""
+    if checkpoint.step > config.max_steps:
+        return True
+    if not (config.data.val_fraction or config.data.val_path):
+        return True
+    records = read_records(run / "metrics.jsonl")
+    return any("loss/val" in r and r["step"] == checkpoint.step for r in records)
+
+
+def read_records(file: Path) -> list[dict]:
+    """The records of a metrics.jsonl, without a last line that was cut while it was written."""
+    found = []
+    if file.exists():
+        for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
+            with contextlib.suppress(ValueError):
+                record = json.loads(line)
+                if isinstance(record, dict) and isinstance(record.get("step"), int):
+                    found.append(record)
+    return found
 
 
 def name_run(runs_dir: Path, name: str, stem: str) -> Path:
@@ -104,13 +126,12 @@ def name_run(runs_dir: Path, name: str, stem: str) -> Path:
     return run
 
 
-@contextmanager
+@contextlib.contextmanager
 def locked(plan: Plan):
     """The run's folder, made if it is new, and nobody else's while the block runs."""
     lock = FileLock(plan.run / ".lock", blocking=False)
     owner = plan.run / ".owner"
     try:
-        plan.run.parent.mkdir(parents=True, exist_ok=True)
         if plan.is_new:
             plan.run.mkdir()
         (plan.run / "checkpoints").mkdir(exist_ok=True)
@@ -130,6 +151,12 @@ def locked(plan: Plan):
     finally:
         owner.unlink(missing_ok=True)
         lock.release()
+        if (
+            plan.is_new
+            and not list_steps(plan.run)
+            and not read_records(plan.run / "metrics.jsonl")
+        ):
+            shutil.rmtree(plan.run, ignore_errors=True)  # nothing happened: the name is free again
 
 
 def refuse_if_busy(run: Path):

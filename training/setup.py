@@ -119,7 +119,7 @@ def build(plan: Plan, report: Report) -> Training:
     if plan.resume:
         load_state_tensors(model, optimizers, plan.resume.tensors("optimizer.safetensors"))
         progress = restore_progress(plan)
-        if scaler.is_enabled() and plan.resume.state["scaler"]:
+        if scaler.is_enabled() and plan.resume.state.get("scaler"):
             scaler.load_state_dict(plan.resume.state["scaler"])
     shape = config.model
     report(
@@ -135,14 +135,17 @@ def build(plan: Plan, report: Report) -> Training:
 def given_tokenizer(plan: Plan):
     """The tokenizer that a run does not make itself: its checkpoint's, or the user's own."""
     if plan.resume:
-        return load_tokenizer(plan.resume.path) if plan.resume.state["tokenizer_given"] else None
+        given = plan.resume.state.get("tokenizer_given")
+        return load_tokenizer(plan.resume.path) if given else None
     if plan.weights:
         return load_tokenizer(plan.weights.path)
     path = plan.config.data.tokenizer_path
     if not path:
         return None
-    folder = Path(path) if Path(path).is_dir() else Path(path).parent
-    return load_tokenizer(folder)
+    try:
+        return load_tokenizer(Path(path).expanduser())
+    except UserError as error:
+        raise UserError(f"data.tokenizer_path: {error}") from None
 
 
 def resolve(config: Config, device, precision: Precision, dataset: Dataset) -> Config:
@@ -165,7 +168,10 @@ def resolve(config: Config, device, precision: Precision, dataset: Dataset) -> C
 
 def check_data(plan: Plan, dataset: Dataset):
     """Refuses to resume on other data than the run was trained on."""
-    if plan.resume and plan.resume.state["data"] != dataset.fingerprint:
+    if not plan.resume:
+        return
+    now = {"data": dataset.fingerprint, "tokenizer": dataset.tokenizer.fingerprint}
+    if any(plan.resume.state.get(key) != now[key] for key in now):
         changed = [f"{c.key} {c.before!r} -> {c.after!r}" for c in plan.changes]
         raise UserError(
             f"--resume: the data of {plan.resume.path} was another"
