@@ -40,18 +40,19 @@ def train(plan: Plan) -> int:
     with locked(plan), StopRequest() as stop, Recorder(t, plan, stop) as recorder:
         try:
             for step in range(progress.step, config.max_steps + 1):
-                last = step == config.max_steps
-                evaluating = recorder.evaluation_due(step)
-                if stop.signal or evaluating or due(step, config.train.save_interval):
+                stopping = bool(stop.signal)  # once: a later signal waits for the next step
+                if stopping or recorder.save_due(step):
                     recorder.save()  # before the evaluation, so that nothing is lost in it
-                if evaluating:
+                if recorder.evaluation_due(step):
                     recorder.evaluate()
-                if stop.signal or last:
+                if stopping or step == config.max_steps:
                     break
 
                 lr = set_lr(t.optimizers, lr_factor(config.optimizer, step, config.horizon))
                 recorder.begin_step()
-                result = train_step(t, hidden, *batches(step), step, recorder.clock)
+                with recorder.clock.part("data"):
+                    micro_batches, targets = batches(step)
+                result = train_step(t, hidden, micro_batches, targets, step, recorder.clock)
                 progress.step, progress.tokens = step + 1, progress.tokens + result.tokens
                 progress.skipped += not result.updated
                 recorder.end_step(result, lr)
@@ -65,11 +66,6 @@ def train(plan: Plan) -> int:
     if recorder.failed_save:
         return 1
     return 128 + stop.signal if stop.signal else 0
-
-
-def due(step: int, interval: int) -> bool:
-    """Whether something done every `interval` steps is due after `step` steps; 0: never."""
-    return bool(step and interval and step % interval == 0)
 
 
 if __name__ == "__main__":

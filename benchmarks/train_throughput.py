@@ -102,7 +102,7 @@ def measure(side: str, name: str, checkout: str, seconds: float, device_name: st
         with contextlib.redirect_stdout(sys.stderr):
             step = nanogpt(Path(checkout), shape, device)
     else:
-        set_up(TrainConfig(), device, 0)  # as train.py does
+        set_up(TrainConfig(), device)  # as train.py does
         step = ours(shape, side, device)
     tokens_per_second(step, ids, targets, 3, device)  # warm up
     speed = tokens_per_second(step, ids, targets, 3, device)

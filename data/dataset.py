@@ -225,6 +225,8 @@ def hold_out(pairs: Iterable[tuple[str, str]]) -> list[dict]:
     by_share = {}
     for pair in pairs:
         by_share.setdefault(share(pair), pair)
+        if len(by_share) > 100 * HELD_OUT:  # memory does not grow with the split
+            by_share = dict(sorted(by_share.items())[:HELD_OUT])
     chosen = [pair for _, pair in sorted(by_share.items())[:HELD_OUT]]
     return [{"prompt": prompt, "completion": completion} for prompt, completion in chosen]
 

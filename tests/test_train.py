@@ -1,5 +1,6 @@
 """train.py as people run it: in processes of its own, stopped, killed and resumed."""
 
+import contextlib
 import json
 import os
 import random
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from model.checkpoint import Checkpoint, list_steps, read_best
+from model.checkpoint import Checkpoint, list_steps, read_best, seal
 from tests.helpers import ROOT, command, losses, metrics, refused, run, write_config
 
 GOLDEN = ROOT / "tests" / "golden" / "losses.json"
@@ -89,17 +90,26 @@ def test_tensorboard_holds_what_metrics_jsonl_holds(home):
     assert set(board.Tags()["images"]) == {"attention", "positional encoding"}
     tensors = set(board.Tags()["tensors"])
     assert {"configuration/text_summary", "samples/text_summary"} <= tensors
+    assert "custom_scalars__config__" in tensors
+    assert board.PluginTagToContent("hparams").keys() == {
+        "_hparams_/experiment", "_hparams_/session_start_info",
+    }  # fmt: skip
     assert {p.name for p in (folder / "tensorboard").iterdir() if p.is_dir()} == set()
 
 
-@pytest.mark.parametrize("seed", range(2))
-def test_killed_and_resumed_is_the_same_bit_for_bit(home, seed):
+@pytest.mark.parametrize(("precision", "optimizer"), [("fp32", "adamw"), ("bf16", "muon")])
+def test_killed_and_resumed_is_the_same_bit_for_bit(home, precision, optimizer):
     """SIGKILL at a random moment, twice; then every loss and the weights as if nothing happened.
 
     Dropout and accumulation are on; 40 steps are more than two epochs of this text.
     """
-    name, dice = f"killed-{seed}", random.Random(seed)
-    flags = ["--config", "tiny.toml", "--name", name, "--train.save_interval", "3"]
+    name, straight, dice = f"killed-{optimizer}", "straight", random.Random(precision)
+    numbers = ["--precision", precision, "--optimizer.name", optimizer]
+    if optimizer != "adamw":
+        straight = f"straight-{optimizer}"
+        result = run("train.py", "--config", "tiny.toml", "--name", straight, *numbers, cwd=home)
+        assert result.returncode == 0, result.stderr
+    flags = ["--config", "tiny.toml", "--name", name, *numbers, "--train.save_interval", "3"]
     log = home / "runs" / name / "metrics.jsonl"
     for stop_after in sorted(dice.sample(range(4, 36), 2)):
         resume = ["--resume"] if log.exists() else []
@@ -113,13 +123,11 @@ def test_killed_and_resumed_is_the_same_bit_for_bit(home, seed):
             time.sleep(0.001)
         process.wait()
         assert process.returncode == -signal.SIGKILL
-        if not list_steps(home / "runs" / name):
-            pytest.fail("killed before anything was saved")
     result = run("train.py", *flags, "--resume", cwd=home)
     assert result.returncode == 0, result.stderr
     assert f"going on with {Path('runs') / name} from step" in result.stdout
-    assert losses(home / "runs" / name) == losses(home / "runs" / "straight")
-    assert last_files(home / "runs" / name) == last_files(home / "runs" / "straight")
+    assert losses(home / "runs" / name) == losses(home / "runs" / straight)
+    assert last_files(home / "runs" / name) == last_files(home / "runs" / straight)
     board = EventAccumulator(str(home / "runs" / name / "tensorboard"), {"scalars": 0})
     board.Reload()
     for tag in ("loss/train", "loss/val"):
@@ -176,6 +184,16 @@ def test_resume_refuses_what_would_change_the_run(home):
     other.write_text("another text, long enough for a few windows " * 20)
     assert "use --init_from" in resume("--data.path", other, "--max_steps", 80, "--extend")
     assert "no such checkpoint or run" in refused(run("train.py", "--resume", "nowhere", cwd=home))
+    assert "--name '../runs/straight'" in refused(
+        run("train.py", "--resume", "--name", "../runs/straight", cwd=home)
+    )
+    incomplete = home / "incomplete" / "checkpoints" / "step_00000040"
+    shutil.copytree(home / "runs/straight/checkpoints/step_00000040", incomplete)
+    (incomplete / "state.json").unlink()
+    assert "state.json" in refused(run("train.py", "--resume", incomplete, cwd=home))
+    (incomplete / "MANIFEST.json").write_bytes(seal({"format": 99, "files": {}}))
+    assert "format 99" in refused(run("train.py", "--resume", incomplete, cwd=home))
+    assert "format 99" in refused(run("generate.py", "--checkpoint", incomplete, cwd=home))
 
 
 def test_finished_extended_and_forked(home):
@@ -285,6 +303,8 @@ def test_both_spellings_of_a_flag_are_one(home):
     assert result.returncode == 0, result.stderr
     assert "from the weights of" in result.stdout
     assert list_steps(home / "elsewhere" / "hyphens")
+    alone = run("train.py", "--resume", "--runs_dir", "elsewhere", cwd=home)  # the newest run there
+    assert "elsewhere/hyphens: finished at step 2" in alone.stdout.replace(os.sep, "/")
 
 
 def test_killed_between_the_last_save_and_its_evaluation(home):
@@ -317,9 +337,11 @@ def test_a_damaged_newest_step_is_passed_over_and_made_again(home):
 
 def test_resume_refuses_another_tokenizer(home):
     shutil.copytree(home / "runs" / "straight", home / "runs" / "scrambled")
-    (cached,) = (home / "cache").glob("text-*/tokenizer.json")
+    state = Checkpoint(list_steps(home / "runs" / "straight")[-1]).state
+    cached = home / "cache" / f"text-{state['data']}" / "tokenizer.json"
     before = cached.read_text()
-    cached.write_text(before.replace("x", "~"))
+    stored = json.loads(before)  # another character in the last one's place
+    cached.write_text(json.dumps({**stored, "characters": stored["characters"][:-1] + "~"}))
     flags = ["--resume", "--name", "scrambled", "--extend", "--max_steps", 44]
     try:
         assert "the data of" in refused(run("train.py", *flags, cwd=home))
@@ -367,3 +389,28 @@ def test_a_notebook_reads_a_run(home):
     tokens = model.generate([7, 8, 9], start_id=None, end_id=None, max_len=5, seed=3)
     assert len(tokens) == 5
     assert tokens == model.generate([7, 8, 9], start_id=None, end_id=None, max_len=5, seed=3)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs a pseudo-terminal")
+def test_a_terminal_shows_a_bar_and_nothing_of_the_libraries(home):
+    import pty
+    import termios
+
+    leader, follower = pty.openpty()
+    termios.tcsetwinsize(leader, (40, 120))
+    flags = ["--config", "tiny.toml", "--name", "terminal"]
+    process = subprocess.Popen(
+        command("train.py", *flags), cwd=home, stdout=follower, stderr=follower, stdin=follower
+    )
+    os.close(follower)
+    shown = b""
+    with contextlib.suppress(OSError):  # how the end of a terminal reads
+        while chunk := os.read(leader, 4096):
+            shown += chunk
+    os.close(leader)
+    assert process.wait() == 0
+    text = shown.decode()
+    assert re.search(r"40/40 \[.*<.*step/s.*loss \d\.\d+, [\d,]+ tokens/s", text)
+    assert "saved " in text
+    assert "warning" not in text.lower()
+    assert "sentencepiece" not in text.lower()

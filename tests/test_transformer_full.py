@@ -140,6 +140,19 @@ def test_changing_a_token_never_changes_logits_before_it(name):
 
 
 @pytest.mark.parametrize("name", SHAPES)
+def test_cached_and_uncached_greedy_text_agree(name):
+    torch.manual_seed(0)
+    shape = {**vars(SHAPES[name]), "vocab_size": 40, "d_model": 32, "init_std": 0.3}
+    model = TransformerDecoder.from_config(ModelConfig(**shape), torch.float64).eval()
+    ids = torch.randint(0, 40, (1, 5))
+    cached = model.generate(ids[0].tolist(), start_id=None, end_id=None, max_len=10, temperature=0)
+    with torch.no_grad():
+        for _ in range(10):
+            ids = torch.cat([ids, model(ids)[:, -1:].argmax(-1)], 1)
+    assert cached == ids[0, 5:].tolist()
+
+
+@pytest.mark.parametrize("name", SHAPES)
 def test_the_first_loss_is_near_ln_of_the_vocabulary(name):
     torch.manual_seed(1)
     size = VOCABULARY.get(name, 69)

@@ -122,12 +122,17 @@ def make_plan(arguments: Arguments, found, weights, say) -> Plan | None:
             raise UserError(f"--init_from {weights.path}: its model has another shape: leave it")
         return Plan(name_run(runs_dir, arguments.name, stem), config, weights=weights)
     folder, checkpoint, forks = found
+    if arguments.name and not forks and arguments.name != folder.name:
+        raise UserError(
+            f"--name {arguments.name}: --resume goes on with {folder}; leave --name out, or start "
+            "a run of your own with --init_from"
+        )
     stored = stored_config(checkpoint)
     config = keep_resolved(stored, config)
     config, changes = plan_resume(stored, config, arguments.extend)
     for change in changes:
         say(f"changed: {change.key}: {change.before} -> {change.after}")
-    if checkpoint.step >= config.max_steps and is_finished(folder, checkpoint, config):
+    if checkpoint.step >= config.max_steps and is_finished(folder, checkpoint, config.max_steps):
         say(
             f"{folder}: finished at step {checkpoint.step}; to train on: "
             f"python train.py --resume {folder} --extend --max_steps {2 * checkpoint.step}"

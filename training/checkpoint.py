@@ -74,8 +74,11 @@ def set_best(run: Path, step: int, val_loss: float):
 
 
 def prune(run: Path, keep: int):
-    """Removes all but the newest `keep` checkpoints and the best one."""
+    """Removes all but the newest `keep` checkpoints and the best one, and what kills have left."""
     best = read_best(run)
+    for pattern in (".step_*", ".removed_*"):
+        for left in (Path(run) / "checkpoints").glob(pattern):
+            shutil.rmtree(left, ignore_errors=True)
     for path in list_steps(run)[:-keep]:
         if best is None or path != step_path(run, best["step"]):
             # hidden first, so that what is left of an interrupted removal is no checkpoint

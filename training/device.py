@@ -54,7 +54,7 @@ def choose_device(name: str) -> torch.device:
         raise UserError(
             f"--device {name}: not on this machine"
             + (f" ({why})" if device.type == "cuda" else "")
-            + "; use --device auto or --device cpu"
+            + "; use --device cpu"
         )
     return device
 
@@ -72,15 +72,17 @@ def choose_precision(name: str, device: torch.device) -> tuple[Precision, str]:
     bf16_instructions = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
     if device.type == "cpu" and bf16_instructions():
         return PRECISIONS["bf16"], "auto: this CPU has bf16 instructions"
-    return PRECISIONS["fp32"], f"auto: no bf16 instructions on this {device.type.upper()}"
+    if device.type == "cpu":
+        return PRECISIONS["fp32"], "auto: this CPU has no bf16 instructions"
+    return PRECISIONS["fp32"], f"auto: what {device.type} does best"
 
 
-def set_up(config: TrainConfig, device: torch.device, threads: int):
+def set_up(config: TrainConfig, device: torch.device):
     """Threads and algorithms. One thread and two give different bits, so they are recorded."""
     if device.type == "cpu":
         keep_freed_memory()
-    if threads:
-        torch.set_num_threads(threads)
+    if config.threads:
+        torch.set_num_threads(config.threads)
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS asks for
         torch.use_deterministic_algorithms(True)
@@ -122,7 +124,7 @@ def synchronize(device: torch.device):
 
 
 def memory_used(device: torch.device) -> int:
-    """Bytes: the peak allocated on CUDA, else the resident memory of this process."""
+    """Bytes: the peak allocated on CUDA, else this process's resident memory (macOS: its peak)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:

@@ -1,6 +1,7 @@
 """Around the loop's steps: checkpoints, evaluations, log entries, and what is shown."""
 
 import contextlib
+import math
 import sys
 import time
 
@@ -8,9 +9,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from model.checkpoint import list_steps, read_best
+from model.checkpoint import list_steps, read_best, step_path
 from training import cli
-from training.checkpoint import prune, save, set_best, write_synced
+from training.checkpoint import prune, save, set_aside, set_best, write_synced
 from training.device import matmul_flops, memory_used
 from training.evaluation import Interrupted, Sampler, evaluate, example_ids
 from training.metrics import Clock, Metrics, attention_maps, colour, tile
@@ -28,15 +29,16 @@ class Recorder:
     def __init__(self, t: Training, plan: Plan, stop: StopRequest):
         self.t, self.plan, self.stop = t, plan, stop
         write_synced(plan.run / "config.json", t.config_json())
-        self.mend_best()
+        self.set_passed_over_aside()
         resumed_at = t.progress.step if resumed_from(plan) else None
         redo_val = t.val is not None and self.evaluation_due(t.progress.step)
         self.metrics = Metrics(plan.run, t.config, resumed_at, redo_val)
         self.sampler = Sampler(t.dataset, t.config.sample, t.config.seed)
         self.peak_flops = matmul_flops(t.device, t.precision)
         self.failed_save = ""
+        self.texts = []  # of the last evaluation
         self.shown_at = -QUIET
-        self.steps = self.tokens = self.positions = 0  # since the last log entry
+        self.steps = self.tokens = self.positions = self.flops = 0  # since the last log entry
         self.bar = tqdm(
             total=t.config.max_steps,
             initial=t.progress.step,
@@ -78,17 +80,21 @@ class Recorder:
             try:
                 self.metrics.flush()
                 path = save(self.plan.run, step, self.t.checkpoint_files())
-                prune(self.plan.run, self.t.config.train.keep)
                 self.failed_save = ""
             except OSError as error:
                 self.failed_save = f"step {step} could not be saved: {error}"
                 self.say(f"{self.failed_save}; the older checkpoints are as they were")
                 return
+            with contextlib.suppress(OSError):  # Windows: somebody reads in an old one
+                prune(self.plan.run, self.t.config.train.keep)
         self.say(f"saved {path}")
 
-    def mend_best(self):
-        """Where a resume has passed over steps, the best may be one of them: not any more."""
+    def set_passed_over_aside(self):
+        """Moves the damaged steps that a resume has passed over out of the way, the best too."""
         progress, best = self.t.progress, read_best(self.plan.run)
+        for path in list_steps(self.plan.run):
+            if path > step_path(self.plan.run, progress.step):
+                set_aside(path)
         if best is not None and best["step"] > progress.step:
             (self.plan.run / "checkpoints" / "best.json").unlink()
             if progress.best_val_loss is not None:
@@ -98,8 +104,13 @@ class Recorder:
 
     def evaluation_due(self, step: int) -> bool:
         """Whether the state after `step` steps is evaluated."""
-        interval = self.t.config.train.eval_interval
-        return step == self.t.config.max_steps or bool(step and interval and step % interval == 0)
+        return step == self.t.config.max_steps or due(step, self.t.config.train.eval_interval)
+
+    def save_due(self, step: int) -> bool:
+        """Whether the state after `step` steps is saved; the first is: no kill comes too early."""
+        return (
+            step == 0 or self.evaluation_due(step) or due(step, self.t.config.train.save_interval)
+        )
 
     def evaluate(self):
         """Validation loss, samples and attention maps of the weights as they are."""
@@ -109,7 +120,7 @@ class Recorder:
                 values = self.validate() if t.val else {}
             except Interrupted:
                 return
-            texts = self.sampler(t.model)
+            texts = self.texts = self.sampler(t.model)
             self.metrics.board.add_text("samples", as_markdown(self.sampler.lines(texts)), step)
             self.show_attention(step)
             if texts:
@@ -125,11 +136,10 @@ class Recorder:
             t.model, t.val, settings.batch_size, settings.eval_examples, t.precision, self.stop
         )
         loss, best = values["loss/val"], progress.best_val_loss
-        is_best = np.isfinite(loss) and (best is None or loss < best)
-        if is_best:
+        is_best = math.isfinite(loss) and (best is None or loss < best)
+        if is_best and not self.failed_save:  # the best is always one that can be had
             progress.best_step, progress.best_val_loss = progress.step, loss
-            if not self.failed_save:
-                set_best(self.plan.run, progress.step, loss)
+            set_best(self.plan.run, progress.step, loss)
         self.say(
             f"step {progress.step:,}: validation loss {loss:.4f}, "
             f"{values['bits_per_byte/val']:.3f} bits per byte"
@@ -172,19 +182,19 @@ class Recorder:
         self.steps += 1
         self.tokens += result.tokens
         self.positions += result.positions
+        self.flops += result.flops
         self.bar.update()
         if not result.updated:
             scale = t.scaler.get_scale()
             self.say(f"step {step}: gradient not finite, skipped; loss scale {scale:g}")
-        interval = t.config.train.histogram_interval
-        if interval and step % interval == 0:
+        if due(step, t.config.train.histogram_interval) and result.updated:
             with self.clock.pause():
                 self.metrics.histograms(step, t.model)
         if not self.logged(step):
             return
         seconds = self.clock.training()
         speed = self.tokens / seconds
-        flops = self.positions / seconds * t.model.flops_per_token(t.config.seq_len)
+        flops = self.flops / seconds
         self.metrics.scalars(
             step,
             {
@@ -205,7 +215,7 @@ class Recorder:
         )
         left = (t.config.max_steps - step) * seconds / self.steps
         self.show_step(step, f"loss {result.loss:.4f}, {speed:,.0f} tokens/s", left)
-        self.steps = self.tokens = self.positions = 0
+        self.steps = self.tokens = self.positions = self.flops = 0
         self.clock.restart()
 
     def show_step(self, step: int, text: str, left: float):
@@ -221,9 +231,9 @@ class Recorder:
         t, run = self.t, self.plan.run
         self.bar.close()
         gap = "\n" if t.dataset.kind == "lines" else "\n\n"
-        self.say("\n" + gap.join(self.sampler.lines(self.sampler(t.model))) + "\n")
-        if t.val:
-            best = read_best(run) or {"val_loss": t.progress.best_val_loss, "step": "?"}
+        self.say("\n" + gap.join(self.sampler.lines(self.texts)) + "\n")
+        best = read_best(run)
+        if best:
             print(f"best validation loss {best['val_loss']:.4f} at step {best['step']}\n")
         if not list_steps(run):
             return
@@ -233,6 +243,11 @@ class Recorder:
             f"  python generate.py --checkpoint {run}{prompt}\n"
             f"  python train.py --resume {run} --extend --max_steps {2 * t.config.max_steps}"
         )
+
+
+def due(step: int, interval: int) -> bool:
+    """Whether something done every `interval` steps is due after `step` steps; 0: never."""
+    return bool(step and interval and step % interval == 0)
 
 
 def as_markdown(texts: list[str]) -> str:

@@ -37,6 +37,8 @@ def find_resume(runs_dir: Path, path: str | None, name: str, report):
     the newest, what follows is a run of its own.
     """
     if path is None:
+        if name:
+            check_run_name(name)
         run = runs_dir / name if name else newest_run(runs_dir)
         if run is None:
             raise UserError(f"--resume: no run with a checkpoint in {runs_dir}: start one first")
@@ -51,9 +53,7 @@ def find_resume(runs_dir: Path, path: str | None, name: str, report):
         refuse_if_busy(given)
         return given, newest_complete(given, report), False
     checkpoint = Checkpoint(given).verify()
-    run = given.resolve().parent.parent
-    if Path(path).parent.parent != Path(os.path.curdir):
-        run = given.parent.parent  # as it was typed
+    run = Path(os.path.relpath(given.resolve().parent.parent))
     return run, checkpoint, list_steps(run)[-1:] != [step_path(run, checkpoint.step)]
 
 
@@ -86,11 +86,11 @@ def stored_config(checkpoint: Checkpoint) -> Config:
     return configuration.check(checkpoint.config, str(checkpoint.path / "config.json"))
 
 
-def is_finished(run: Path, checkpoint: Checkpoint, config: Config) -> bool:
+def is_finished(run: Path, checkpoint: Checkpoint, max_steps: int) -> bool:
     """Whether a run at its last step has had its last evaluation, which comes after the save."""
-    if checkpoint.step > config.max_steps:
+    if checkpoint.step > max_steps:
         return True
-    if not (config.data.val_fraction or config.data.val_path):
+    if not checkpoint.state.get("validates"):
         return True
     records = read_records(run / "metrics.jsonl")
     return any("loss/val" in r and r["step"] == checkpoint.step for r in records)

@@ -66,6 +66,7 @@ class Training:
             "tokenizer": self.dataset.tokenizer.fingerprint,
             "tokenizer_given": self.dataset.tokenizer_given,
             "held_out": self.dataset.held_out,
+            "validates": self.val is not None,
             "versions": {
                 "python": platform.python_version(),
                 "torch": torch.__version__,
@@ -86,7 +87,7 @@ def build(plan: Plan, report: Report) -> Training:
     config = plan.config
     device = choose_device(config.device)
     precision, why = choose_precision(config.precision, device)
-    set_up(config.train, device, config.train.threads)
+    set_up(config.train, device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
     report(f"device: {name}, {torch.get_num_threads()} CPU threads, {precision.name} ({why})")
 
@@ -184,6 +185,8 @@ def restore_progress(plan: Plan) -> Progress:
     """The counters of the checkpoint, with the best step that is known by now."""
     known = Progress.__dataclass_fields__
     progress = Progress(**{k: v for k, v in plan.resume.state.items() if k in known})
+    if plan.is_new:  # the best so far is in another run
+        progress.best_step, progress.best_val_loss = 0, None
     best = read_best(plan.run)
     if not plan.is_new and best is not None and best["step"] <= progress.step:
         progress.best_step, progress.best_val_loss = best["step"], best["val_loss"]

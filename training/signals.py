@@ -1,5 +1,6 @@
 """Ctrl-C and SIGTERM: the first asks for a stop at the next step, the second quits at once."""
 
+import contextlib
 import os
 import signal
 import sys
@@ -28,4 +29,5 @@ class StopRequest:
             return
         self.signal = number
         # print() could be interrupted inside itself and refuse to be entered again
-        os.write(sys.stderr.fileno(), b"\nstopping: saving after this step (again: quit at once)\n")
+        with contextlib.suppress(OSError):  # a reader that the same Ctrl-C has ended
+            os.write(sys.stderr.fileno(), b"\nstopping: saving after this step (again: quit)\n")

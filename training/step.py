@@ -20,13 +20,15 @@ class NonFinite(Exception):
 class StepResult:
     """loss: mean over the step's targets, in nats. grad_norm: before clipping.
 
-    tokens: read by the model, without padding; positions: with it.
+    tokens: read by the model, without padding; positions: with it. flops: forward and backward,
+    with the output projection only where it is taken.
     """
 
     loss: float
     grad_norm: float
     tokens: int
     positions: int
+    flops: int
     updated: bool
 
 
@@ -64,7 +66,13 @@ def train_step(t: Training, hidden, micro_batches, targets: int, step: int, cloc
         t.scaler.update()
     tokens = sum(batch.tokens for batch in micro_batches)
     positions = sum(batch.ids.size for batch in micro_batches)
-    return StepResult(loss, norm, tokens, positions, updated)
+    output = t.model.output.weight.numel()
+    flops = sum(
+        batch.ids.size * t.model.flops_per_token(batch.ids.shape[1])
+        - 6 * output * (batch.ids.size - len(batch.targets))
+        for batch in micro_batches
+    )
+    return StepResult(loss, norm, tokens, positions, flops, updated)
 
 
 def check_finite(t: Training, loss: float, norm: float, step: int):
