@@ -43,9 +43,8 @@ def train(plan: Plan) -> int:
                 stopping = bool(stop.signal)  # once: a later signal waits for the next step
                 if stopping or recorder.save_due(step):
                     recorder.save()  # before the evaluation, so that nothing is lost in it
-                if recorder.evaluation_due(step):
-                    recorder.evaluate()
-                if stopping or step == config.max_steps:
+                done = recorder.evaluate() if recorder.evaluation_due(step) else True
+                if stopping or not done or step == config.max_steps:
                     break
 
                 lr = set_lr(t.optimizers, lr_factor(config.optimizer, step, config.horizon))

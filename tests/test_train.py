@@ -414,3 +414,23 @@ def test_a_terminal_shows_a_bar_and_nothing_of_the_libraries(home):
     assert "saved " in text
     assert "warning" not in text.lower()
     assert "sentencepiece" not in text.lower()
+
+
+def test_a_signal_during_an_evaluation_is_answered_in_it_and_it_is_done_again(home):
+    (home / "long.txt").write_text("The lamp burned all night over the dark water. " * 3000)
+    flags = ["--config", "tiny.toml", "--data.path", "long.txt", "--data.val_fraction", "0.5"]
+    flags += ["--name", "evaluating", "--max_steps", "2", "--train.batch_size", "1"]
+    process = subprocess.Popen(
+        command("train.py", *flags, "--train.accumulation_steps", "1"), cwd=home,
+        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+    )  # fmt: skip
+    while "step_00000002" not in process.stdout.readline():
+        assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=20)
+    assert process.returncode == 130
+    assert Checkpoint(list_steps(home / "runs" / "evaluating")[-1]).step == 2
+    assert ("loss/val", 2) not in losses(home / "runs" / "evaluating")
+    result = run("train.py", "--resume", "--name", "evaluating", cwd=home)
+    assert result.returncode == 0, result.stderr
+    assert ("loss/val", 2) in losses(home / "runs" / "evaluating")

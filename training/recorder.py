@@ -112,14 +112,17 @@ class Recorder:
             step == 0 or self.evaluation_due(step) or due(step, self.t.config.train.save_interval)
         )
 
-    def evaluate(self):
-        """Validation loss, samples and attention maps of the weights as they are."""
+    def evaluate(self) -> bool:
+        """Validation loss, samples and attention maps of the weights as they are.
+
+        False if a signal came meanwhile: nothing of it is kept, and a resume does it again.
+        """
         t, step = self.t, self.t.progress.step
         with self.clock.pause():
             try:
                 values = self.validate() if t.val else {}
             except Interrupted:
-                return
+                return False
             texts = self.texts = self.sampler(t.model)
             self.metrics.board.add_text("samples", as_markdown(self.sampler.lines(texts)), step)
             self.show_attention(step)
@@ -128,6 +131,7 @@ class Recorder:
             if values:
                 self.metrics.scalars(step, values)
             self.metrics.flush()
+        return True
 
     def validate(self) -> dict:
         """The scalars of one evaluation; moves `best` if it is strictly better."""
