@@ -76,6 +76,10 @@ def test_files_that_cannot_be_read(tmp_path):
     (tmp_path / "right.toml").write_text("seed = 1")
     with pytest.raises(UserError, match=r"no such file; did you mean .*right\.toml"):
         load(tmp_path / "rihgt.toml")
+    with pytest.raises(UserError, match=r"did you mean .*configs.mini\.toml"):
+        load(tmp_path / "mini.toml")  # one of the shipped ones
+    with pytest.raises(UserError, match=r"no such file$"):
+        load(tmp_path / "zzzzzz.toml")
     (tmp_path / "binary.toml").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(UserError, match="not UTF-8"):
         load(tmp_path / "binary.toml")

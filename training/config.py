@@ -7,6 +7,7 @@ file, checked, and compared on resuming.
 import difflib
 import json
 import math
+import os
 import tomllib
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
@@ -196,11 +197,7 @@ def load(path: Path) -> Config:
     try:
         text = Path(path).read_bytes().decode("utf-8-sig")
     except FileNotFoundError:
-        folder = Path(path).parent
-        there = sorted(p.name for p in folder.glob("*.toml")) if folder.is_dir() else []
-        near = difflib.get_close_matches(Path(path).name, there, 1)
-        hint = f"; did you mean {folder / near[0]}?" if near else ""
-        raise UserError(f"--config {path}: no such file{hint}") from None
+        raise UserError(f"--config {path}: no such file{nearest_file(Path(path))}") from None
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not UTF-8"
         raise UserError(f"--config {path}: {reason}") from None
@@ -209,6 +206,17 @@ def load(path: Path) -> Config:
     except (ValueError, RecursionError) as error:  # ValueError: also an integer without end
         raise UserError(f"{path}: not TOML: {error}") from None
     return check(values, str(path))
+
+
+def nearest_file(path: Path) -> str:
+    """A hint at the configuration of the most similar name, beside `path` or among the shipped."""
+    shipped = Path(__file__).parent.parent / "configs"
+    there = {p.stem: p for folder in (shipped, path.parent) for p in folder.glob("*.toml")}
+    near = difflib.get_close_matches(path.stem, there, 1)
+    if not near:
+        return ""
+    found = there[near[0]]
+    return f"; did you mean {os.path.relpath(found) if found.parent == shipped else found}?"
 
 
 def flatten(config, prefix: str = "") -> dict:
