@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
@@ -37,7 +38,7 @@ def clean_text(text: str) -> str:
     return SURROGATE.sub("\ufffd", text)
 
 
-class Tokenizer:
+class Tokenizer(ABC):
     """What both tokenizers share: ids, files, and the fingerprint of these."""
 
     kind: str
@@ -47,9 +48,9 @@ class Tokenizer:
     start_id: int
     end_id: int
 
+    @abstractmethod
     def files(self) -> dict[str, bytes]:
         """All that is needed to load it again: file name -> content."""
-        raise NotImplementedError
 
     def save(self, folder: Path) -> None:
         for name, content in self.files().items():

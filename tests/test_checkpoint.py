@@ -18,8 +18,9 @@ from model.checkpoint import (
     read_best,
     seal,
 )
-from training import checkpoint as writer
-from training.checkpoint import check_run_name, newest_complete, prune, save, set_best
+from model.config import UserError
+from training.checkpoint import newest_complete, prune, save, set_best
+from training.run import check_run_name
 
 WEIGHTS = {"embed.weight": np.arange(12, dtype=np.float32).reshape(3, 4)}
 FILES = {
@@ -202,7 +203,7 @@ def test_newest_run_is_the_one_saved_last(tmp_path):
 
 @pytest.mark.parametrize("name", ["", "../x", "a/b", ".hidden", "a b", "ü", "a\n", "a" * 201])
 def test_run_names_stay_inside_the_folder_of_runs(name):
-    with pytest.raises(writer.UserError, match="--name"):
+    with pytest.raises(UserError, match="--name"):
         check_run_name(name)
 
 

@@ -9,7 +9,6 @@ Reading is in `model/checkpoint.py`.
 import hashlib
 import json
 import os
-import re
 import shutil
 from pathlib import Path
 
@@ -23,7 +22,6 @@ from model.checkpoint import (
     seal,
     step_path,
 )
-from model.config import UserError
 
 
 def save(run: Path, step: int, files: dict[str, bytes]) -> Path:
@@ -115,12 +113,3 @@ def sync_directory(path: Path):
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def check_run_name(name: str):
-    """Refuses a run name that could leave the folder of runs, or hide in it."""
-    if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,199}", name):
-        raise UserError(
-            f"--name {name[:210]!r}: only letters, digits, '.', '_' and '-', no '.' in front, "
-            "and at most 200 of them"
-        )

@@ -16,7 +16,7 @@ from training.device import matmul_flops, memory_used
 from training.evaluation import Interrupted, Sampler, evaluate, example_ids
 from training.metrics import Clock, Metrics, attention_maps, colour, tile
 from training.run import Plan
-from training.setup import Training, resumed_from
+from training.setup import Training
 from training.signals import StopRequest
 from training.step import StepResult
 
@@ -30,7 +30,7 @@ class Recorder:
         self.t, self.plan, self.stop = t, plan, stop
         write_synced(plan.run / "config.json", t.config_json())
         self.set_passed_over_aside()
-        resumed_at = t.progress.step if resumed_from(plan) else None
+        resumed_at = t.progress.step if plan.goes_on else None
         redo_val = t.val is not None and self.evaluation_due(t.progress.step)
         self.metrics = Metrics(plan.run, t.config, resumed_at, redo_val)
         self.sampler = Sampler(t.dataset, t.config.sample, t.config.seed)
@@ -47,7 +47,7 @@ class Recorder:
             dynamic_ncols=True,
             smoothing=0.05,
         )
-        if not resumed_from(plan):
+        if not plan.goes_on:
             self.show_positions()
         self.clock = Clock(t.device)
 

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import shutil
 import time
 from dataclasses import dataclass, replace
@@ -13,7 +14,7 @@ from filelock import FileLock, Timeout
 from model.checkpoint import Checkpoint, CheckpointError, list_steps, newest_run, step_path
 from model.config import UserError
 from training import config as configuration
-from training.checkpoint import check_run_name, newest_complete, write_synced
+from training.checkpoint import newest_complete, write_synced
 from training.config import Change, Config
 
 
@@ -27,6 +28,11 @@ class Plan:
     weights: Checkpoint | None = None  # starts anew from these weights
     changes: tuple[Change, ...] = ()
     is_new: bool = True  # the run's folder must not exist yet
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether the run's folder, with its metrics, is the one that is resumed."""
+        return not self.is_new
 
 
 def find_resume(runs_dir: Path, path: str | None, name: str, report):
@@ -106,6 +112,15 @@ def read_records(file: Path) -> list[dict]:
                 if isinstance(record, dict) and isinstance(record.get("step"), int):
                     found.append(record)
     return found
+
+
+def check_run_name(name: str):
+    """Refuses a run name that could leave the folder of runs, or hide in it."""
+    if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,199}", name):
+        raise UserError(
+            f"--name {name[:210]!r}: only letters, digits, '.', '_' and '-', no '.' in front, "
+            "and at most 200 of them"
+        )
 
 
 def name_run(runs_dir: Path, name: str, stem: str) -> Path:

@@ -15,7 +15,7 @@ from data.batches import Batches, Examples
 from data.dataset import Dataset, prepare
 from data.rng import key
 from data.tokenizer import load_tokenizer
-from model.checkpoint import Checkpoint, read_best
+from model.checkpoint import read_best
 from model.config import UserError
 from model.transformer_full import TransformerDecoder
 from training.config import Config
@@ -185,10 +185,10 @@ def restore_progress(plan: Plan) -> Progress:
     """The counters of the checkpoint, with the best step that is known by now."""
     known = Progress.__dataclass_fields__
     progress = Progress(**{k: v for k, v in plan.resume.state.items() if k in known})
+    best = read_best(plan.run)
     if plan.is_new:  # the best so far is in another run
         progress.best_step, progress.best_val_loss = 0, None
-    best = read_best(plan.run)
-    if not plan.is_new and best is not None and best["step"] <= progress.step:
+    elif best is not None and best["step"] <= progress.step:
         progress.best_step, progress.best_val_loss = best["step"], best["val_loss"]
     return progress
 
@@ -213,8 +213,3 @@ class Prefetch:
 
     def close(self):
         self.pool.shutdown(wait=False, cancel_futures=True)
-
-
-def resumed_from(plan: Plan) -> Checkpoint | None:
-    """The checkpoint whose metrics this run goes on with; None for a run of its own."""
-    return None if plan.is_new else plan.resume
