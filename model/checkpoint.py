@@ -97,6 +97,16 @@ class Checkpoint:
         except (SafetensorError, ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"{self.path / name}: not a safetensors file: {error}") from None
 
+    def lists(self, name: str) -> dict:
+        """The same as nested lists of Python numbers, with the standard library alone."""
+        from model.safetensors_reader import read
+
+        content = self.read(name)
+        try:
+            return {key: tensor.tolist() for key, tensor in read(content).items()}
+        except ValueError as error:
+            raise CheckpointError(f"{self.path / name}: not a safetensors file: {error}") from None
+
     def model_config(self) -> ModelConfig:
         """The shape of the decoder."""
         known = {field.name for field in fields(ModelConfig)}
@@ -136,6 +146,15 @@ class Checkpoint:
             except CheckpointError as error:
                 report(f"passed over: {error}")
         raise CheckpointError(f"{path}: no complete checkpoint in this run yet")
+
+
+def check_fit(own: dict, arrays: dict):
+    """Raises UserError unless both have the same names, and the same shape under each."""
+    wrong = sorted(own.keys() ^ arrays.keys()) or sorted(
+        name for name in own if tuple(own[name].shape) != tuple(arrays[name].shape)
+    )
+    if wrong:
+        raise UserError(f"the weights are of another model: {', '.join(wrong[:3])} do not fit")
 
 
 def canonical(value) -> bytes:

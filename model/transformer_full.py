@@ -4,6 +4,8 @@
     logits = model(ids)                                        # (B, T) -> (B, T, vocab_size)
     model = TransformerDecoder.from_checkpoint("runs/my-run")  # in a notebook
 
+Read it beside `transformer_lite.py` and `transformer_micro.py`: same classes, order and numbers.
+
 Shapes: B sequences, T tokens, C = d_model, H heads of width D = C / H, S keys, V = vocab_size.
 """
 
@@ -15,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from model.checkpoint import Checkpoint
+from model.checkpoint import Checkpoint, check_fit
 from model.config import ModelConfig, UserError
 
 
@@ -222,11 +224,7 @@ class TransformerDecoder(nn.Module):
     def load_weights(self, tensors):
         """Copies arrays by parameter name (a tied matrix once) into this model."""
         own = dict(self.named_parameters())
-        wrong = sorted(own.keys() ^ tensors.keys()) or sorted(
-            name for name in own if own[name].shape != tensors[name].shape
-        )
-        if wrong:
-            raise UserError(f"the weights are of another model: {', '.join(wrong[:3])} do not fit")
+        check_fit(own, tensors)
         with torch.no_grad():
             for name, parameter in own.items():
                 parameter.copy_(torch.from_numpy(tensors[name]))
