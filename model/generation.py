@@ -9,13 +9,12 @@ float64 exactly, in narrower floats up to rounding.
 Shapes: B rows, T tokens, L layers, H heads of width D, S places in the cache, V = vocab_size.
 """
 
-from collections import defaultdict
 from collections.abc import Callable, Sequence
-from itertools import count
 
 import torch
 
 from model.config import UserError
+from model.decoding import check, number_samples
 from model.sampling import Sampling, uniform, window
 
 
@@ -103,12 +102,14 @@ def generate(
     samples: Sequence[int] | None = None,
     end_id: int | None = None,
     on_token: Callable[[int, int], bool | None] | None = None,
+    on_logits: Callable[[int, list[float], int], None] | None = None,
 ) -> list[list[int]]:
     """The new ids of each prompt, up to `end_id` (not included) or rules.max_new_tokens of them.
 
     seed, samples: which random numbers decide (`sampling.uniform`); without `samples` a prompt is
     sample 0, and equal prompts are 0, 1, 2 and so on.
     on_token: called with (index of the prompt, id) for each new token; True ends that row.
+    on_logits: called before it with (index, logits (V), id), the end included, for `explain`.
     A text longer than `model.max_len` is read through `sampling.window`. PyTorch's random state is
     not touched, and the model is left in the mode it was in. Raises UserError for an empty prompt,
     ids outside the vocabulary, and a model whose logits are not finite.
@@ -134,6 +135,9 @@ def generate(
             logits = next_logits(model, cache, [texts[row] for row in rows])
             numbers = [uniform(seed, samples[row], len(texts[row])) for row in rows]
             tokens = choose_rows(logits, rules, numbers)
+            if on_logits is not None:
+                for row, values, token in zip(rows, logits.tolist(), tokens, strict=True):
+                    on_logits(row, values, token)
             done = [b for b, row in enumerate(rows) if finished(row, tokens[b])]
             for b in reversed(done):
                 cache.drop(b)
@@ -142,24 +146,6 @@ def generate(
     finally:
         model.train(training)
     return [text[len(prompt) :] for text, prompt in zip(texts, prompts, strict=True)]
-
-
-def check(model, prompts):
-    """Raises UserError for prompts that the model cannot read."""
-    for i, prompt in enumerate(prompts):
-        if not prompt:
-            raise UserError(f"prompt {i} has no tokens: start it with start_id")
-        if not 0 <= min(prompt) <= max(prompt) < model.config.vocab_size:
-            raise UserError(
-                f"prompt {i} has ids from {min(prompt)} to {max(prompt)}, "
-                f"but the model's vocabulary ends at {model.config.vocab_size - 1}"
-            )
-
-
-def number_samples(prompts: Sequence[Sequence[int]]) -> list[int]:
-    """For each prompt, how many equal ones stand before it."""
-    counters = defaultdict(count)
-    return [next(counters[tuple(prompt)]) for prompt in prompts]
 
 
 def next_logits(model, cache: KVCache, texts: list[list[int]]) -> torch.Tensor:

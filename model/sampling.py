@@ -77,18 +77,29 @@ def window(length: int, max_len: int) -> int:
     return half + (length - max_len - 1) % (max_len + 1 - half)
 
 
-def keep(logits: Sequence[float], rules: Sampling) -> list[int]:
-    """The ids, ascending, that the rules leave to choose from; equal logits are taken by id."""
+def ranked(logits: Sequence[float], rules: Sampling) -> tuple[list[int], int, int]:
+    """All ids, most probable first, equal ones by id; how many top-k leaves, how many then top-p.
+
+    Greedily both leave the first alone.
+    """
     order = sorted(range(len(logits)), key=lambda i: -logits[i])
     if rules.deterministic:
-        return order[:1]
-    if 0 < rules.top_k < len(logits):
+        return order, 1, 1
+    by_k = len(order)
+    if 0 < rules.top_k < by_k:
         least = logits[order[rules.top_k - 1]]
-        order = [i for i in order if logits[i] >= least]
+        by_k = sum(logit >= least for logit in logits)
+    by_p = by_k
     if rules.top_p < 1:
-        reached = cumulative(logits, order, rules.temperature)
-        order = order[: bisect_left(reached, rules.top_p * reached[-1]) + 1]
-    return sorted(order)
+        reached = cumulative(logits, order[:by_k], rules.temperature)
+        by_p = bisect_left(reached, rules.top_p * reached[-1]) + 1
+    return order, by_k, by_p
+
+
+def keep(logits: Sequence[float], rules: Sampling) -> list[int]:
+    """The ids, ascending, that the rules leave to choose from."""
+    order, _, kept = ranked(logits, rules)
+    return sorted(order[:kept])
 
 
 def choose(logits: Sequence[float], rules: Sampling, number: float) -> int:
@@ -98,6 +109,56 @@ def choose(logits: Sequence[float], rules: Sampling, number: float) -> int:
         return kept[0]
     reached = cumulative(logits, kept, rules.temperature)
     return kept[bisect_right(reached, number * reached[-1])]
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Where a token stood among all others, and what the rules did to these.
+
+    All but `drawn` is of the distribution before any token is removed: the softmax of the logits
+    divided by the temperature. Greedy is explained at temperature 1, with nothing removed, as
+    no rule takes part.
+    """
+
+    probability: float
+    """Of the token, before top-k and top-p."""
+    drawn: float
+    """The probability it was drawn with: its share of what the rules left; greedily 1."""
+    rank: int
+    """1 for the most probable token; of equal ones the lower id comes first."""
+    entropy: float
+    """Of the distribution, in bits: 0 is certain, log2(V) knows nothing."""
+    top_k_removed: int
+    """Tokens."""
+    top_k_probability: float
+    """Theirs together."""
+    top_p_removed: int
+    """Tokens, of those that top-k left."""
+    top_p_probability: float
+    """Theirs together."""
+
+
+def explain(logits: Sequence[float], rules: Sampling, token: int) -> Explanation:
+    """What stands behind the choice of `token`. Raises ValueError for a token that is none."""
+    order, by_k, by_p = ranked(logits, rules)
+    temperature = 1.0 if rules.deterministic else rules.temperature
+    weights = [math.exp((logits[i] - logits[order[0]]) / temperature) for i in order]
+    total = math.fsum(weights)
+    p = [weight / total for weight in weights]  # most probable first
+    rank = order.index(token)
+    drawn = p[rank] / math.fsum(p[:by_p]) if rank < by_p else 0.0
+    if rules.deterministic:
+        by_k = by_p = len(order)
+    return Explanation(
+        probability=p[rank],
+        drawn=drawn,
+        rank=rank + 1,
+        entropy=0.0 - math.fsum(x * math.log2(x) for x in p if x > 0),
+        top_k_removed=len(order) - by_k,
+        top_k_probability=math.fsum(p[by_k:]),
+        top_p_removed=by_k - by_p,
+        top_p_probability=math.fsum(p[by_p:by_k]),
+    )
 
 
 def cumulative(logits: Sequence[float], ids: list[int], temperature: float) -> list[float]:

@@ -1,6 +1,7 @@
 """The rules of choosing a token, against those of `transformers`; PyTorch's against the plain."""
 
 import math
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -15,7 +16,7 @@ from transformers.generation.logits_process import (
 
 from model.config import UserError
 from model.generation import candidates, choose_rows
-from model.sampling import Sampling, choose, keep, uniform, window
+from model.sampling import Sampling, choose, explain, keep, uniform, window
 
 # multiples of 1/4, so that equal logits are frequent
 vocabularies = st.lists(st.integers(-20, 20).map(lambda n: n / 4), min_size=1, max_size=40)
@@ -94,6 +95,61 @@ def test_tokens_come_as_often_as_the_softmax_says():
     for token, often in enumerate(expected[0].tolist()):
         assert abs(drawn.count(token) - often) <= 1
     assert drawn == sorted(drawn)  # in the order of ids
+
+
+def explained(logits, rules, token):
+    """The definition of `explain`, from the softmax and the kept sets, in the order of fields."""
+    temperature = 1.0 if rules.deterministic else rules.temperature
+    p = torch.tensor(logits, dtype=torch.float64).div(temperature).softmax(-1)
+    every = list(range(len(logits)))
+    after_k = every if rules.deterministic else keep(logits, replace(rules, top_p=1.0))
+    after_p = every if rules.deterministic else keep(logits, rules)
+    kept = keep(logits, rules)
+    above = [i for i in every if (logits[i], -i) > (logits[token], -token)]
+    return [
+        p[token].item(),
+        (p[token] / p[kept].sum()).item() if token in kept else 0.0,
+        len(above) + 1,
+        torch.special.entr(p).sum().item() / math.log(2),
+        len(every) - len(after_k),
+        (p.sum() - p[after_k].sum()).item(),
+        len(after_k) - len(after_p),
+        (p[after_k].sum() - p[after_p].sum()).item(),
+    ]
+
+
+@settings(max_examples=200, deadline=None)
+@given(vocabularies, rules | st.just(Sampling(greedy=True, top_k=3, temperature=9)), st.data())
+def test_an_explanation_is_what_its_fields_say(logits, rules, data):
+    token = data.draw(st.integers(0, len(logits) - 1))
+    why = explain(logits, rules, token)
+    assert list(vars(why).values()) == pytest.approx(explained(logits, rules, token), abs=1e-12)
+    kept = sum(explain(logits, rules, token).drawn for token in range(len(logits)))
+    assert kept == pytest.approx(1)
+
+
+def test_what_is_drawn_comes_as_often_as_explained():
+    logits = [0.3, -1.0, 2.0, 0.3, -9.0]
+    for rules in Sampling(temperature=0.7, top_k=4, top_p=0.9), Sampling(greedy=True):
+        drawn = [choose(logits, rules, (i + 0.5) / 10_000) for i in range(10_000)]
+        for token in range(5):
+            expected = explain(logits, rules, token).drawn * 10_000
+            assert abs(drawn.count(token) - expected) <= 1
+
+
+def test_an_explanation_at_the_edges():
+    certain = explain([0.0, -math.inf, -1e4], Sampling(), 0)
+    assert (certain.probability, certain.rank, certain.entropy) == (1.0, 1, 0.0)
+    assert math.copysign(1, certain.entropy) == 1
+    assert explain([0.0] * 8, Sampling(), 5).entropy == 3.0
+    assert explain([0.0] * 8, Sampling(), 5).rank == 6
+    for temperature in (1e-310, 1e300):
+        assert explain([-50.0, 80.0, 79.0], Sampling(temperature), 1).rank == 1
+    removed = explain([0.0, 0.0, 0.0, 0.0], Sampling(top_k=1, top_p=0.5), 3)  # all four tie
+    assert (removed.top_k_removed, removed.top_p_removed, removed.drawn) == (0, 2, 0.0)
+    assert removed.top_p_probability == 0.5
+    with pytest.raises(ValueError):
+        explain([0.0], Sampling(), 1)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
