@@ -4,6 +4,7 @@ python generate.py                                     the newest run: freely, o
                                                        training never saw
 python generate.py --checkpoint runs/my-run --prompt "Return the absolute path of a file."
 python generate.py --interactive --temperature 0.8 --top_k 50
+python generate.py --engine python --explain           without torch or NumPy; why each token
 python generate.py --help
 
 Text goes to stdout, with control characters made visible; which checkpoint wrote it, to stderr.
@@ -26,10 +27,11 @@ from data.tokenizer import ESCAPE, Tokenizer, clean_text, load_tokenizer
 from model.checkpoint import Checkpoint, newest_run, read_best
 from model.config import ModelConfig, UserError
 from model.sampling import Sampling
-from training import cli
+from training import cli, engines
+from training.explain import Explained, in_colour
 
 DESCRIPTION = "Writes text with a trained model: after prompts, or freely without any."
-ROWS = 32  # texts written at a time; the memory for their caches grows with it
+ROWS = 32  # texts written at a time by torch; the memory for their caches grows with it
 FREE_LINES, FREE_PAIRS = 10, 3  # how many are written without a prompt
 
 
@@ -53,10 +55,14 @@ class Arguments:
     sampling: Annotated[Sampling, tyro.conf.OmitArgPrefixes] = field(default_factory=Sampling)
     seed: int = 1337
     """The same seed, prompt and settings give the same text."""
+    engine: engines.Engine = "torch"
+    """Greedy text is the same with each; any text in fp64."""
     device: str = "auto"
-    """auto (cuda, else mps, else cpu), cpu, cuda, cuda:1, mps."""
+    """auto (cuda, else mps, else cpu), cpu, cuda, cuda:1, mps; for torch."""
     precision: Literal["fp32", "bf16", "fp64"] = "fp32"
-    """Of weights and products; in fp64 a text is the same in any batch."""
+    """Of weights and products; in fp64 a text is the same in any batch. python: always fp64."""
+    explain: bool = False
+    """A line a token: probability (green: 50 %, yellow: 10 %), rank, bits, tokens removed."""
     json: bool = False
     """One JSON object a line: prompt, sample, text, tokens, stop (end, stop, length), seed."""
     runs_dir: str = "runs"
@@ -99,6 +105,7 @@ class Job:
 def main() -> int:
     """Reads the command line and the checkpoint, and writes. Returns the exit status."""
     arguments = cli.parse(Arguments, DESCRIPTION)
+    engines.check(arguments.engine, arguments.device, arguments.precision)
     prompts = [*arguments.prompt, *read_prompts(arguments.prompt_file)]
     source = open_source(arguments)
     if arguments.interactive:
@@ -128,7 +135,7 @@ def read_prompts(path: str) -> list[str]:
 
 
 def open_source(arguments: Arguments) -> Source:
-    """Finds and reads the checkpoint, and says which one it is. No torch."""
+    """Finds and reads the checkpoint, and says which one it is. No torch; no NumPy for python."""
     path = arguments.checkpoint or newest_run(Path(arguments.runs_dir))
     if path is None:
         raise UserError(
@@ -137,7 +144,7 @@ def open_source(arguments: Arguments) -> Source:
         )
     checkpoint = Checkpoint.find(path, report=partial(print, file=sys.stderr, flush=True))
     try:
-        source = read_source(checkpoint)
+        source = read_source(checkpoint, arguments.engine)
     except UserError:
         if checkpoint.path == Path(path) or checkpoint.path.exists():
             raise
@@ -149,7 +156,7 @@ def open_source(arguments: Arguments) -> Source:
     return source
 
 
-def read_source(checkpoint: Checkpoint) -> Source:
+def read_source(checkpoint: Checkpoint, engine: engines.Engine) -> Source:
     """Reads all that is needed at once. Raises UserError."""
     for name in ("tokenizer.json", "tokenizer.model"):
         if name in checkpoint.manifest["files"]:
@@ -159,21 +166,17 @@ def read_source(checkpoint: Checkpoint) -> Source:
         checkpoint.config["data"].get("kind", "stream"),
         load_tokenizer(checkpoint.path),
         checkpoint.model_config(),
-        checkpoint.tensors("model.safetensors"),
+        engines.read_weights(engine, checkpoint),
         checkpoint.state.get("held_out", []),
     )
 
 
 def load_model(arguments: Arguments, source: Source):
-    """The decoder, on its device. From here on there is torch."""
-    from model.transformer_full import TransformerDecoder
-    from training.device import choose_device, choose_precision
-
-    device = choose_device(arguments.device)
-    precision, _ = choose_precision(arguments.precision, device)
-    model = TransformerDecoder.from_config(source.model_config, precision.products)
-    model.load_weights(source.weights)
-    return model.to(device).eval()
+    """The decoder, on its device. From here on there is torch, if it is the engine."""
+    device, precision = arguments.device, arguments.precision
+    return engines.load_model(
+        arguments.engine, source.model_config, source.weights, device, precision
+    )
 
 
 # What to write ------------------------------------------------------------------------------------
@@ -241,19 +244,23 @@ class Continuation:
 
 def write(arguments: Arguments, source: Source, model, jobs: list[Job]):
     """Generates and prints; a single text appears token by token."""
-    from model.generation import generate
-
+    generate = engines.generator(arguments.engine)
     rules, alone = arguments.sampling, len(jobs) == 1 and not arguments.json
     stops = tuple(map(clean_text, arguments.stop))
-    for first in range(0, len(jobs), ROWS):
-        batch = jobs[first : first + ROWS]
+    size = ROWS if arguments.engine == "torch" else 1
+    for first in range(0, len(jobs), size):
+        batch = jobs[first : first + size]
         texts = [Continuation(source.tokenizer, stops) for _ in batch]
+        explained = [Explained(source.tokenizer, rules) for _ in batch]
 
         def on_token(row: int, token: int, texts=texts) -> bool:
             stopped = texts[row].add(token)
             if alone:
                 show(texts[row].news())
             return stopped
+
+        def on_logits(row: int, logits: list[float], token: int, explained=explained):
+            explained[row].add(logits, token)
 
         if alone and source.kind != "pairs":
             show(batch[0].prompt)
@@ -265,23 +272,30 @@ def write(arguments: Arguments, source: Source, model, jobs: list[Job]):
             samples=[job.sample for job in batch],
             end_id=end_id(source.kind, source.tokenizer),
             on_token=on_token,
+            on_logits=on_logits if arguments.explain else None,
         )
         for i, (job, text, ids) in enumerate(zip(batch, texts, rows, strict=True)):
             text.flush()
             if arguments.json:
-                ending = "length" if len(ids) == rules.max_new_tokens else "end"
-                print(as_json(job, text, len(ids), ending, arguments.seed), flush=True)
+                answer = as_json(job, text, len(ids), arguments)
+                if arguments.explain:
+                    answer["tokens_explained"] = explained[i].as_json()
+                # non-ASCII characters escaped, so that it survives any terminal or pipe
+                print(json.dumps(answer), flush=True)
             elif alone:
                 show(text.news(complete=True) + "\n")
             else:
                 show(layout(source.kind, jobs, first + i, text.text))
+            if arguments.explain and not arguments.json:
+                print(explained[i].table(in_colour(sys.stdout)), flush=True)
 
 
-def as_json(job: Job, text: Continuation, tokens: int, ending: str, seed: int) -> str:
-    """One line; non-ASCII characters escaped, so that it survives any terminal or pipe."""
+def as_json(job: Job, text: Continuation, tokens: int, arguments: Arguments) -> dict:
+    """What is said of one text with --json."""
+    ending = "length" if tokens == arguments.sampling.max_new_tokens else "end"
     answer = {"prompt": job.prompt, "sample": job.sample, "text": text.text, "tokens": tokens}
-    answer |= {"stop": "stop" if text.stopped else ending, "seed": seed}
-    return json.dumps(answer | ({"true": job.true} if job.true else {}))
+    answer |= {"stop": "stop" if text.stopped else ending, "seed": arguments.seed}
+    return answer | ({"true": job.true} if job.true else {})
 
 
 def layout(kind: str, jobs: list[Job], index: int, text: str) -> str:

@@ -25,8 +25,9 @@ def main() -> int:
 def train(plan: Plan) -> int:
     """The loop. One pass more than there are steps: the last one only saves and evaluates."""
     # imported here, so that a mistake in the settings is told before PyTorch has loaded
-    from training.optimizer import lr_factor, set_lr
+    from training.optimizer import set_lr
     from training.recorder import Recorder
+    from training.schedule import lr_factor
     from training.setup import Prefetch, build
     from training.signals import StopRequest
     from training.step import NonFinite, compiled, train_step

@@ -226,11 +226,11 @@ def test_the_newest_run_and_a_step_that_training_removes_meanwhile(tmp_path, mon
     arguments = generate.Arguments(runs_dir=str(tmp_path))
     read = generate.read_source
 
-    def removing(found):
+    def removing(found, engine):
         if removed.exists():
             save_run(tmp_path / "run", "lines", 3)
             removed.rename(tmp_path / "gone")
-        return read(found)
+        return read(found, engine)
 
     monkeypatch.setattr(generate, "read_source", removing)
     assert generate.open_source(arguments).checkpoint.step == 3

@@ -9,7 +9,8 @@ import torch
 from model.config import ModelConfig
 from model.transformer_full import TransformerDecoder
 from training.config import OptimizerConfig
-from training.optimizer import create_optimizers, load_state_tensors, lr_factor, state_tensors
+from training.optimizer import create_optimizers, load_state_tensors, state_tensors
+from training.schedule import lr_factor
 
 
 def decoder(**options):

@@ -1,0 +1,60 @@
+"""The three engines by name: what each can be asked for, and its decoder with given weights.
+
+Imports are made where they are needed: with "numpy" there is no torch, with "python" no NumPy
+either.
+"""
+
+from typing import Literal
+
+from model.checkpoint import Checkpoint
+from model.config import ModelConfig, UserError
+
+Engine = Literal["torch", "numpy", "python"]
+WEIGHTS = "model.safetensors"
+
+
+def check(engine: Engine, device: str, precision: str):
+    """Raises UserError for what only torch has."""
+    if engine == "torch":
+        return
+    if device not in ("auto", "cpu"):
+        raise UserError(f"--device {device}: the {engine} engine computes on the CPU alone")
+    if precision not in ("fp32", "fp64"):
+        has = "fp32 and fp64" if engine == "numpy" else "fp64, which Python's numbers are"
+        raise UserError(f"--precision {precision}: the {engine} engine has only {has}")
+
+
+def read_weights(engine: Engine, checkpoint: Checkpoint) -> dict:
+    """The weights by name: arrays, or nested lists for "python". Raises CheckpointError."""
+    return checkpoint.lists(WEIGHTS) if engine == "python" else checkpoint.tensors(WEIGHTS)
+
+
+def load_model(engine: Engine, config: ModelConfig, weights: dict, device: str, precision: str):
+    """The engine's decoder with the weights that `read_weights` gave. Raises UserError."""
+    if engine == "python":
+        from model.transformer_micro import TransformerDecoderMicro
+
+        model = TransformerDecoderMicro.from_config(config)
+    elif engine == "numpy":
+        from model.transformer_lite import TransformerDecoderLite
+
+        dtype = {"fp32": "float32", "fp64": "float64"}[precision]
+        model = TransformerDecoderLite.from_config(config, dtype)
+    else:
+        from model.transformer_full import TransformerDecoder
+        from training.device import choose_device, choose_precision
+
+        place = choose_device(device)
+        dtype = choose_precision(precision, place)[0].products
+        model = TransformerDecoder.from_config(config, dtype)
+    model.load_weights(weights)
+    return (model.to(place) if engine == "torch" else model).eval()
+
+
+def generator(engine: Engine):
+    """The `generate` of the engine: many prompts at once with torch, one by one with the others."""
+    if engine == "torch":
+        from model.generation import generate
+    else:
+        from model.decoding import generate
+    return generate
