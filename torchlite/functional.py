@@ -72,14 +72,31 @@ def relu(x: Tensor) -> Tensor:
 def gelu(x: Tensor) -> Tensor:
     """x Phi(x), Phi by tanh. Hendrycks and Gimpel (2016), section 2; PyTorch's "tanh" form."""
     a = x.data
-    square = a * a
-    t = np.tanh(GELU_SCALE * a * (1.0 + GELU_CUBE * square))
+    t = np.asarray(a * a)  # in place from here on: large arrays are moved often enough
+    t *= GELU_CUBE
+    t += 1.0
+    t *= a
+    t *= GELU_SCALE
+    np.tanh(t, out=t)
+    y = t + 1.0
+    y *= a
+    y *= 0.5
 
     def backward(g):
-        slope = GELU_SCALE * (1.0 + 3.0 * GELU_CUBE * square)
-        return (g * (0.5 * (1.0 + t) + 0.5 * a * (1.0 - t * t) * slope),)
+        inner = a * a  # the derivative of what tanh is taken of
+        inner *= 3.0 * GELU_CUBE * GELU_SCALE
+        inner += GELU_SCALE
+        slope = np.asarray(t * t)
+        np.subtract(1.0, slope, out=slope)
+        slope *= inner
+        slope *= a
+        slope += t
+        slope += 1.0
+        slope *= 0.5
+        slope *= g
+        return (slope,)
 
-    return record(0.5 * a * (1.0 + t), (x,), backward)
+    return record(y, (x,), backward)
 
 
 def dropout(x: Tensor, p: float, training: bool, rng: np.random.Generator) -> Tensor:

@@ -150,8 +150,11 @@ class Tensor:
     # Arithmetic: NumPy's broadcasting forward, sums over what was broadcast backward --------------
 
     def __add__(self, other):
-        other = as_tensor(other, self)
-        a, b = self.data.shape, other.data.shape
+        a = self.data.shape
+        if not isinstance(other, Tensor):
+            other = constant(other, self)
+            return record(self.data + other, (self,), lambda g: (unbroadcast(g, a),))
+        b = other.data.shape
         return record(
             self.data + other.data, (self, other), lambda g: (unbroadcast(g, a), unbroadcast(g, b))
         )
@@ -164,8 +167,11 @@ class Tensor:
         )
 
     def __mul__(self, other):
-        other = as_tensor(other, self)
-        a, b = self.data, other.data
+        a = self.data
+        if not isinstance(other, Tensor):
+            other = constant(other, self)
+            return record(a * other, (self,), lambda g: (unbroadcast(g * other, a.shape),))
+        b = other.data
         return record(
             a * b,
             (self, other),
@@ -311,6 +317,12 @@ def accumulate(x: Tensor, gradient, g):
         x.grad = x.grad + gradient
     else:
         x.grad = gradient.copy() if gradient is g or gradient.base is not None else gradient
+
+
+def constant(value, like: Tensor):
+    """A number, or an array of the other operand's dtype: something without a gradient."""
+    # NumPy's own numbers are floats too, but would widen a float32
+    return value if type(value) in (int, float) else np.asarray(value, like.data.dtype)
 
 
 def as_tensor(value, like: Tensor) -> Tensor:

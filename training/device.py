@@ -1,7 +1,6 @@
 """The device and the precision of a run, found or checked before anything depends on them."""
 
 import contextlib
-import ctypes
 import os
 import statistics
 import time
@@ -11,6 +10,7 @@ import torch
 
 from model.config import UserError
 from training.config import TrainConfig
+from training.memory import keep_freed_memory
 
 
 @dataclass(frozen=True)
@@ -86,19 +86,6 @@ def set_up(config: TrainConfig, device: torch.device):
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS asks for
         torch.use_deterministic_algorithms(True)
-
-
-def keep_freed_memory():
-    """Lets glibc keep what is freed, for the next step to take again.
-
-    By default it hands large blocks back to the kernel, which clears each page when it is wanted
-    again: 78,000 page faults in a step of full.toml, a tenth of its time. Elsewhere than on Linux
-    with glibc this does nothing.
-    """
-    with contextlib.suppress(AttributeError, OSError, TypeError):
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-3, 2**25)  # M_MMAP_THRESHOLD: 32 MiB, the most that is allowed
-        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: never
 
 
 def matmul_flops(device: torch.device, precision: Precision) -> float:
