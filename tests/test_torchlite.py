@@ -167,6 +167,19 @@ def test_arithmetic_broadcasts_any_two_shapes(shapes, function):
     compare(function, function, *numbers(*shapes.input_shapes))
 
 
+BROADCAST = [
+    ((2, 1, 1), (4, 1)), ((1,), (3, 1, 2)), ((), (2, 3)), ((3, 1), (0,)), ((2, 1, 3, 1), (4, 1, 5)),
+    ((1, 1), ()), ((2, 1, 1), (1, 3, 4)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("function", ARITHMETIC)
+@pytest.mark.parametrize("shapes", BROADCAST, ids=str)
+def test_broadcasting(shapes, function):
+    compare(function, function, *numbers(*shapes))
+    compare(function, function, *numbers(*reversed(shapes)))
+
+
 OTHERS = {
     "int": 3,
     "float": -1.5,
@@ -225,6 +238,8 @@ def test_matrix_products_with_an_array(shapes):
 def test_a_tensor_keeps_the_dtype_of_an_array_of_floats(dtype):
     assert Tensor(np.ones(2, dtype)).dtype == dtype
     assert Tensor(dtype(1)).dtype == dtype
+    for data in (1, [1.5], np.ones(2), np.ones(2, np.float32)):
+        assert Tensor(data, dtype=dtype).dtype == dtype
 
 
 def test_other_numbers_become_the_default_dtype():

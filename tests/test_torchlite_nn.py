@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from tests.test_torchlite import close, numbers
+from torchlite import functional as F
 from torchlite import nn
 from torchlite.tensor import Tensor, default_dtype, no_grad
 
@@ -173,6 +174,28 @@ def test_an_embedding_is_pytorchs():
     (y * y).sum().backward()
     (its * its).sum().backward()
     close(ours.weight.grad, theirs.weight.grad)
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5])
+def test_dropout(p):
+    x = Tensor(np.full((200, 500), 2.0, np.float32), requires_grad=True)
+    y = F.dropout(x, p, True, np.random.default_rng(0))
+    kept = y.data != 0
+    assert y.dtype == np.float32
+    assert kept.mean() == pytest.approx(1 - p, abs=0.01)
+    assert kept.mean(0).min() > 1 - p - 0.15  # no column, no row is favoured
+    np.testing.assert_allclose(y.data[kept], 2.0 / (1 - p), rtol=1e-6)
+    (y * 3).sum().backward()
+    np.testing.assert_allclose(x.grad, y.data * 1.5, rtol=1e-6)
+    again = F.dropout(x, p, True, np.random.default_rng(0))
+    np.testing.assert_array_equal(again.data, y.data)
+    assert (F.dropout(x, p, True, np.random.default_rng(1)).data != y.data).any()
+
+
+def test_dropout_that_is_off_is_nothing():
+    x = Tensor(np.ones(3))
+    assert F.dropout(x, 0.5, False, np.random.default_rng(0)) is x
+    assert F.dropout(x, 0.0, True, np.random.default_rng(0)) is x
 
 
 def test_dropout_follows_training_and_the_seed():

@@ -138,6 +138,8 @@ def test_graphs_that_join(lengths, swapped):
         b = b * 1.0
     before = a * b  # joined once
     after = (b + before if swapped else before + b) + x * a
+    assert a.tape is b.tape is before.tape is after.tape
+    assert len(after.tape) == sum(lengths) + 4  # each operation once
     after.backward()
     assert x.grad.tolist() == [5.0 * 21.0 + 2 * 5.0 * 2.0]
     assert y.grad.tolist() == [7.0 * 10.0 + 7.0]

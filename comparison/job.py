@@ -1,0 +1,94 @@
+"""What all engines of a comparison are given: the same weights, documents, order, and rules.
+
+A job is a folder: `job.json` and `weights.safetensors` (float64). `python -m comparison.worker`
+trains one engine on it, in a process of its own; what that found is in `<engine>.json`.
+"""
+
+import json
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from comparison.trainers import IGNORED
+from data.batches import Batches, Examples
+from data.dataset import Dataset, prepare
+from data.prompts import end_id, prompt_ids
+from data.rng import key
+from model.transformer_lite import TransformerDecoderLite
+from torchlite import nn
+from training.config import Config
+from training.schedule import lr_factor
+
+SAMPLES = 20  # texts that each engine writes after training
+
+
+@dataclass(frozen=True)
+class Job:
+    """One part of a comparison: a configuration and how it is trained. `config` is resolved."""
+
+    name: str
+    folder: Path
+    config: Config
+    dataset: Dataset
+    precision: str
+    steps: int
+    documents: int
+    parameters: int
+
+    def text(self, ids: list[int]) -> str:
+        """What the ids of a sample say."""
+        return self.dataset.tokenizer.decode(ids)
+
+
+def create(folder: Path, name: str, config: Config, steps: int, precision: str, report) -> Job:
+    """Prepares the data, draws the weights, and writes the job's folder. Raises UserError."""
+    dataset = prepare(config.data, report)
+    tokenizer = dataset.tokenizer
+    shape = replace(config.model, vocab_size=tokenizer.vocab_size, dropout=0.0)
+    shape = replace(shape, attention_dropout=0.0)
+    config = replace(config, model=shape, max_steps=steps)
+    examples = Examples(dataset.train, config.seq_len, tokenizer.pad_id)
+    batches = Batches(examples, config.train.batch_size, config.seed)
+    # how a run of its own would begin, so that nobody starts from special weights
+    nn.manual_seed(key("weights", config.seed))
+    model = TransformerDecoderLite.from_config(shape, "float64")
+    weights = {name: p.data for name, p in model.named_parameters()}
+    folder.mkdir(parents=True)
+    save_file(weights, folder / "weights.safetensors")
+    optimizer, kind = config.optimizer, dataset.kind
+    content = {
+        "model": asdict(shape),
+        "precision": precision,
+        "adam": [optimizer.beta1, optimizer.beta2, optimizer.eps],
+        "lr": [optimizer.lr * lr_factor(optimizer, step, config.horizon) for step in range(steps)],
+        "batches": [[row for part in batches(step) for row in rows(part)] for step in range(steps)],
+        "sampling": asdict(config.sample),
+        "seed": config.seed,
+        "prompts": [prompt_ids(kind, tokenizer, text) for text in prompts(dataset)],
+        "end_id": end_id(kind, tokenizer),
+    }
+    (folder / "job.json").write_text(json.dumps(content))
+    parameters = sum(array.size for array in weights.values())
+    return Job(name, folder, config, dataset, precision, steps, examples.count, parameters)
+
+
+def rows(batch) -> list[tuple[list[int], list[int]]]:
+    """(ids, targets) for each sequence, up to its last target: nothing after it has any effect."""
+    B, T = batch.ids.shape
+    targets = np.full(B * T, IGNORED, np.int64)
+    targets[slice(None) if batch.positions is None else batch.positions] = batch.targets
+    targets = targets.reshape(B, T)
+    found = []
+    for ids, predicted in zip(batch.ids, targets, strict=True):
+        n = int(np.flatnonzero(predicted != IGNORED)[-1]) + 1
+        found.append((ids[:n].tolist(), predicted[:n].tolist()))
+    return found
+
+
+def prompts(dataset: Dataset) -> list[str]:
+    """What the samples begin with: held-out prompts for pairs, else nothing."""
+    if dataset.kind == "pairs":
+        return [pair["prompt"] for pair in dataset.held_out[:SAMPLES]]
+    return [""] * (SAMPLES if dataset.kind == "lines" else 3)

@@ -1,0 +1,303 @@
+"""What a comparison found, for people: every figure measured, or worked out from what was.
+
+    write(folder, parts, sizes)    folder/report.md, with the pictures that lie beside it
+    terminal(parts)                a short table for the end of the command
+
+A section is a list of blocks, paragraphs and tables, between which a blank line stands.
+"""
+
+import math
+from pathlib import Path
+
+from comparison import footprint, proof, text
+from comparison.job import prompts
+from comparison.part import Part, step_s
+from comparison.text import NONE, count, duration, figure, plain, table
+from comparison.trainers import LABELS
+
+TOKENS = 50  # for so many the table of sizes gives times
+SHORT = 24  # samples of up to so many characters stand side by side
+BUILT_ON = {"compiled": "torch", "cuda": "torch"}  # the same code and packages
+
+
+def write(folder: Path, parts: list[Part], sizes: list[dict]) -> Path:
+    """Writes folder/report.md. `sizes`: what `comparison.sizes` printed, or "skipped": why."""
+    blocks = ["# One decoder in several engines: what was measured"]
+    blocks += [*text.picture(folder, "overview"), "## What was compared", *compared(parts)]
+    for part in parts:
+        name = part.job.name
+        sections = {
+            "results": results(part),
+            "losses": text.picture(folder, f"losses-{name}") + losses(part),
+            "samples": samples(part),
+            "controls": proof.controls(part),
+            "correctness": proof.correctness(part),
+            "an epoch, and a whole training": estimates(part),
+        }
+        for title, found in sections.items():
+            blocks += [f"## {plain(name)}: {title}", *found] if found else []
+    pictures = text.picture(folder, "speed") + text.picture(folder, "memory")
+    blocks += ["## Speed and memory", *pictures] if pictures else []
+    engines = {BUILT_ON.get(e, e) for part in parts for e in part.proper}
+    if engines:
+        blocks += ["## Code and dependencies", *code([e for e in footprint.FILES if e in engines])]
+    blocks += ["## Sizes", *by_size(sizes)] if sizes else []
+    file = folder / "report.md"
+    file.write_text("\n\n".join(blocks) + "\n", encoding="utf-8")
+    return file
+
+
+def terminal(parts: list[Part]) -> str:
+    """The results in at most 100 columns."""
+    head = ["", "training [s]", "steps/s", "speed-up", "final loss", "memory [MB]", "nodes"]
+    rows, notes = [], []
+    for part in parts:
+        rows.append([f"{part.job.name[:20]}, {part.job.steps:,} steps", *head[1:]])
+        for engine, result in part.results.items():
+            if "error" in result:
+                rows.append([LABELS[engine], "failed", *[NONE] * 5])
+                notes.append(f"{part.job.name}, {LABELS[engine]}: {result['error']}")
+                continue
+            cells = summary(part, result)
+            if not part.whole(result):
+                cells[0] = "~" + cells[0]
+                notes.append(f"~ {LABELS[engine]}: from {count(result['steps'], 'step')}")
+            rows.append([LABELS[engine], *cells])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows
+    ]
+    return "\n".join(line[:100] for line in [*lines, *notes])
+
+
+def summary(part: Part, result: dict) -> list[str]:
+    """Seconds to train, steps a second, speed-up, final loss, peak memory, nodes, as text."""
+    return [
+        figure(part.train_s(result)),
+        figure(1 / step_s(result)),
+        f"{figure(part.speed_up(result))} x",
+        f"{result['losses'][-1]:.4f}" if part.whole(result) else NONE,
+        figure(result["peak_bytes"] / 1e6) if result["peak_bytes"] else NONE,
+        figure(result["nodes"], 4),
+    ]
+
+
+# Sections ---------------------------------------------------------------------------------------
+
+
+def compared(parts: list[Part]) -> list[str]:
+    """The machine, and what each part's engines were given."""
+    devices = {r["device"] for p in parts for r in p.trained.values() if r.get("device")}
+    lines = [*text.machine(), *sorted(devices)]
+    rows = [["configuration", *(part.job.name for part in parts)]]
+    for title, value in {
+        "d_model / heads / layers / d_ff / length": lambda job, shape: (
+            f"{shape.d_model} / {shape.n_heads} / {shape.n_layers} / {shape.d_ff} / {shape.max_len}"
+        ),
+        "parameters": lambda job, _: f"{job.parameters:,}",
+        "data": lambda job, _: f"{job.dataset.name} ({job.dataset.kind})",
+        "documents to train on": lambda job, _: (
+            f"{job.documents:,}" + (" windows" if job.dataset.kind == "stream" else "")
+        ),
+        "vocabulary": lambda _, shape: f"{shape.vocab_size:,}",
+        "documents a step": lambda job, _: f"{job.config.train.batch_size:,}",
+        "steps": lambda job, _: f"{job.steps:,}",
+        "precision": lambda job, _: job.precision,
+    }.items():
+        rows.append([title, *(value(part.job, part.job.config.model) for part in parts)])
+    return [
+        "\n".join(f"- {plain(line)}" for line in lines),
+        table(rows[0], rows[1:]),
+        "The engines start from the same weights and are given the same documents in the same "
+        "order. The optimizer is Adam, no weight decay, no clipping, dropout 0. Each engine "
+        "trains in a process of its own, one after the other: its time and its peak memory (of "
+        "the whole process, with Python and all libraries) are its own.",
+    ]
+
+
+def results(part: Part) -> list[str]:
+    """Time, speed, loss, nodes and memory; then where the time of a step goes."""
+    first, second, notes = [], [], []
+    for engine, result in part.trained.items():
+        name, steps, seconds = LABELS[engine], result["steps"], result["seconds"]
+        cells = summary(part, result)
+        if not part.whole(result):
+            cells[0] += " (extrapolated)"
+            notes.append(
+                f"{plain(name)}: extrapolated from {count(steps, 'step')} to {part.job.steps:,}, "
+                f"in proportion to the tokens; its loss was {result['losses'][-1]:.4f} when it "
+                "ended. Compare it with the others at that step."
+            )
+        first.append([name, *cells])
+        share = step_s(result) / sum(seconds.values())
+        times = [seconds[k] * share for k in ("forward", "backward", "update")]
+        second.append([
+            name,
+            *(figure(t * 1e3) for t in (*times, sum(times))),
+            f"{times[1] / sum(times):.0%}",
+            figure(times[1] / result["nodes"] * 1e6),
+            figure(result["start_s"]),
+            figure(result["warm_up_s"]) if engine == "compiled" else NONE,
+        ])  # fmt: skip
+    columns = ["engine", "time to train [s]", "steps/s", "speed-up", "final loss"]
+    parts_of_a_step = ["forward [ms]", "backward [ms]", "update [ms]", "a step [ms]"]
+    failed = [[LABELS[e], r["error"]] for e, r in part.results.items() if "error" in r]
+    blocks = [table(["not measured", "because"], failed)] if failed else []
+    if not first:
+        return blocks
+    return [
+        table([*columns, "peak memory [MB]", "graph nodes a step"], first),
+        *notes,
+        *blocks,
+        "The time to train is that of the steps alone; speed-up is over the slowest engine. Where "
+        "the time of a step goes, and what comes once, before the first step:",
+        table(
+            [
+                "engine",
+                *parts_of_a_step,
+                "backward's share",
+                "backward per node [µs]",
+                "start-up [s]",
+                "compiling [s]",
+            ],
+            second,
+        ),
+        "Nodes are counted in each engine's own graph: records on the tape of the Python and "
+        "NumPy engines; in PyTorch nodes of autograd, of which a compiled region is one.",
+    ]
+
+
+def losses(part: Part) -> list[str]:
+    """The losses at the seeds' steps, and how far the engines are apart over all of them."""
+    end = max((result["steps"] for result in part.trained.values()), default=0)
+    steps = {1, *range(50, 501, 50), *range(600, 1001, 100), *range(1500, end, 500)}
+    steps |= set(range(0, end, max(1, end // 10))) if end < 100 else set()
+    steps |= {result["steps"] for result in part.trained.values()}
+    rows = []
+    for step in sorted(step for step in steps if 0 < step <= end):
+        at = [r["losses"][step - 1 : step] for r in part.trained.values()]
+        cells = [f"{loss[0]:.4f}" if loss else NONE for loss in at]
+        rows.append([f"{step:,}", *cells, figure(part.gap(step), 2)])
+    gaps = {s: gap for s in range(1, end + 1) if (gap := part.gap(s)) is not None}
+    blocks = [table(["step", *map(LABELS.get, part.trained), "largest difference"], rows)]
+    if not gaps:
+        return blocks if rows else []
+    worst, gradients = max(gaps, key=gaps.get), part.gradient_gap()
+    lines = [
+        f"The largest difference between the engines (controls apart) over all {len(gaps):,} "
+        f"steps: {figure(gaps[worst], 2)}, at step {worst:,}."
+    ]
+    if gradients is not None:
+        lines.append(
+            f"The largest difference of the first step's gradients, over all parameters: "
+            f"{figure(gradients, 2)} of the largest gradient."
+        )
+    return [*blocks, " ".join(lines)]
+
+
+def samples(part: Part) -> list[str]:
+    """What each engine wrote after training, side by side."""
+    texts = {e: [part.job.text(ids) for ids in r["samples"]] for e, r in part.trained.items()}
+    rows = [list(row) for row in zip(*texts.values(), strict=True)]
+    whole = [texts[e] for e, result in part.proper.items() if part.whole(result)]
+    if not rows:
+        return []
+    blocks = ["Each engine writes with the weights it trained, and the same random numbers."]
+    if len(whole) > 1:
+        same = sum(len(set(wrote)) == 1 for wrote in zip(*whole, strict=True))
+        blocks[0] += (
+            f" The {len(whole)} engines that trained to the end, controls apart, wrote the same "
+            f"text in {same} of {len(rows)}."
+        )
+    early = {e: f" ({count(r['steps'], 'step')})" for e, r in part.trained.items()
+             if not part.whole(r)}  # fmt: skip
+    names = [LABELS[engine] + early.get(engine, "") for engine in texts]
+    if max(len(wrote) for row in rows for wrote in row) <= SHORT:
+        return [*blocks, table(["", *names], [[str(i), *row] for i, row in enumerate(rows, 1)])]
+    asked = prompts(part.job.dataset)
+    for i, row in enumerate(rows, 1):  # long ones under each other, and equal ones once
+        by = {}
+        for name, wrote in zip(names, row, strict=True):
+            by.setdefault(wrote, []).append(name)
+        lines = [f"- {plain('; '.join(who))}: {plain(wrote)}" for wrote, who in by.items()]
+        prompt = f", after: {plain(asked[i - 1])}" if asked[i - 1] else ""
+        blocks += [f"Sample {i}{prompt}", "\n".join(lines)]
+    return blocks
+
+
+def estimates(part: Part) -> list[str]:
+    """What an epoch and the configuration's own training would take."""
+    steps = math.ceil(part.job.documents / part.job.config.train.batch_size)
+    own = part.own_steps or part.job.steps
+    rows = [
+        [LABELS[e], figure(step_s(r) * 1e3), *(duration(step_s(r) * n) for n in (steps, own))]
+        for e, r in part.proper.items()
+    ]
+    epoch, training = f"an epoch ({steps:,} steps)", f"a whole training ({own:,} steps)"
+    words = "Multiplied: the time of a step, measured, by the steps of an epoch of the data and "
+    words += f"by the {own:,} of the configuration. Evaluations and checkpoints are not in it."
+    return [words, table(["engine", "a step [ms]", epoch, training], rows)] if rows else []
+
+
+def code(engines: list[str]) -> list[str]:
+    """What there is to read of each engine, and what must be installed for it."""
+    names = [LABELS[e].replace(", CPU, eager", "") for e in engines]
+    files = [footprint.code(engine) for engine in engines]
+    needs = [footprint.dependencies(engine) for engine in engines]
+    care = [footprint.care(engine) for engine in engines]
+    rows = [
+        ["files", *(str(len(paths)) for paths, _ in files)],
+        ["lines of code", *(f"{lines:,}" for _, lines in files)],
+        *([what, *(f"{counts[what]:,}" for counts in care)] for what in care[0]),
+        ["packages to install", *(str(len(packages)) for packages in needs)],
+        ["installed [MB]", *(figure(sum(p[2] for p in packages) / 1e6) for packages in needs)],
+    ]
+    pieces = {engine: footprint.pieces(engine) for engine in engines if engine != "unfused"}
+    shared = dict.fromkeys(name for found in pieces.values() for name in found)
+    blocks = [
+        "Lines of code are those that are neither blank, comment nor docstring. Of each engine its "
+        "decoder, its generation and what it computes with are counted; what all share (the "
+        "configuration, data, checkpoints, sampling rules) is not.",
+        table(["", *names], rows),
+        "Lines of code of each piece of the decoder:",
+        table(
+            ["", *(LABELS[e].split(",")[0] for e in pieces)],
+            [[n, *(str(found.get(n, NONE)) for found in pieces.values())] for n in shared],
+        ),
+    ]
+    lines = []
+    for name, packages in zip(names, needs, strict=True):
+        listed = ", ".join(f"{p} {v} ({figure(b / 1e6, 2)} MB)" for p, v, b in packages)
+        lines.append(f"- {plain(name)} needs {plain(listed) or 'nothing but Python'}.")
+    return [*blocks, "\n".join(lines)]
+
+
+def by_size(sizes: list[dict]) -> list[str]:
+    """Generation with untrained models of several sizes."""
+    engines = [e for e in LABELS if any(entry["engine"] == e for entry in sizes)]
+    numbers = {entry["size"]: entry["parameters"] for entry in sizes if "parameters" in entry}
+    rows, notes = {}, []
+    for entry in sizes:
+        size, engine = entry["size"], entry["engine"]
+        n = numbers.get(size)
+        first = [f"{n:,}", figure(n * 4 / 1e6)] if n else [NONE, NONE]
+        row = rows.setdefault(size, first + [NONE] * 2 * len(engines))
+        about = f"- {plain(LABELS[engine])}, {entry['size']}: "
+        if why := entry.get("skipped") or entry.get("error"):
+            notes.append(f"{about}not measured, {plain(why)}")
+            continue
+        milliseconds = figure(entry["generate_s"] * TOKENS / entry["tokens"] * 1e3)
+        if entry["tokens"] != TOKENS:
+            milliseconds += " (extrapolated)"
+            notes.append(f"{about}extrapolated from {count(entry['tokens'], 'token')}")
+        at = 2 + 2 * engines.index(engine)
+        row[at : at + 2] = milliseconds, figure(entry["peak_bytes"] / 1e6)
+    head = ["d_model / heads / layers / length", "parameters", "weights in fp32 [MB]"]
+    for engine in engines:
+        head += [f"{LABELS[engine]}: {TOKENS} tokens [ms]", "peak memory [MB]"]
+    body = [[size.replace("/", " / "), *row] for size, row in rows.items()]
+    words = (
+        f"Untrained models generate {TOKENS} tokens, one sequence, in fp32 (plain Python: fp64). "
+        "Memory is the most that the whole process held."
+    )
+    return [words, table(head, body), *(["\n".join(notes)] if notes else [])]

@@ -1,0 +1,274 @@
+"""One training step in each engine, in the same three parts, so that they can be compared.
+
+    trainer = create("numpy", config, weights, Adam(0.9, 0.999, 1e-8))
+    batch = trainer.batch([(ids, targets)])
+    loss = trainer.forward(batch)
+    trainer.backward()
+    trainer.update(lr)
+
+A row is (ids, targets), two lists of the same length; where there is nothing to predict the target
+is -100. The loss is the mean over all targets of a batch. The optimizer is Adam, without weight
+decay or clipping. Each engine is imported only where it is used.
+"""
+
+from dataclasses import dataclass
+from random import Random
+
+from model.config import ModelConfig
+from training.engines import load_model
+from training.memory import keep_freed_memory
+
+IGNORED = -100
+
+LABELS = {  # in the order of the report
+    "unfused": "Python, a node for each + and *",
+    "python": "Python, fused",
+    "numpy": "NumPy (TorchLite)",
+    "torch": "PyTorch, CPU, eager",
+    "compiled": "PyTorch, CPU, compiled",
+    "cuda": "PyTorch, CUDA",
+    "random": "control: random gradients",
+    "stack": "control: stack-order backward",
+}
+ON_PYTHON = ("unfused", "python", "random", "stack")
+
+
+@dataclass(frozen=True)
+class Adam:
+    """What Adam is told besides the learning rate."""
+
+    beta1: float
+    beta2: float
+    eps: float
+
+
+class PythonTrainer:
+    """The plain-Python engine; `written_out` makes each + and * a node."""
+
+    def __init__(self, config: ModelConfig, weights, adam: Adam, written_out=False):
+        from model import scalar_tape
+        from model.transformer_micro import TransformerDecoderMicro
+
+        self.model = TransformerDecoderMicro.from_config(config, written_out)
+        self.model.load_weights(weights)
+        self.mean = scalar_tape.mean
+        self.optimizer = scalar_tape.Adam(self.model.parameters(), adam.beta1, adam.beta2, adam.eps)
+        self.nodes = 0
+
+    def batch(self, rows):
+        """Rows as `forward` takes them: (ids, places, targets) each."""
+        batch = []
+        for ids, targets in rows:
+            places = [t for t, target in enumerate(targets) if target != IGNORED]
+            batch.append((ids, places, [targets[t] for t in places]))
+        return batch
+
+    def forward(self, batch) -> float:
+        """The loss; what `backward` needs is kept."""
+        losses = []
+        for ids, places, targets in batch:
+            logits = self.model(ids, positions=places)
+            losses += [x.cross_entropy(y) for x, y in zip(logits, targets, strict=True)]
+        self.loss = self.mean(losses)
+        self.nodes = len(self.model.tape)
+        return self.loss.data[0]
+
+    def backward(self):
+        self.loss.backward()
+
+    def update(self, lr: float):
+        self.optimizer.step(lr)
+        self.optimizer.zero_grad()
+        self.loss = None
+
+    def gradients(self) -> dict:
+        """Nested lists by parameter name."""
+        return self.model.gradients()
+
+    def weights(self) -> dict:
+        return self.model.state_dict()
+
+    def logits(self, ids: list[int]) -> list[list[float]]:
+        """(T, V) for one sequence."""
+        with self.model.tape.paused():
+            return [x.data for x in self.model(ids)]
+
+
+class RandomGradients(PythonTrainer):
+    """What a port without a backward pass does: forward is right, gradients are dice."""
+
+    dice = Random(0)  # noqa: S311
+
+    def backward(self):
+        self.model.tape.records.clear()
+        for row in self.model.parameters():
+            row.grad = [self.dice.gauss(0.0, 0.01) for _ in row.data]
+
+
+class StackOrder(PythonTrainer):
+    """The "stack-based backward": nodes are visited as a stack gives them, and so too early.
+
+    A node passes its gradient on when it is first taken from the stack. If more of its users come
+    later, what they add to it is never passed on. The smaller the nodes, the more users they have.
+    """
+
+    def backward(self):
+        from model.scalar_tape import inputs_of
+
+        records = {id(record[1]): record for record in self.model.tape.records}
+        self.loss.grad = [1.0]
+        stack, visited = list(getattr(self.loss, "values", [self.loss])), set()
+        while stack:
+            node = stack.pop()
+            record = records.get(id(node))
+            if record is None or id(node) in visited:
+                continue
+            visited.add(id(node))
+            backward, output, inputs = record
+            if output.grad:
+                backward(output, *inputs)
+            stack += inputs_of(record)
+        self.model.tape.records.clear()
+
+
+CONTROLS = {"random": RandomGradients, "stack": StackOrder}
+
+
+class NumpyTrainer:
+    """The NumPy engine, on TorchLite."""
+
+    def __init__(self, config: ModelConfig, weights, adam: Adam, precision: str):
+        from torchlite import functional, optim
+
+        keep_freed_memory()  # as train.py does
+        self.F = functional
+        self.model = load_model("numpy", config, weights, "cpu", precision).train()
+        self.optimizer = optim.AdamW(
+            self.model.parameters(), betas=(adam.beta1, adam.beta2), eps=adam.eps, weight_decay=0.0
+        )
+        self.nodes = 0
+
+    def batch(self, rows):
+        return padded(rows)
+
+    def forward(self, batch) -> float:
+        ids, positions, targets = batch
+        x = self.model.hidden(ids)  # (B, T, C)
+        x = x.reshape(-1, x.shape[-1])
+        if len(positions) < len(x):
+            x = x[positions]
+        output = self.model.output
+        self.loss = self.F.linear_cross_entropy(x, output.weight, output.bias, targets)
+        self.nodes = len(self.loss.tape)
+        return self.loss.item()
+
+    def backward(self):
+        self.loss.backward()
+
+    def update(self, lr: float):
+        self.optimizer.lr = lr
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def gradients(self) -> dict:
+        """Arrays by parameter name."""
+        return {name: p.grad for name, p in self.model.named_parameters()}
+
+    def weights(self) -> dict:
+        return {name: p.data for name, p in self.model.named_parameters()}
+
+    def logits(self, ids: list[int]):
+        import numpy as np
+
+        return self.model(np.array([ids])).data[0]
+
+
+class TorchTrainer:
+    """The PyTorch engine, eager or compiled."""
+
+    def __init__(self, config, weights, adam: Adam, precision: str, device: str, compiled=False):
+        import torch
+
+        from training.device import choose_device, synchronize
+
+        keep_freed_memory()
+        self.torch, self.device = torch, choose_device(device)
+        self.model = load_model("torch", config, weights, device, precision).train()
+        self.call = torch.compile(self.model, dynamic=True) if compiled else self.model
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(),
+            betas=(adam.beta1, adam.beta2),
+            eps=adam.eps,
+            weight_decay=0.0,
+            fused=True,
+        )
+        self.wait = lambda: synchronize(self.device)
+
+    def batch(self, rows):
+        return [self.torch.from_numpy(array).to(self.device) for array in padded(rows)]
+
+    def forward(self, batch) -> float:
+        ids, positions, targets = batch
+        logits = self.call(ids, positions=positions if len(positions) < ids.numel() else None)
+        logits = logits.flatten(0, -2)
+        self.loss = self.torch.nn.functional.cross_entropy(logits, targets)
+        return self.loss.item()
+
+    @property
+    def nodes(self) -> int:
+        """Nodes of autograd's graph behind the last loss, those of the weights included."""
+        found, stack = set(), [self.loss.grad_fn]
+        while stack:
+            node = stack.pop()
+            if node is not None and node not in found:
+                found.add(node)
+                stack += [following for following, _ in node.next_functions]
+        return len(found)
+
+    def backward(self):
+        self.loss.backward()
+        self.wait()
+
+    def update(self, lr: float):
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.wait()
+
+    def gradients(self) -> dict:
+        """Arrays by parameter name."""
+        return {name: p.grad.cpu().numpy() for name, p in self.model.named_parameters()}
+
+    def weights(self) -> dict:
+        return {name: p.detach().cpu().numpy() for name, p in self.model.named_parameters()}
+
+    def logits(self, ids: list[int]):
+        with self.torch.no_grad():
+            return self.model(self.torch.tensor([ids], device=self.device))[0].cpu().numpy()
+
+
+def padded(rows):
+    """ids (B, T), positions (N,), targets (N,), int64: what `training/loss.py` takes as well."""
+    import numpy as np
+
+    T = max(len(ids) for ids, _ in rows)
+    ids = np.zeros((len(rows), T), np.int64)
+    targets = np.full((len(rows), T), IGNORED, np.int64)
+    for b, (row, predicted) in enumerate(rows):
+        ids[b, : len(row)] = row
+        targets[b, : len(row)] = predicted
+    positions = np.flatnonzero(targets != IGNORED)
+    return ids, positions, targets.reshape(-1)[positions]
+
+
+def create(engine: str, config: ModelConfig, weights: dict, adam: Adam, precision: str = "fp64"):
+    """The trainer of an engine, by its name in LABELS. weights: lists or arrays by name."""
+    if engine in ("python", "unfused"):
+        return PythonTrainer(config, weights, adam, written_out=engine == "unfused")
+    if engine in CONTROLS:
+        return CONTROLS[engine](config, weights, adam)
+    if engine == "numpy":
+        return NumpyTrainer(config, weights, adam, precision)
+    device = "cuda" if engine == "cuda" else "cpu"
+    return TorchTrainer(config, weights, adam, precision, device, compiled=engine == "compiled")

@@ -1,0 +1,171 @@
+"""Trains one engine on a job, in a process of its own: so its time and its memory are its own.
+
+    python -m comparison.worker FOLDER ENGINE STEPS
+
+Prints a line for each step, and writes FOLDER/ENGINE.json: losses, seconds, peak memory, nodes,
+samples, the gradients of the first step, and what `checks` measured.
+"""
+
+import json
+import sys
+import time
+from pathlib import Path
+
+STARTED = time.perf_counter()
+
+from comparison import checks  # noqa: E402, the clock runs from the first line on
+from comparison.trainers import CONTROLS, ON_PYTHON, Adam, PythonTrainer, create  # noqa: E402
+from model.config import ModelConfig  # noqa: E402
+from model.sampling import Sampling  # noqa: E402
+from training.engines import generator  # noqa: E402
+
+COMPARED = 1_000_000  # up to so many parameters, the gradients of the first step are kept
+
+
+def main(folder: Path, engine: str, steps: int) -> dict:
+    """All that is measured of one engine."""
+    job = json.loads((folder / "job.json").read_text())
+    config = ModelConfig(**job["model"])
+    weights = read_weights(folder / "weights.safetensors", engine)
+    trainer = create(engine, config, weights, Adam(*job["adam"]), job["precision"])
+    batches = [trainer.batch(rows) for rows in job["batches"][:steps]]
+    result = {"engine": engine, "steps": steps, "parameters": trainer.model.num_parameters()}
+    result["of_steps"] = len(job["batches"])
+    result["share"] = tokens(job["batches"][:steps]) / tokens(job["batches"])  # of the job's work
+    del job["batches"]
+    if engine == "cuda":
+        result["device"] = sys.modules["torch"].cuda.get_device_name()
+    result["imported"] = [name for name in ("torch", "numpy") if name in sys.modules]
+    result["start_s"] = time.perf_counter() - STARTED
+    began = time.perf_counter()
+    if engine == "compiled":  # what is compiled in the first steps is no part of the others
+        for batch in batches[:3]:
+            trainer.forward(batch)
+            trainer.backward()
+            trainer.optimizer.zero_grad()
+    result["warm_up_s"] = time.perf_counter() - began
+    result |= train(trainer, batches, job["lr"])
+    result["peak_bytes"] = peak_memory(engine)
+    began = time.perf_counter()
+    rules = Sampling(**job["sampling"])
+    generate = generator(engine if engine == "numpy" or engine in ON_PYTHON else "torch")
+    result["samples"] = generate(
+        trainer.model, job["prompts"], rules, seed=job["seed"], end_id=job["end_id"]
+    )
+    result["generate_s"] = time.perf_counter() - began
+    if engine in CONTROLS:
+        result["cosines"] = cosines(config, weights, engine, batches[0])
+        return result
+    result["checks"] = checks.run(trainer, engine, config, batches[0], folder, job["seed"])
+    if result["parameters"] <= COMPARED:
+        fresh = create(engine, config, weights, Adam(*job["adam"]), job["precision"])
+        fresh.forward(batches[0])
+        fresh.backward()
+        result["gradients"] = {name: listed(g) for name, g in fresh.gradients().items()}
+    return result
+
+
+def train(trainer, batches: list, lrs: list[float]) -> dict:
+    """Losses, and the seconds of each part of the steps."""
+    losses, nodes = [], []
+    seconds = {"forward": 0.0, "backward": 0.0, "update": 0.0}
+    clock = time.perf_counter
+    for step, batch in enumerate(batches):
+        began = clock()
+        losses.append(trainer.forward(batch))
+        forwarded = clock()
+        trainer.backward()
+        backwarded = clock()
+        trainer.update(lrs[step])
+        updated = clock()
+        seconds["forward"] += forwarded - began
+        seconds["backward"] += backwarded - forwarded
+        seconds["update"] += updated - backwarded
+        print(step + 1, losses[-1], flush=True)
+    for batch in batches[:5]:  # counted apart, because counting takes time too
+        trainer.forward(batch)
+        nodes.append(trainer.nodes)
+        trainer.backward()
+        trainer.optimizer.zero_grad()
+    return {"losses": losses, "seconds": seconds, "nodes": sum(nodes) / len(nodes)}
+
+
+def tokens(batches: list) -> int:
+    """How many the rows have together."""
+    return sum(len(ids) for rows in batches for ids, _ in rows)
+
+
+def cosines(config: ModelConfig, weights: dict, engine: str, batch) -> dict:
+    """How far a control's gradients of the first step point where the right ones do.
+
+    By parameter, with a node for each operation on a vector, and with one for each + and *.
+    """
+
+    def gradients(kind, written_out):
+        trainer = kind(config, weights, Adam(0.9, 0.999, 1e-8), written_out)
+        trainer.forward(batch)
+        trainer.backward()
+        return {name: flat(g) for name, g in trainer.gradients().items()}
+
+    right = gradients(PythonTrainer, False)
+    wrong = {"vector": gradients(CONTROLS[engine], False)}
+    wrong["scalar"] = gradients(CONTROLS[engine], True)
+    return {
+        name: {size: compare(right[name], g[name]) for size, g in wrong.items()} for name in right
+    }
+
+
+def compare(right: list[float], wrong: list[float]) -> dict:
+    """The cosine between two gradients, and the length of their difference over the right one's."""
+    product = sum(a * b for a, b in zip(right, wrong, strict=True))
+    lengths = [sum(a * a for a in g) ** 0.5 for g in (right, wrong)]
+    apart = sum((a - b) ** 2 for a, b in zip(right, wrong, strict=True)) ** 0.5
+    return {
+        "cosine": product / (lengths[0] * lengths[1]) if all(lengths) else 0.0,
+        "error": apart / lengths[0] if lengths[0] else 0.0,
+    }
+
+
+def listed(array):
+    """An array, or nested lists, as nested lists."""
+    return array.tolist() if hasattr(array, "tolist") else array
+
+
+def flat(nested) -> list[float]:
+    """The numbers of nested lists."""
+    nested = listed(nested)
+    return [x for row in nested for x in flat(row)] if isinstance(nested, list) else [nested]
+
+
+def read_weights(file: Path, engine: str) -> dict:
+    """Lists for the plain-Python engine, arrays for the others."""
+    if engine in ON_PYTHON:
+        from model import safetensors_reader
+
+        return {n: t.tolist() for n, t in safetensors_reader.read(file.read_bytes()).items()}
+    from safetensors.numpy import load_file
+
+    return load_file(file)
+
+
+def peak_memory(engine: str) -> int:
+    """Bytes: the most that was resident in this process; on CUDA, the most allocated there."""
+    if engine == "cuda":
+        import torch
+
+        return torch.cuda.max_memory_allocated()
+    try:  # of this program alone; getrusage also counts the process it was forked from
+        status = Path("/proc/self/status").read_text()
+        return int(status.split("VmHWM:")[1].split()[0]) * 1024
+    except (OSError, IndexError):
+        try:
+            import resource  # not on Windows
+        except ImportError:
+            return 0
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak * (1 if sys.platform == "darwin" else 1024)
+
+
+if __name__ == "__main__":
+    result = main(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]))
+    (Path(sys.argv[1]) / f"{sys.argv[2]}.json").write_text(json.dumps(result))

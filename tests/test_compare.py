@@ -1,0 +1,84 @@
+"""compare.py as people run it: engines in processes of their own, and a report of what they did."""
+
+import json
+
+import pytest
+
+from tests.helpers import TINY, refused, run, write_config
+
+LINES = TINY.replace('tokenizer = "char"', 'kind = "lines"\ntokenizer = "char"')
+STEPS = 4
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory):
+    """A comparison of three engines and both controls on a tiny model."""
+    folder = tmp_path_factory.mktemp("compare")
+    text = folder / "words.txt"
+    text.write_text("\n".join(f"{a}{b}ing" for a in "bcdfghklmnprst" for b in ("a", "e", "ou")))
+    config = write_config(folder, text, LINES)
+    engines = ("unfused", "python", "numpy", "torch", "random", "stack")
+    result = run(
+        "compare.py", "--config", config, "--steps", STEPS, "--name", "it", "--engines", *engines,
+        cwd=folder,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    return folder, config, result
+
+
+def results(folder):
+    """What each engine found, by name."""
+    files = sorted((folder / "runs" / "it" / "tiny").glob("*.json"))
+    return {f.stem: json.loads(f.read_text()) for f in files if f.stem != "job"}
+
+
+def test_all_engines_have_the_same_losses_and_gradients(compared):
+    found = results(compared[0])
+    assert set(found) == {"unfused", "python", "numpy", "torch", "random", "stack"}
+    proper = [found[e]["losses"] for e in ("unfused", "python", "numpy", "torch")]
+    for losses in proper:
+        assert losses == pytest.approx(proper[0], abs=1e-12)
+        assert len(set(losses)) == STEPS
+    assert found["stack"]["losses"][0] == pytest.approx(proper[0][0], abs=1e-12)
+    assert found["stack"]["losses"][-1] != pytest.approx(proper[0][-1], abs=1e-6)
+    samples = [found[e]["samples"] for e in ("unfused", "python", "numpy", "torch")]
+    assert samples.count(samples[0]) == 4 and any(samples[0])
+    checks = found["numpy"]["checks"] + found["python"]["checks"] + found["torch"]["checks"]
+    assert all(check["value"] <= check["limit"] for check in checks)
+
+
+def test_an_engine_imports_no_more_than_it_needs(compared):
+    found = results(compared[0])
+    assert found["python"]["imported"] == found["unfused"]["imported"] == []
+    assert found["numpy"]["imported"] == ["numpy"]
+    assert found["python"]["peak_bytes"] < found["torch"]["peak_bytes"] / 3
+
+
+def test_the_report_and_what_lies_beside_it(compared):
+    folder, _, result = compared
+    report = (folder / "runs" / "it" / "report.md").read_text()
+    for engine in ("Python, fused", "NumPy (TorchLite)", "PyTorch, CPU, eager", "stack-order"):
+        assert engine in report
+        assert engine in result.stdout
+    beside = {path.name for path in (folder / "runs" / "it").iterdir()}
+    assert {"tiny", "tensorboard", "report.md", "overview.png"} <= beside
+    assert "it/report.md" in result.stdout.splitlines()[-1]
+
+
+def test_bad_input_is_told_in_one_line(compared):
+    folder, config, _ = compared
+    for arguments, said in (
+        (["--config", config, "--name", "it"], "exists already"),
+        (["--config", "nowhere.toml"], "nowhere.toml"),
+        (["--config", config, "--data.path", "nowhere.txt"], "nowhere.txt"),
+    ):
+        assert said in refused(run("compare.py", *arguments, cwd=folder))
+    for arguments, said in (
+        (["--steps", "-1"], "steps = -1"),
+        (["--name", "../out"], "without a path"),
+        (["--engines", "rust"], "rust"),
+    ):
+        result = run("compare.py", *arguments, cwd=folder)
+        assert result.returncode == 2 and "Traceback" not in result.stderr
+        assert said in result.stderr
+    assert not list((folder / "runs").glob("compare-*"))  # nothing is left of what was refused
