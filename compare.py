@@ -1,7 +1,7 @@
 """Trains the same model in every engine, side by side, and writes a report.
 
 python compare.py                                      microGPT in every engine, then mini.toml in
-                                                       NumPy and PyTorch: about two minutes
+                                                       NumPy and PyTorch: about a minute
 python compare.py --engines numpy torch --steps 200 --config configs/lite.toml --data.path my_pairs
 python compare.py --help
 
@@ -30,8 +30,8 @@ from training.config import Config, load
 
 DESCRIPTION = "Trains the same model in every engine, side by side, and writes a report."
 ROOT = Path(__file__).parent
-UNFUSED_STEPS = 15  # of the slowest engine; the rest is multiplied up, and the report says so
-SECOND_STEPS = 40  # of mini.toml
+UNFUSED_STEPS = 30  # of the slowest engine; the rest is multiplied up, and the report says so
+SECOND_STEPS = 100  # of mini.toml
 SMALL = 20_000  # parameters up to which plain Python takes part without being asked
 
 Engine = Literal["unfused", "python", "numpy", "torch", "compiled", "cuda", "random", "stack"]
@@ -55,7 +55,7 @@ class Arguments:
     """Which take part; random and stack are controls with wrong gradients. Default: all that suit
     the size of the model."""
     steps: int = 0
-    """Optimizer steps; 0: 1,000 of microGPT and 40 of mini.toml, or 200 of another --config."""
+    """Optimizer steps; 0: 1,000 of microGPT and 100 of mini.toml, or 200 of another --config."""
     config: str = ""
     """A TOML file to compare in place of the two."""
     precision: Literal["auto", "fp32", "fp64"] = "auto"

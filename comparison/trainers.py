@@ -253,13 +253,10 @@ def padded(rows):
     import numpy as np
 
     T = max(len(ids) for ids, _ in rows)
-    ids = np.zeros((len(rows), T), np.int64)
-    targets = np.full((len(rows), T), IGNORED, np.int64)
-    for b, (row, predicted) in enumerate(rows):
-        ids[b, : len(row)] = row
-        targets[b, : len(row)] = predicted
+    ids = np.array([ids + [0] * (T - len(ids)) for ids, _ in rows])
+    targets = np.array([t + [IGNORED] * (T - len(t)) for _, t in rows]).reshape(-1)
     positions = np.flatnonzero(targets != IGNORED)
-    return ids, positions, targets.reshape(-1)[positions]
+    return ids, positions, targets[positions]
 
 
 def create(engine: str, config: ModelConfig, weights: dict, adam: Adam, precision: str = "fp64"):
