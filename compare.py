@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Literal
 
@@ -88,7 +89,9 @@ def main() -> int:
             part = plan(folder / name, name, with_data, arguments.steps or steps, arguments)
             if part is not None:
                 parts.append(part)
-                run_engines(part, bool(arguments.engines))
+                run_engines(part)
+                if any("error" in part.results.get(e, ()) for e in arguments.engines):
+                    status = 1  # by default an engine that is not there is a row of the report
         if not arguments.config:
             measured = measure_sizes(arguments)
     except KeyboardInterrupt:
@@ -121,6 +124,8 @@ def plan(folder: Path, name: str, config: Config, steps: int, arguments: Argumen
     """A part of the comparison, its job written; None where none of the engines is asked for."""
     second = not arguments.config and name == "mini"
     suited = ("numpy", "torch", "cuda") if second else tuple(LABELS)
+    if not arguments.engines and not has_cuda():
+        suited = tuple(engine for engine in suited if engine != "cuda")
     engines = [e for e in LABELS if e in (arguments.engines or suited)]
     if second and arguments.engines:
         engines = [e for e in engines if e in suited]
@@ -136,13 +141,18 @@ def plan(folder: Path, name: str, config: Config, steps: int, arguments: Argumen
     return report.Part(job, {engine: {} for engine in engines}, own_steps=config.max_steps)
 
 
-def run_engines(part: report.Part, asked: bool):
+@cache
+def has_cuda() -> bool:
+    """Whether PyTorch sees a GPU; asked in a process of its own, to keep this one small."""
+    code = "import sys, torch; sys.exit(not torch.cuda.is_available())"
+    return not subprocess.run([sys.executable, "-c", code], check=False).returncode  # noqa: S603
+
+
+def run_engines(part: report.Part):
     """Trains every engine of a part in turn and takes in what it found."""
-    for engine in list(part.results):
+    for engine in part.results:
         steps = min(part.job.steps, UNFUSED_STEPS) if engine == "unfused" else part.job.steps
         part.results[engine] = run_engine(part.job, engine, steps)
-        if "error" in part.results[engine] and engine == "cuda" and not asked:
-            del part.results[engine]  # most machines have none
 
 
 def run_engine(job: Job, engine: str, steps: int) -> dict:

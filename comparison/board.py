@@ -39,8 +39,6 @@ def write_run(run: Path, part: Part, engine: str, result: dict, now: float):
         add(writer, value, step, now + step * step_s(result))
     figures = final(part, result)
     end = len(result["losses"])
-    for tag, x in figures.items():
-        add(writer, Summary.Value(tag=f"final/{tag}", simple_value=x), end, now)
     rows = [[tag.replace("_", " "), f"{x:.6g}"] for tag, x in figures.items()]
     add(writer, text("figures", table([LABELS[engine], part.job.name], rows)), end, now)
     writer.close()

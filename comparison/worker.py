@@ -15,7 +15,7 @@ STARTED = time.perf_counter()
 
 from comparison import checks  # noqa: E402, the clock runs from the first line on
 from comparison.trainers import CONTROLS, ON_PYTHON, Adam, PythonTrainer, create  # noqa: E402
-from model.config import ModelConfig  # noqa: E402
+from model.config import ModelConfig, UserError  # noqa: E402
 from model.sampling import Sampling  # noqa: E402
 from training.engines import generator  # noqa: E402
 
@@ -167,5 +167,9 @@ def peak_memory(engine: str) -> int:
 
 
 if __name__ == "__main__":
-    result = main(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]))
-    (Path(sys.argv[1]) / f"{sys.argv[2]}.json").write_text(json.dumps(result))
+    folder, engine, steps = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+    try:
+        result = main(folder, engine, steps)
+    except UserError as error:  # such as a device that is not there
+        sys.exit(str(error))
+    (folder / f"{engine}.json").write_text(json.dumps(result))

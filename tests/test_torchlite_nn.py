@@ -45,6 +45,7 @@ def nested(kind):
             self.lone = kind.Parameter(torch.ones(1) if kind is torch.nn else np.ones(1))
             self.last.weight = self.first.weight
             self.norm = kind.LayerNorm(2)
+            self.sizes = [1, 2]  # a list of something else
 
     return Outer()
 

@@ -141,11 +141,13 @@ def test_there_is_something_to_optimize():
         optim.AdamW([])
 
 
-@pytest.mark.parametrize("max_norm", [1e-3, 1.0, 1e6])
+@pytest.mark.parametrize("limit", [1e-3, 0.99, 1.0, 1.01, 1.5, 1e6])
 @pytest.mark.parametrize("share", [1.0, 0.5, 0.0])
-def test_clipping_is_pytorchs(max_norm, share):
+def test_clipping_is_pytorchs(limit, share):
+    """At limits below and above the norm, which they are given in."""
     mine, its = pairs([(3, 4), (), (5,), (0,), (200, 30)])
     set_gradients(mine, its, np.random.default_rng(3), share)
+    max_norm = limit * math.sqrt(sum((p.grad**2).sum() for p in mine if p.grad is not None))
     norm = optim.clip_grad_norm_(iter(mine), max_norm)
     expected = torch.nn.utils.clip_grad_norm_(its, max_norm)
     assert isinstance(norm, float)
