@@ -12,8 +12,11 @@ a TensorBoard run for each engine beside it.
 
 import contextlib
 import json
+import os
+import signal
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -24,16 +27,19 @@ from tqdm import tqdm
 
 from comparison import report, sizes
 from comparison.job import Job, create
-from comparison.trainers import CONTROLS, LABELS
+from comparison.part import Part
+from comparison.trainers import BUILT_ON, LABELS
 from model.config import UserError
 from training import cli
 from training.config import Config, load
+from training.run import check_run_name
 
 DESCRIPTION = "Trains the same model in every engine, side by side, and writes a report."
 ROOT = Path(__file__).parent
 UNFUSED_STEPS = 30  # of the slowest engine; the rest is multiplied up, and the report says so
 SECOND_STEPS = 100  # of mini.toml
-SMALL = 20_000  # parameters up to which plain Python takes part without being asked
+SMALL = 20_000  # weights in the layers, up to which plain Python takes part without being asked
+CONFIGS = ROOT / "configs"
 
 Engine = Literal["unfused", "python", "numpy", "torch", "compiled", "cuda", "random", "stack"]
 
@@ -70,36 +76,41 @@ class Arguments:
     def __post_init__(self):
         if self.steps < 0:
             raise UserError(f"steps = {self.steps} must be 0 (as many as suit) or more")
-        if Path(self.name).name != self.name:
-            raise UserError(f"name = {self.name!r} must be a folder's name, without a path")
+        if self.name:
+            check_run_name(self.name)
 
 
 def main() -> int:
     """Runs the comparison. Returns the exit status."""
     arguments = cli.parse(Arguments, DESCRIPTION)
-    wanted = [("microgpt", 1000), ("mini", SECOND_STEPS)]
-    configs = [(load(ROOT / "configs" / f"{name}.toml"), name, n) for name, n in wanted]
-    if arguments.config:
-        configs = [(load(Path(arguments.config)), Path(arguments.config).stem, 200)]
     folder = new_folder(arguments)
+    if arguments.config:
+        wanted = {Path(arguments.config): 200}
+    else:
+        wanted = {CONFIGS / "microgpt.toml": 1000, CONFIGS / "mini.toml": SECOND_STEPS}
+    configs = [(file.stem, load(file), steps) for file, steps in wanted.items()]
     began, parts, measured, status = time.perf_counter(), [], [], 0
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     try:
-        for config, name, steps in configs:
-            with_data = choose_data(config, arguments.data)
-            part = plan(folder / name, name, with_data, arguments.steps or steps, arguments)
-            if part is not None:
-                parts.append(part)
-                run_engines(part)
-                if any("error" in part.results.get(e, ()) for e in arguments.engines):
-                    status = 1  # by default an engine that is not there is a row of the report
+        for name, config, steps in configs:
+            config = choose_data(config, arguments.data)
+            engines = choose_engines(config, arguments.engines, bool(arguments.config))
+            if engines:
+                steps = arguments.steps or steps
+                parts.append(plan(folder / name, config, steps, engines, arguments.precision))
+                run_engines(parts[-1])
         if not arguments.config:
-            measured = measure_sizes(arguments)
+            measure_sizes(arguments.engines, measured)
     except KeyboardInterrupt:
         print("stopped: the report has what was finished", file=sys.stderr)
         status = 130
-    finish(folder, parts, measured)
+    finally:  # whatever happened, what was measured is not lost
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        finish(folder, parts, measured)
     print(f"{folder / 'report.md'}: {time.perf_counter() - began:.0f} s in all")
-    return status
+    results = [pair for part in parts for pair in part.results.items()]
+    failed = [engine for engine, result in results if "error" in result]
+    return status or int(any(e in arguments.engines for e in failed) or len(failed) == len(results))
 
 
 def new_folder(arguments: Arguments) -> Path:
@@ -112,33 +123,33 @@ def new_folder(arguments: Arguments) -> Path:
 
 
 def choose_data(config: Config, data: Data) -> Config:
-    """The configuration on the data asked for."""
-    if data.path:
-        return replace(config, data=replace(config.data, path=data.path))
-    if data.source:
-        return replace(config, data=replace(config.data, source=data.source, path=""))
-    return config
+    """The configuration on the data asked for; what is no .txt is of the kind that it is."""
+    if not data.path and not data.source:
+        return config
+    kind = config.data.kind if data.path.endswith(".txt") else "auto"
+    source = data.source or config.data.source
+    return replace(config, data=replace(config.data, path=data.path, source=source, kind=kind))
 
 
-def plan(folder: Path, name: str, config: Config, steps: int, arguments: Arguments):
-    """A part of the comparison, its job written; None where none of the engines is asked for."""
-    second = not arguments.config and name == "mini"
-    suited = ("numpy", "torch", "cuda") if second else tuple(LABELS)
-    if not arguments.engines and not has_cuda():
-        suited = tuple(engine for engine in suited if engine != "cuda")
-    engines = [e for e in LABELS if e in (arguments.engines or suited)]
-    if second and arguments.engines:
-        engines = [e for e in engines if e in suited]
-    if not engines:
-        return None
-    on_python = any(e in engines for e in ("unfused", "python", *CONTROLS))
-    precision = arguments.precision
+def plan(folder: Path, config: Config, steps: int, engines: list[str], precision: str) -> Part:
+    """A part of the comparison: its job written, and no results yet."""
     if precision == "auto":
-        precision = "fp64" if on_python and not second else "fp32"
-    job = create(folder, name, config, steps, precision, print)
-    if not arguments.engines and job.parameters > SMALL:
-        engines = [e for e in engines if e in ("numpy", "torch", "cuda")]
-    return report.Part(job, {engine: {} for engine in engines}, own_steps=config.max_steps)
+        precision = "fp64" if any(BUILT_ON[e] == "python" for e in engines) else "fp32"
+    job = create(folder, folder.name, config, steps, precision, print)
+    return Part(job, {engine: {} for engine in engines}, own_steps=config.max_steps)
+
+
+def choose_engines(config: Config, asked: tuple[str, ...], everything: bool) -> list[str]:
+    """The engines that train a configuration, in the order of LABELS.
+
+    everything: those that are asked for may be any; else plain Python is left out of large models.
+    """
+    shape = config.model
+    weights = shape.n_layers * (4 * shape.d_model**2 + 2 * shape.d_model * shape.d_ff)
+    suited = [e for e in LABELS if weights <= SMALL or e in ("numpy", "torch", "cuda")]
+    if asked:
+        return [e for e in LABELS if e in asked and (everything or e in suited)]
+    return [e for e in suited if e != "cuda" or has_cuda()]
 
 
 @cache
@@ -148,9 +159,10 @@ def has_cuda() -> bool:
     return not subprocess.run([sys.executable, "-c", code], check=False).returncode  # noqa: S603
 
 
-def run_engines(part: report.Part):
+def run_engines(part: Part):
     """Trains every engine of a part in turn and takes in what it found."""
     for engine in part.results:
+        part.results[engine] = {"engine": engine, "error": "stopped before it was done"}
         steps = min(part.job.steps, UNFUSED_STEPS) if engine == "unfused" else part.job.steps
         part.results[engine] = run_engine(part.job, engine, steps)
 
@@ -160,9 +172,15 @@ def run_engine(job: Job, engine: str, steps: int) -> dict:
     command = [sys.executable, "-m", "comparison.worker", str(job.folder.resolve()), engine]
     errors = job.folder / f"{engine}.log"
     with (
+        tempfile.TemporaryDirectory() as cache,  # empty, so that compiling takes what it takes
         open(errors, "w") as log,
         subprocess.Popen(  # noqa: S603, our own program
-            [*command, str(steps)], cwd=ROOT, stdout=subprocess.PIPE, stderr=log, text=True
+            [*command, str(steps)],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+            env={**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache},
         ) as worker,
         tqdm(total=steps, desc=f"{job.name:9} {engine:9}", unit="step", ncols=100) as bar,
     ):
@@ -175,16 +193,18 @@ def run_engine(job: Job, engine: str, steps: int) -> dict:
             raise
     if worker.returncode == 0:
         return json.loads((job.folder / f"{engine}.json").read_text())
-    lines = errors.read_text(errors="replace").strip().splitlines() or ["no reason given"]
-    print(f"{engine}: {lines[-1][:200]} (see {errors})", file=sys.stderr)
-    return {"engine": engine, "error": lines[-1][:200]}
+    why = f"exit status {worker.returncode}"
+    if worker.returncode < 0:
+        why = f"killed by signal {-worker.returncode}: out of memory?"
+    why = (errors.read_text(errors="replace").strip().splitlines() or [why])[-1][:200]
+    print(f"{engine}: {why} (see {errors})", file=sys.stderr)
+    return {"engine": engine, "error": why}
 
 
-def measure_sizes(arguments: Arguments) -> list[dict]:
-    """How long untrained models of several sizes take to generate, in the three engines."""
-    engines = [e for e in ("torch", "numpy", "python") if e in (arguments.engines or LABELS)]
+def measure_sizes(asked: tuple[str, ...], found: list[dict]):
+    """Adds to `found` how long untrained models of several sizes take to generate."""
+    engines = [e for e in ("torch", "numpy", "python") if e in (asked or LABELS)]
     pairs = [(size, engine) for size in sizes.SIZES for engine in engines]
-    found = []
     for size, engine in tqdm(pairs, desc="sizes", unit="model", ncols=100):
         entry = {"size": size, "engine": engine, "parameters": sizes.parameters(size)}
         if (engine, size) in sizes.LEFT_OUT:
@@ -200,25 +220,30 @@ def measure_sizes(arguments: Arguments) -> list[dict]:
         else:
             why = (done.stderr.strip().splitlines() or ["no reason given"])[-1][:200]
             found.append({**entry, "skipped": why})
-    return found
 
 
-def finish(folder: Path, parts: list[report.Part], measured: list[dict]):
+def finish(folder: Path, parts: list[Part], measured: list[dict]):
     """Report, plots and TensorBoard runs of all that was finished."""
     from comparison import board, plots  # here, because they take a while to load
 
     for part in parts:
-        for engine in [e for e, result in part.results.items() if not result]:
-            del part.results[engine]  # not begun, or interrupted
-    parts = [part for part in parts if part.results]
-    with contextlib.suppress(BrokenPipeError):
-        print("\n" + report.terminal(parts))
+        for engine, result in part.results.items():
+            part.results[engine] = result or {"engine": engine, "error": "stopped before it began"}
+    if not parts:
+        return
     try:
         plots.draw(folder, parts)
     except ImportError:
         print("no plots: matplotlib is missing; pip install -e '.[report]'", file=sys.stderr)
-    board.write(folder, parts)
+    except Exception as error:  # the report is worth more than its pictures
+        print(f"no plots: {error}", file=sys.stderr)
+    try:
+        board.write(folder, parts)
+    except Exception as error:
+        print(f"nothing for TensorBoard: {error}", file=sys.stderr)
     report.write(folder, parts, measured)
+    with contextlib.suppress(BrokenPipeError):
+        print("\n" + report.terminal(parts))
 
 
 if __name__ == "__main__":

@@ -2,8 +2,8 @@
 
     python -m benchmarks.lite_step
 
-Random ids, 64 pairs of 32 tokens, half of them to predict, dropout 0, Adam. The sides take turns,
-each time in a new process; what is printed is the median over the rounds.
+Random ids, 64 pairs of 32 tokens, half of them to predict, dropout 0, Adam; neither side ever holds
+all logits. The sides take turns, each time in a new process; what is printed are medians.
 """
 
 import argparse
@@ -13,12 +13,11 @@ import random
 import statistics
 import subprocess
 import sys
-import time
 from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
 
-from comparison.trainers import IGNORED, Adam, create
+from comparison.trainers import Adam, create, timed_step
+from model.config import IGNORED
 from training.config import load
 
 CONFIG = Path(__file__).parent.parent / "configs" / "lite.toml"
@@ -45,15 +44,8 @@ def measure(engine: str) -> dict[str, float]:
         rows.append((ids, [IGNORED] * (LENGTH // 2) + after[LENGTH // 2 :]))
     batch, times = trainer.batch(rows), []
     for _ in range(WARM_UP + STEPS):
-        marks = [time.perf_counter()]
-        for part in (
-            lambda: trainer.forward(batch),
-            trainer.backward,
-            lambda: trainer.update(1e-3),
-        ):
-            part()
-            marks.append(time.perf_counter())
-        times.append([1000 * (b - a) for a, b in pairwise(marks)])
+        _, seconds = timed_step(trainer, batch, 1e-3)
+        times.append([1000 * s for s in seconds])
     parts = [statistics.median(part) for part in zip(*times[WARM_UP:], strict=True)]
     total = statistics.median(map(sum, times[WARM_UP:]))
     return dict(zip(("forward", "backward", "update", "step"), [*parts, total], strict=True))

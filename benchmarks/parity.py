@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from comparison.trainers import Adam, create
-from model.config import ModelConfig
+from model.config import IGNORED, ModelConfig
 from model.transformer_full import TransformerDecoder
 from training.config import load
 
@@ -44,20 +44,15 @@ def random_rows(shape: ModelConfig, count: int, length: int, dice: random.Random
     for i in range(count):
         n = min(length - i, shape.max_len)
         ids, targets = ([dice.randrange(shape.vocab_size) for _ in range(n)] for _ in range(2))
-        rows.append((ids, [-100] * (i % 3) + targets[i % 3 :]))
+        rows.append((ids, [IGNORED] * (i % 3) + targets[i % 3 :]))
     return rows
-
-
-def as_given(weights: dict, engine: str) -> dict:
-    """Lists for the plain-Python engine."""
-    return {n: a.tolist() for n, a in weights.items()} if engine == "python" else weights
 
 
 def apart(shape: ModelConfig, engines, precision: str, rows) -> tuple[float, float]:
     """The largest difference of logits and of gradients between any two engines, relative."""
     weights, logits, gradients = initial_weights(shape), {}, {}
     for engine in engines:
-        trainer = create(engine, shape, as_given(weights, engine), PLAIN, precision)
+        trainer = create(engine, shape, weights, PLAIN, precision)
         logits[engine] = np.array(trainer.logits(rows[0][0]), np.float64)
         trainer.forward(trainer.batch(rows))
         trainer.backward()
@@ -77,7 +72,8 @@ def losses_apart(shape: ModelConfig, steps: int) -> tuple[float, dict[str, list[
     """The largest difference of a loss over `steps` steps of one random word, and all losses."""
     weights, losses = initial_weights(shape), {}
     for engine in ENGINES:
-        trainer, dice = create(engine, shape, as_given(weights, engine), PLAIN), random.Random(1)  # noqa: S311
+        trainer = create(engine, shape, weights, PLAIN)
+        dice = random.Random(1)  # noqa: S311
         losses[engine] = []
         for step in range(steps):
             rows = random_rows(shape, 1, dice.randrange(3, 12), dice)

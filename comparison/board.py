@@ -15,7 +15,7 @@ from tensorboard.compat.proto.tensor_shape_pb2 import TensorShapeProto
 from tensorboard.compat.proto.types_pb2 import DT_STRING
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
-from comparison.part import Part, step_s
+from comparison.part import Part, parts_of_a_step, step_s
 from comparison.text import table
 from comparison.trainers import LABELS
 
@@ -46,13 +46,12 @@ def write_run(run: Path, part: Part, engine: str, result: dict, now: float):
 
 def final(part: Part, result: dict) -> dict[str, float]:
     """What the report's tables have of an engine, by tag."""
-    steps, seconds = result["steps"], result["seconds"]
     return {
         "loss": result["losses"][-1],
         "training_s": part.train_s(result),
         "steps_per_s": 1 / step_s(result),
         "speed_up": part.speed_up(result),
-        **{f"{name}_ms": seconds[name] / steps * 1e3 for name in seconds},
+        **{f"{name}_ms": seconds * 1e3 for name, seconds in parts_of_a_step(result).items()},
         "start_s": result["start_s"],
         "peak_memory_MB": result["peak_bytes"] / 1e6,
         "graph_nodes": result["nodes"],

@@ -1,6 +1,7 @@
-"""What must hold in any engine, measured in each: the list of the first seed, with figures.
+"""What must hold in any engine, measured in each.
 
-A check is {"name", "value", "limit"}: it passes if the value is at most the limit.
+A check is {"name", "value", "limit", "of"}: it passes if the value is at most the limit. `of` is
+how many there are of what is counted, if something is.
 """
 
 import math
@@ -8,27 +9,31 @@ from collections.abc import Iterator
 from pathlib import Path
 from random import Random
 
-from comparison.trainers import ON_PYTHON
+from comparison.trainers import BUILT_ON
 from model.config import ModelConfig
 
 WIDTH = 64
 
 
-def run(trainer, engine: str, config: ModelConfig, batch, folder: Path, seed: int) -> list[dict]:
+def run(trainer, engine: str, job: dict, batch, folder: Path) -> list[dict]:
     """All checks, on the weights as they are after training."""
-    dice = Random(seed)  # noqa: S311
+    config, dice = ModelConfig(**job["model"]), Random(job["seed"])  # noqa: S311
+    wide = BUILT_ON[engine] == "python" or job["precision"] == "fp64"
     numbers = [dice.gauss(0.0, 10.0) for _ in range(WIDTH)]
     softmax, scaled = operations(trainer, engine, numbers)
-    exact = 1e-12 if isinstance(trainer.logits([0])[0][0], float) else 1e-5
     intermediates, gradients = graph(trainer, engine, batch)
     reached = sum(any(row) for row in gradients)
     ids = [dice.randrange(config.vocab_size) for _ in range(min(8, config.max_len))]
     return [
-        check("softmax sums to 1: |sum - 1|", abs(math.fsum(softmax) - 1.0), exact),
+        check(
+            "softmax sums to 1: |sum - 1|", abs(math.fsum(softmax) - 1.0), 1e-12 if wide else 1e-5
+        ),
         check("softmax is at least 0: how far below", max(0.0, -min(softmax)), 0.0),
         check("RMSNorm's scale: |mean square - 1|", abs(mean_square(scaled) - 1.0), 1e-5),
         check("causal: change before a changed token", leak(trainer, ids, config), 0.0),
-        check("intermediate values that are NaN or infinite", *not_finite(intermediates)),
+        check(
+            "intermediate values that are NaN or infinite", *not_finite(intermediates, -math.inf)
+        ),
         check("gradients that are NaN or infinite", *not_finite(gradients)),
         check("parameters that no gradient reaches", len(gradients) - reached, 0, len(gradients)),
         check("save and load: change of the logits", round_trip(trainer, engine, ids, folder), 0.0),
@@ -43,17 +48,18 @@ def mean_square(numbers: list[float]) -> float:
     return math.fsum(x * x for x in numbers) / len(numbers)
 
 
-def not_finite(rows: list[list[float]]) -> tuple[int, int, int]:
+def not_finite(rows: list[list[float]], but: float = math.nan) -> tuple[int, int, int]:
     """How many numbers are NaN or infinite, how many may be, and how many there are.
 
-    Scores of -inf are what a mask is made of, and no fault.
+    but: is no fault; -inf among scores is what a mask is made of.
     """
-    return sum(x != x or x == math.inf for row in rows for x in row), 0, sum(map(len, rows))
+    wrong = sum(not math.isfinite(x) and x != but for row in rows for x in row)
+    return wrong, 0, sum(map(len, rows))
 
 
 def operations(trainer, engine: str, numbers: list[float]) -> tuple[list[float], list[float]]:
     """softmax(numbers) and rms_norm(numbers), by the engine's own operations."""
-    if engine in ON_PYTHON:
+    if BUILT_ON[engine] == "python":
         from model.scalar_tape import Tape, Vector
         from model.scalar_written_out import WrittenOut
 
@@ -89,9 +95,9 @@ def largest_difference(a, b) -> float:
 def graph(trainer, engine: str, batch) -> tuple[list[list[float]], list[list[float]]]:
     """All numbers of a forward pass, operation by operation, and the gradients by parameter."""
     outputs = []
-    if engine in ON_PYTHON:
+    if BUILT_ON[engine] == "python":
         trainer.forward(batch)
-        outputs = [listed(record[1]) for record in trainer.model.tape.records]
+        outputs = [list(numbers(record[1].data)) for record in trainer.model.tape.records]
     elif engine == "numpy":
         trainer.forward(batch)
         outputs = [output.data.reshape(-1).tolist() for output, _, _ in trainer.loss.tape]
@@ -102,7 +108,7 @@ def graph(trainer, engine: str, batch) -> tuple[list[list[float]], list[list[flo
             )
             for module in trainer.model.modules()
         ]
-        trainer.call = trainer.model  # a compiled one has no modules to look into
+        trainer.hidden = trainer.model.hidden  # a compiled one has no modules to look into
         trainer.forward(batch)
         for hook in hooks:
             hook.remove()
@@ -112,30 +118,30 @@ def graph(trainer, engine: str, batch) -> tuple[list[list[float]], list[list[flo
     return outputs, gradients
 
 
-def listed(output) -> list[float]:
-    """The numbers of a vector, or of a single value."""
-    return output.data if isinstance(output.data, list) else [output.data]
+def nested(array):
+    """An array, or what is nested lists already, as nested lists."""
+    return array.tolist() if hasattr(array, "tolist") else array
 
 
-def numbers(nested) -> Iterator[float]:
-    """The numbers of nested lists or of an array."""
-    nested = nested.tolist() if hasattr(nested, "tolist") else nested
-    if isinstance(nested, list):
-        for part in nested:
+def numbers(array) -> Iterator[float]:
+    """The numbers of an array, of nested lists, or of a number."""
+    array = nested(array)
+    if isinstance(array, list):
+        for part in array:
             yield from numbers(part)
     else:
-        yield nested
+        yield array
 
 
 def round_trip(trainer, engine: str, ids: list[int], folder: Path) -> float:
     """The largest change of a logit after the weights were written to a file and read again."""
     file = folder / f"{engine}.safetensors"
     before = trainer.logits(ids)
-    if engine in ON_PYTHON:
+    if BUILT_ON[engine] == "python":
         from model import safetensors_reader
 
         file.write_bytes(safetensors_reader.write(trainer.weights()))
-        read = {n: t.tolist() for n, t in safetensors_reader.read(file.read_bytes()).items()}
+        read = safetensors_reader.read(file.read_bytes())
     else:
         from safetensors.numpy import load_file, save_file
 

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from comparison.trainers import IGNORED
 from data.batches import Batches, Examples
@@ -56,7 +56,7 @@ def create(folder: Path, name: str, config: Config, steps: int, precision: str, 
     model = TransformerDecoderLite.from_config(shape, "float64")
     weights = {name: p.data for name, p in model.named_parameters()}
     folder.mkdir(parents=True)
-    save_file(weights, folder / "weights.safetensors")
+    (folder / "weights.safetensors").write_bytes(save(weights))
     optimizer, kind = config.optimizer, dataset.kind
     content = {
         "model": asdict(shape),

@@ -64,7 +64,13 @@ class Part:
 
 def step_s(result: dict) -> float:
     """Seconds a step takes, of all the job has: by its tokens, where not all steps were run."""
-    return sum(result["seconds"].values()) / (result["share"] * result["of_steps"])
+    return sum(parts_of_a_step(result).values())
+
+
+def parts_of_a_step(result: dict) -> dict[str, float]:
+    """Seconds of its forward pass, backward pass and update; together they are `step_s`."""
+    steps = result["share"] * result["of_steps"]
+    return {name: seconds / steps for name, seconds in result["seconds"].items()}
 
 
 def tenths(result: dict) -> tuple[float, float]:

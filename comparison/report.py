@@ -7,17 +7,15 @@ A section is a list of blocks, paragraphs and tables, between which a blank line
 """
 
 import math
+from collections.abc import Iterable
 from pathlib import Path
 
-from comparison import footprint, proof, text
-from comparison.job import prompts
-from comparison.part import Part, step_s
+from comparison import internals, proof, samples, shipped, text
+from comparison.part import Part, parts_of_a_step, step_s
 from comparison.text import NONE, count, duration, figure, plain, table
-from comparison.trainers import LABELS
+from comparison.trainers import BUILT_ON, LABELS
 
 TOKENS = 50  # for so many the table of sizes gives times
-SHORT = 24  # samples of up to so many characters stand side by side
-BUILT_ON = {"compiled": "torch", "cuda": "torch"}  # the same code and packages
 
 
 def write(folder: Path, parts: list[Part], sizes: list[dict]) -> Path:
@@ -29,7 +27,7 @@ def write(folder: Path, parts: list[Part], sizes: list[dict]) -> Path:
         sections = {
             "results": results(part),
             "losses": text.picture(folder, f"losses-{name}") + losses(part),
-            "samples": samples(part),
+            "samples": samples.section(part),
             "controls": proof.controls(part),
             "correctness": proof.correctness(part),
             "an epoch, and a whole training": estimates(part),
@@ -38,10 +36,11 @@ def write(folder: Path, parts: list[Part], sizes: list[dict]) -> Path:
             blocks += [f"## {plain(name)}: {title}", *found] if found else []
     pictures = text.picture(folder, "speed") + text.picture(folder, "memory")
     blocks += ["## Speed and memory", *pictures] if pictures else []
-    engines = {BUILT_ON.get(e, e) for part in parts for e in part.proper}
-    if engines:
-        blocks += ["## Code and dependencies", *code([e for e in footprint.FILES if e in engines])]
+    if engines := internals.columns(e for part in parts for e in part.proper):
+        blocks += ["## How the engines work", *internals.works(engines)]
+        blocks += ["## Code and dependencies", *internals.code(engines)]
     blocks += ["## Sizes", *by_size(sizes)] if sizes else []
+    blocks += ["## Shipped configurations", *shipped.section()]
     file = folder / "report.md"
     file.write_text("\n\n".join(blocks) + "\n", encoding="utf-8")
     return file
@@ -78,7 +77,7 @@ def summary(part: Part, result: dict) -> list[str]:
         f"{figure(part.speed_up(result))} x",
         f"{result['losses'][-1]:.4f}" if part.whole(result) else NONE,
         figure(result["peak_bytes"] / 1e6) if result["peak_bytes"] else NONE,
-        figure(result["nodes"], 4),
+        f"{result['nodes']:,.0f}",
     ]
 
 
@@ -91,20 +90,20 @@ def compared(parts: list[Part]) -> list[str]:
     lines = [*text.machine(), *sorted(devices)]
     rows = [["configuration", *(part.job.name for part in parts)]]
     for title, value in {
-        "d_model / heads / layers / d_ff / length": lambda job, shape: (
-            f"{shape.d_model} / {shape.n_heads} / {shape.n_layers} / {shape.d_ff} / {shape.max_len}"
+        "d_model / heads / layers / d_ff / length": lambda job: shipped.dimensions(
+            job.config.model
         ),
-        "parameters": lambda job, _: f"{job.parameters:,}",
-        "data": lambda job, _: f"{job.dataset.name} ({job.dataset.kind})",
-        "documents to train on": lambda job, _: (
+        "parameters": lambda job: f"{job.parameters:,}",
+        "data": lambda job: f"{job.dataset.name} ({job.dataset.kind})",
+        "documents to train on": lambda job: (
             f"{job.documents:,}" + (" windows" if job.dataset.kind == "stream" else "")
         ),
-        "vocabulary": lambda _, shape: f"{shape.vocab_size:,}",
-        "documents a step": lambda job, _: f"{job.config.train.batch_size:,}",
-        "steps": lambda job, _: f"{job.steps:,}",
-        "precision": lambda job, _: job.precision,
+        "vocabulary": lambda job: f"{job.config.model.vocab_size:,}",
+        "documents a step": lambda job: f"{job.config.train.batch_size:,}",
+        "steps": lambda job: f"{job.steps:,}",
     }.items():
-        rows.append([title, *(value(part.job, part.job.config.model) for part in parts)])
+        rows.append([title, *(value(part.job) for part in parts)])
+    rows.append(["precision", *(precision(p.job.precision, p.trained) for p in parts)])
     return [
         "\n".join(f"- {plain(line)}" for line in lines),
         table(rows[0], rows[1:]),
@@ -115,11 +114,17 @@ def compared(parts: list[Part]) -> list[str]:
     ]
 
 
+def precision(name: str, engines: Iterable[str]) -> str:
+    """The floats that were computed with; plain Python has its own alone."""
+    on_python = any(BUILT_ON[engine] == "python" for engine in engines)
+    return name + (" (plain Python: fp64)" if on_python and name != "fp64" else "")
+
+
 def results(part: Part) -> list[str]:
     """Time, speed, loss, nodes and memory; then where the time of a step goes."""
     first, second, notes = [], [], []
     for engine, result in part.trained.items():
-        name, steps, seconds = LABELS[engine], result["steps"], result["seconds"]
+        name, steps = LABELS[engine], result["steps"]
         cells = summary(part, result)
         if not part.whole(result):
             cells[0] += " (extrapolated)"
@@ -129,18 +134,19 @@ def results(part: Part) -> list[str]:
                 "ended. Compare it with the others at that step."
             )
         first.append([name, *cells])
-        share = step_s(result) / sum(seconds.values())
-        times = [seconds[k] * share for k in ("forward", "backward", "update")]
+        times = parts_of_a_step(result)
+        whole, backward = sum(times.values()), times["backward"]
         second.append([
             name,
-            *(figure(t * 1e3) for t in (*times, sum(times))),
-            f"{times[1] / sum(times):.0%}",
-            figure(times[1] / result["nodes"] * 1e6),
+            *(figure(times[name] * 1e3) for name in ("forward", "backward", "update")),
+            figure(whole * 1e3),
+            f"{backward / whole:.0%}",
+            figure(backward / result["nodes"] * 1e6),
             figure(result["start_s"]),
             figure(result["warm_up_s"]) if engine == "compiled" else NONE,
         ])  # fmt: skip
     columns = ["engine", "time to train [s]", "steps/s", "speed-up", "final loss"]
-    parts_of_a_step = ["forward [ms]", "backward [ms]", "update [ms]", "a step [ms]"]
+    pieces = ["forward [ms]", "backward [ms]", "update [ms]", "a step [ms]"]
     failed = [[LABELS[e], r["error"]] for e, r in part.results.items() if "error" in r]
     blocks = [table(["not measured", "because"], failed)] if failed else []
     if not first:
@@ -154,7 +160,7 @@ def results(part: Part) -> list[str]:
         table(
             [
                 "engine",
-                *parts_of_a_step,
+                *pieces,
                 "backward's share",
                 "backward per node [µs]",
                 "start-up [s]",
@@ -168,7 +174,7 @@ def results(part: Part) -> list[str]:
 
 
 def losses(part: Part) -> list[str]:
-    """The losses at the seeds' steps, and how far the engines are apart over all of them."""
+    """The losses at some steps, and how far the engines are apart over all of them."""
     end = max((result["steps"] for result in part.trained.values()), default=0)
     steps = {1, *range(50, 501, 50), *range(600, 1001, 100), *range(1500, end, 500)}
     steps |= set(range(0, end, max(1, end // 10))) if end < 100 else set()
@@ -195,36 +201,6 @@ def losses(part: Part) -> list[str]:
     return [*blocks, " ".join(lines)]
 
 
-def samples(part: Part) -> list[str]:
-    """What each engine wrote after training, side by side."""
-    texts = {e: [part.job.text(ids) for ids in r["samples"]] for e, r in part.trained.items()}
-    rows = [list(row) for row in zip(*texts.values(), strict=True)]
-    whole = [texts[e] for e, result in part.proper.items() if part.whole(result)]
-    if not rows:
-        return []
-    blocks = ["Each engine writes with the weights it trained, and the same random numbers."]
-    if len(whole) > 1:
-        same = sum(len(set(wrote)) == 1 for wrote in zip(*whole, strict=True))
-        blocks[0] += (
-            f" The {len(whole)} engines that trained to the end, controls apart, wrote the same "
-            f"text in {same} of {len(rows)}."
-        )
-    early = {e: f" ({count(r['steps'], 'step')})" for e, r in part.trained.items()
-             if not part.whole(r)}  # fmt: skip
-    names = [LABELS[engine] + early.get(engine, "") for engine in texts]
-    if max(len(wrote) for row in rows for wrote in row) <= SHORT:
-        return [*blocks, table(["", *names], [[str(i), *row] for i, row in enumerate(rows, 1)])]
-    asked = prompts(part.job.dataset)
-    for i, row in enumerate(rows, 1):  # long ones under each other, and equal ones once
-        by = {}
-        for name, wrote in zip(names, row, strict=True):
-            by.setdefault(wrote, []).append(name)
-        lines = [f"- {plain('; '.join(who))}: {plain(wrote)}" for wrote, who in by.items()]
-        prompt = f", after: {plain(asked[i - 1])}" if asked[i - 1] else ""
-        blocks += [f"Sample {i}{prompt}", "\n".join(lines)]
-    return blocks
-
-
 def estimates(part: Part) -> list[str]:
     """What an epoch and the configuration's own training would take."""
     steps = math.ceil(part.job.documents / part.job.config.train.batch_size)
@@ -239,48 +215,16 @@ def estimates(part: Part) -> list[str]:
     return [words, table(["engine", "a step [ms]", epoch, training], rows)] if rows else []
 
 
-def code(engines: list[str]) -> list[str]:
-    """What there is to read of each engine, and what must be installed for it."""
-    names = [LABELS[e].replace(", CPU, eager", "") for e in engines]
-    files = [footprint.code(engine) for engine in engines]
-    needs = [footprint.dependencies(engine) for engine in engines]
-    care = [footprint.care(engine) for engine in engines]
-    rows = [
-        ["files", *(str(len(paths)) for paths, _ in files)],
-        ["lines of code", *(f"{lines:,}" for _, lines in files)],
-        *([what, *(f"{counts[what]:,}" for counts in care)] for what in care[0]),
-        ["packages to install", *(str(len(packages)) for packages in needs)],
-        ["installed [MB]", *(figure(sum(p[2] for p in packages) / 1e6) for packages in needs)],
-    ]
-    pieces = {engine: footprint.pieces(engine) for engine in engines if engine != "unfused"}
-    shared = dict.fromkeys(name for found in pieces.values() for name in found)
-    blocks = [
-        "Lines of code are those that are neither blank, comment nor docstring. Of each engine its "
-        "decoder, its generation and what it computes with are counted; what all share (the "
-        "configuration, data, checkpoints, sampling rules) is not.",
-        table(["", *names], rows),
-        "Lines of code of each piece of the decoder:",
-        table(
-            ["", *(LABELS[e].split(",")[0] for e in pieces)],
-            [[n, *(str(found.get(n, NONE)) for found in pieces.values())] for n in shared],
-        ),
-    ]
-    lines = []
-    for name, packages in zip(names, needs, strict=True):
-        listed = ", ".join(f"{p} {v} ({figure(b / 1e6, 2)} MB)" for p, v, b in packages)
-        lines.append(f"- {plain(name)} needs {plain(listed) or 'nothing but Python'}.")
-    return [*blocks, "\n".join(lines)]
-
-
 def by_size(sizes: list[dict]) -> list[str]:
     """Generation with untrained models of several sizes."""
     engines = [e for e in LABELS if any(entry["engine"] == e for entry in sizes)]
     numbers = {entry["size"]: entry["parameters"] for entry in sizes if "parameters" in entry}
+    smallest = next(iter(numbers.values()), None)
     rows, notes = {}, []
     for entry in sizes:
         size, engine = entry["size"], entry["engine"]
         n = numbers.get(size)
-        first = [f"{n:,}", figure(n * 4 / 1e6)] if n else [NONE, NONE]
+        first = [f"{n:,}", f"{figure(n / smallest)} x", figure(n * 4 / 1e6)] if n else [NONE] * 3
         row = rows.setdefault(size, first + [NONE] * 2 * len(engines))
         about = f"- {plain(LABELS[engine])}, {entry['size']}: "
         if why := entry.get("skipped") or entry.get("error"):
@@ -290,14 +234,15 @@ def by_size(sizes: list[dict]) -> list[str]:
         if entry["tokens"] != TOKENS:
             milliseconds += " (extrapolated)"
             notes.append(f"{about}extrapolated from {count(entry['tokens'], 'token')}")
-        at = 2 + 2 * engines.index(engine)
+        at = 3 + 2 * engines.index(engine)
         row[at : at + 2] = milliseconds, figure(entry["peak_bytes"] / 1e6)
-    head = ["d_model / heads / layers / length", "parameters", "weights in fp32 [MB]"]
+    head = ["d_model / heads / layers / length", "parameters", "factor", "weights in fp32 [MB]"]
     for engine in engines:
         head += [f"{LABELS[engine]}: {TOKENS} tokens [ms]", "peak memory [MB]"]
     body = [[size.replace("/", " / "), *row] for size, row in rows.items()]
+    floats = precision("fp32", {entry["engine"] for entry in sizes if "generate_s" in entry})
     words = (
-        f"Untrained models generate {TOKENS} tokens, one sequence, in fp32 (plain Python: fp64). "
-        "Memory is the most that the whole process held."
+        f"Untrained models generate {TOKENS} tokens, one sequence, in {floats}. The factor is that "
+        "of the parameters over the first row's. Memory is the most that the whole process held."
     )
     return [words, table(head, body), *(["\n".join(notes)] if notes else [])]

@@ -9,10 +9,10 @@ import json
 import sys
 import time
 
-from comparison.worker import peak_memory
 from model.config import ModelConfig
 from model.sampling import Sampling
-from training.engines import generator
+from training.engines import decoder, generator
+from training.memory import peak_memory
 
 VOCABULARY = 65
 TOKENS = 50
@@ -40,13 +40,7 @@ def parameters(size: str) -> int:
 def main(engine: str, size: str, tokens: int) -> dict:
     """Times the generation of `tokens` tokens; making the model is counted apart."""
     began = time.perf_counter()
-    if engine == "python":
-        from model.transformer_micro import TransformerDecoderMicro as Decoder
-    elif engine == "numpy":
-        from model.transformer_lite import TransformerDecoderLite as Decoder
-    else:
-        from model.transformer_full import TransformerDecoder as Decoder
-    model = Decoder.from_config(shape(size)).eval()
+    model = decoder(engine).from_config(shape(size)).eval()
     generate = generator(engine)
     generate(model, [[1]], Sampling(max_new_tokens=2))  # what the first call alone has to do
     made = time.perf_counter()
@@ -58,7 +52,7 @@ def main(engine: str, size: str, tokens: int) -> dict:
         "tokens": tokens,
         "start_s": made - began,
         "generate_s": time.perf_counter() - made,
-        "peak_bytes": peak_memory(engine),
+        "peak_bytes": peak_memory(),
     }
 
 

@@ -14,10 +14,18 @@ from pathlib import Path
 STARTED = time.perf_counter()
 
 from comparison import checks  # noqa: E402, the clock runs from the first line on
-from comparison.trainers import CONTROLS, ON_PYTHON, Adam, PythonTrainer, create  # noqa: E402
+from comparison.trainers import (  # noqa: E402
+    BUILT_ON,
+    CONTROLS,
+    Adam,
+    PythonTrainer,
+    create,
+    timed_step,
+)
 from model.config import ModelConfig, UserError  # noqa: E402
 from model.sampling import Sampling  # noqa: E402
 from training.engines import generator  # noqa: E402
+from training.memory import peak_memory  # noqa: E402
 
 COMPARED = 1_000_000  # up to so many parameters, the gradients of the first step are kept
 
@@ -32,7 +40,7 @@ def main(folder: Path, engine: str, steps: int) -> dict:
     result = {"engine": engine, "steps": steps, "parameters": trainer.model.num_parameters()}
     result["of_steps"] = len(job["batches"])
     result["share"] = tokens(job["batches"][:steps]) / tokens(job["batches"])  # of the job's work
-    del job["batches"]
+    del job["batches"]  # as Python's numbers they are large
     if engine == "cuda":
         result["device"] = sys.modules["torch"].cuda.get_device_name()
     result["imported"] = [name for name in ("torch", "numpy") if name in sys.modules]
@@ -45,43 +53,44 @@ def main(folder: Path, engine: str, steps: int) -> dict:
             trainer.optimizer.zero_grad()
     result["warm_up_s"] = time.perf_counter() - began
     result |= train(trainer, batches, job["lr"])
-    result["peak_bytes"] = peak_memory(engine)
+    result["peak_bytes"] = peak_memory(engine == "cuda")
     began = time.perf_counter()
-    rules = Sampling(**job["sampling"])
-    generate = generator(engine if engine == "numpy" or engine in ON_PYTHON else "torch")
-    result["samples"] = generate(
-        trainer.model, job["prompts"], rules, seed=job["seed"], end_id=job["end_id"]
-    )
+    result["samples"] = samples(trainer, engine, job)
     result["generate_s"] = time.perf_counter() - began
     if engine in CONTROLS:
         result["cosines"] = cosines(config, weights, engine, batches[0])
         return result
-    result["checks"] = checks.run(trainer, engine, config, batches[0], folder, job["seed"])
+    result["checks"] = checks.run(trainer, engine, job, batches[0], folder)
     if result["parameters"] <= COMPARED:
         fresh = create(engine, config, weights, Adam(*job["adam"]), job["precision"])
         fresh.forward(batches[0])
         fresh.backward()
-        result["gradients"] = {name: listed(g) for name, g in fresh.gradients().items()}
+        result["gradients"] = {name: checks.nested(g) for name, g in fresh.gradients().items()}
     return result
+
+
+def samples(trainer, engine: str, job: dict) -> list[list[int]]:
+    """What the model writes; nothing where its training diverged, which the losses show."""
+    rules = Sampling(**job["sampling"])
+    try:
+        return generator(BUILT_ON[engine])(
+            trainer.model, job["prompts"], rules, seed=job["seed"], end_id=job["end_id"]
+        )
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return []
 
 
 def train(trainer, batches: list, lrs: list[float]) -> dict:
     """Losses, and the seconds of each part of the steps."""
     losses, nodes = [], []
     seconds = {"forward": 0.0, "backward": 0.0, "update": 0.0}
-    clock = time.perf_counter
     for step, batch in enumerate(batches):
-        began = clock()
-        losses.append(trainer.forward(batch))
-        forwarded = clock()
-        trainer.backward()
-        backwarded = clock()
-        trainer.update(lrs[step])
-        updated = clock()
-        seconds["forward"] += forwarded - began
-        seconds["backward"] += backwarded - forwarded
-        seconds["update"] += updated - backwarded
-        print(step + 1, losses[-1], flush=True)
+        loss, spent = timed_step(trainer, batch, lrs[step])
+        losses.append(loss)
+        for part, s in zip(seconds, spent, strict=True):
+            seconds[part] += s
+        print(step + 1, loss, flush=True)
     for batch in batches[:5]:  # counted apart, because counting takes time too
         trainer.forward(batch)
         nodes.append(trainer.nodes)
@@ -98,18 +107,22 @@ def tokens(batches: list) -> int:
 def cosines(config: ModelConfig, weights: dict, engine: str, batch) -> dict:
     """How far a control's gradients of the first step point where the right ones do.
 
-    By parameter, with a node for each operation on a vector, and with one for each + and *.
+    By parameter, with a node for each operation on a vector ("vector"), and with one for each + and
+    * ("scalar"); of the stack order also with the inputs of a node pushed in reverse.
     """
 
-    def gradients(kind, written_out):
+    def gradients(kind, written_out, reverse=False):
         trainer = kind(config, weights, Adam(0.9, 0.999, 1e-8), written_out)
+        trainer.reverse = reverse
         trainer.forward(batch)
         trainer.backward()
-        return {name: flat(g) for name, g in trainer.gradients().items()}
+        return {name: list(checks.numbers(g)) for name, g in trainer.gradients().items()}
 
-    right = gradients(PythonTrainer, False)
-    wrong = {"vector": gradients(CONTROLS[engine], False)}
-    wrong["scalar"] = gradients(CONTROLS[engine], True)
+    right, wrong = gradients(PythonTrainer, False), {}
+    for written_out, size in enumerate(("vector", "scalar")):
+        wrong[size] = gradients(CONTROLS[engine], bool(written_out))
+        if engine == "stack":
+            wrong[f"{size} reversed"] = gradients(CONTROLS[engine], bool(written_out), reverse=True)
     return {
         name: {size: compare(right[name], g[name]) for size, g in wrong.items()} for name in right
     }
@@ -126,44 +139,15 @@ def compare(right: list[float], wrong: list[float]) -> dict:
     }
 
 
-def listed(array):
-    """An array, or nested lists, as nested lists."""
-    return array.tolist() if hasattr(array, "tolist") else array
-
-
-def flat(nested) -> list[float]:
-    """The numbers of nested lists."""
-    nested = listed(nested)
-    return [x for row in nested for x in flat(row)] if isinstance(nested, list) else [nested]
-
-
 def read_weights(file: Path, engine: str) -> dict:
-    """Lists for the plain-Python engine, arrays for the others."""
-    if engine in ON_PYTHON:
+    """What the engine's decoder loads: read without NumPy for plain Python."""
+    if BUILT_ON[engine] == "python":
         from model import safetensors_reader
 
-        return {n: t.tolist() for n, t in safetensors_reader.read(file.read_bytes()).items()}
+        return safetensors_reader.read(file.read_bytes())
     from safetensors.numpy import load_file
 
     return load_file(file)
-
-
-def peak_memory(engine: str) -> int:
-    """Bytes: the most that was resident in this process; on CUDA, the most allocated there."""
-    if engine == "cuda":
-        import torch
-
-        return torch.cuda.max_memory_allocated()
-    try:  # of this program alone; getrusage also counts the process it was forked from
-        status = Path("/proc/self/status").read_text()
-        return int(status.split("VmHWM:")[1].split()[0]) * 1024
-    except (OSError, IndexError):
-        try:
-            import resource  # not on Windows
-        except ImportError:
-            return 0
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak * (1 if sys.platform == "darwin" else 1024)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ from data.dataset import Split
 from data.rng import key, permutation
 from model.config import UserError
 
-IGNORED = -100  # the target of a place whose loss is not taken
 POOL = 50  # batches that are sorted by length together
 
 

@@ -28,10 +28,13 @@ TEMPLATE, DOCUMENT = "docs/side_by_side.in.md", "docs/side_by_side.md"
 COMMAND = "python docs/side_by_side.py"
 NOTE = f"<!-- Made by `{COMMAND}` from {TEMPLATE} and the sources: change those, not this. -->"
 ENGINES = {  # the files of each; of several for a shared one
-    "PyTorch": ("model/transformer_full.py", "model/generation.py", "training/metrics.py"),
+    "PyTorch": (
+        "model/transformer_full.py", "model/generation.py", "training/metrics.py",
+        "training/step.py", "training/loss.py", "training/optimizer.py",
+    ),
     "NumPy": (
         "model/transformer_lite.py", "torchlite/functional.py", "torchlite/nn.py",
-        "model/decoding.py", "model/sampling.py",
+        "torchlite/tensor.py", "torchlite/optim.py", "model/decoding.py", "model/sampling.py",
     ),
     "Plain Python": (
         "model/transformer_micro.py", "model/scalar_nn.py", "model/scalar_tape.py",

@@ -15,15 +15,15 @@ import math
 import os
 import random
 import sys
-import time
 from itertools import accumulate
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # the project is run from its clone
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # matrices this small only suffer from threads
 
-from comparison.trainers import Adam, create
+from comparison.trainers import Adam, create, timed_step
 from model.config import ModelConfig
+from training import cli
 
 WIDTH, LENGTH, STD = 16, 16, 0.08
 TEMPERATURE = 0.5
@@ -67,22 +67,15 @@ def row_of(document: list[int]) -> tuple[list[int], list[int]]:
     return document[:n], document[1 : n + 1]
 
 
-def train(trainer, documents, steps: int, report) -> tuple[float, float, float]:
-    """Seconds of the forward passes, the backward passes and the updates."""
-    forward = backward = update = 0.0
-    clock = time.perf_counter
+def train(trainer, documents, steps: int, report) -> list[float]:
+    """Seconds of all forward passes, backward passes and updates."""
+    seconds = [0.0, 0.0, 0.0]
     for step in range(steps):
-        began = clock()
-        loss = trainer.forward(trainer.batch([row_of(documents[step % len(documents)])]))
-        forwarded = clock()
-        trainer.backward()
-        backwarded = clock()
-        trainer.update(0.01 * (1 - step / steps))
-        update += clock() - backwarded
-        backward += backwarded - forwarded
-        forward += forwarded - began
+        batch = trainer.batch([row_of(documents[step % len(documents)])])
+        loss, spent = timed_step(trainer, batch, 0.01 * (1 - step / steps))
+        seconds = [a + b for a, b in zip(seconds, spent, strict=True)]
         report(step, loss)
-    return forward, backward, update
+    return seconds
 
 
 def sample(model, special: int) -> list[int]:
@@ -92,7 +85,7 @@ def sample(model, special: int) -> list[int]:
         logits = [x / TEMPERATURE for x in model.next_logits(cache, [token])]
         largest = max(logits)
         exps = [math.exp(x - largest) for x in logits]
-        total = list(accumulate(exps))[-1]
+        *_, total = accumulate(exps)  # left to right: from Python 3.12 on, sum() is more exact
         weights = [e / total for e in exps]
         token = random.choices(range(len(logits)), weights)[0]  # noqa: S311, as in microGPT
         if token == special:
@@ -101,7 +94,7 @@ def sample(model, special: int) -> list[int]:
     return ids
 
 
-def graph(name: str, nodes: list[int], seconds: tuple[float, float, float]):
+def graph(name: str, nodes: list[int], seconds: list[float]):
     """One line about the graph."""
     share = seconds[1] / sum(seconds)
     print(
@@ -118,13 +111,13 @@ def main() -> int:
     parser.add_argument("--samples", type=int, default=20)
     parser.add_argument("--unfused_steps", type=int, default=10, help="they are slow; 0: none")
     arguments = parser.parse_args()
-    if arguments.steps < 1:
-        parser.error("--steps must be at least 1")
+    if min(arguments.steps - 1, arguments.samples, arguments.unfused_steps) < 0:
+        parser.error("--steps must be at least 1, --samples and --unfused_steps at least 0")
     try:
-        text = Path(arguments.names).read_text(encoding="utf-8")
+        text = Path(arguments.names).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         parser.error(f"--names {arguments.names}: {getattr(error, 'strerror', None) or error}")
-    names = [line.strip() for line in text.splitlines() if line.strip()]
+    names = [line.strip() for line in text.split("\n") if line.strip()]
     if not names:
         parser.error(f"--names {arguments.names}: no names in it")
 
@@ -137,7 +130,7 @@ def main() -> int:
     used = names[: arguments.steps]
     documents = [[special, *(index[c] for c in name), special] for name in used]
     adam = Adam(0.85, 0.99, 1e-8)
-    trainer = create(arguments.engine, config, as_arrays(weights, arguments.engine), adam)
+    trainer = create(arguments.engine, config, as_given(weights, arguments.engine), adam)
     print(f"num docs: {len(names)}")
     print(f"vocab size: {config.vocab_size}")
     print(f"num params: {trainer.model.num_parameters()}")
@@ -151,9 +144,8 @@ def main() -> int:
     seconds = train(trainer, documents, arguments.steps, report)
     print("\n--- inference (new, hallucinated names) ---")
     for i in range(arguments.samples):
-        print(
-            f"sample {i + 1:2d}: {''.join(characters[t] for t in sample(trainer.model, special))}"
-        )
+        name = "".join(characters[t] for t in sample(trainer.model, special))
+        print(f"sample {i + 1:2d}: {cli.visible(name)}")
     print("\n--- graph ---")
     graph(arguments.engine, nodes, seconds)
     steps = min(arguments.unfused_steps, arguments.steps)
@@ -164,8 +156,8 @@ def main() -> int:
     return 0
 
 
-def as_arrays(weights: dict, engine: str) -> dict:
-    """The weights as the engine takes them."""
+def as_given(weights: dict, engine: str) -> dict:
+    """Arrays for NumPy, which plain Python does without."""
     if engine == "python":
         return weights
     import numpy as np
@@ -174,4 +166,4 @@ def as_arrays(weights: dict, engine: str) -> dict:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(cli.run("examples/microgpt.py", main))

@@ -92,8 +92,9 @@ class Checkpoint:
         from safetensors import SafetensorError  # here: reading settings needs no NumPy
         from safetensors.numpy import load
 
+        content = self.read(name)
         try:
-            return load(self.read(name))
+            return load(content)
         except (SafetensorError, ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"{self.path / name}: not a safetensors file: {error}") from None
 

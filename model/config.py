@@ -4,8 +4,10 @@
 what each engine is built from.
 """
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, fields
+from typing import Literal, get_args
+
+IGNORED = -100  # the target of a place whose loss is not taken, as in PyTorch
 
 
 class UserError(ValueError):
@@ -56,7 +58,9 @@ class ModelConfig:
     """One matrix for the embedding and the output projection."""
 
     def __post_init__(self):
-        wrong = []
+        wrong = wrong_types(self)
+        if wrong:
+            raise UserError("; ".join(wrong))
         for name in ("d_model", "n_heads", "n_layers", "d_ff", "max_len"):
             if getattr(self, name) < 1:
                 wrong.append(f"{name} = {getattr(self, name)} must be at least 1")
@@ -79,3 +83,17 @@ class ModelConfig:
             wrong.append('norm = "none" leaves nothing for norm_first, final_norm, embedding_norm')
         if wrong:
             raise UserError("; ".join(wrong))
+
+
+def wrong_types(config) -> list[str]:
+    """What is wrong with a dataclass's fields of type int, float, bool or Literal."""
+    wrong = []
+    for field in fields(config):
+        value, words = getattr(config, field.name), get_args(field.type)
+        if words and value not in words:
+            wrong.append(f"{field.name} = {value!r} must be one of {', '.join(words)}")
+        elif field.type in (int, bool) and type(value) is not field.type:
+            wrong.append(f"{field.name} = {value!r} must be of type {field.type.__name__}")
+        elif field.type is float and type(value) not in (int, float):
+            wrong.append(f"{field.name} = {value!r} must be a number")
+    return wrong

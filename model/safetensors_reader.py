@@ -1,4 +1,4 @@
-"""Reading safetensors files with the standard library: bytes to numbers, and nothing believed.
+"""Safetensors files with the standard library: bytes to numbers, and nothing believed.
 
     tensors = read(Path("model.safetensors").read_bytes())
     tensors["embed.weight"].shape     # (V, C)
@@ -177,7 +177,7 @@ def check_nesting(value, depth: int = 1):
 
 
 def write(arrays: dict) -> bytes:
-    """A file of nested lists of floats by name, each as F64; what `read` takes, and every other."""
+    """A file of nested lists of floats by name, each as F64."""
     header, parts, end = {}, [], 0
     for name, nested in arrays.items():
         shape, numbers = [], nested

@@ -8,7 +8,7 @@
 `Value` is one number that knows its gradient, as in Karpathy's micrograd, though without a graph to
 sort: the tape has the order. `WrittenOut` is a vector of them, with the methods of `Vector`. Seven
 derivatives are all there is to believe here; every other operation is made of these. The price is
-a step some fifteen times as slow. Standard library only.
+a step some seventeen times as slow. Standard library only.
 """
 
 import math

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from model import generation, sampling
 from model.checkpoint import Checkpoint, check_fit
 from model.config import ModelConfig, UserError
 
@@ -67,9 +68,9 @@ class MultiHeadAttention(nn.Module):
     def forward(self, x, mask=None, cache=None):
         B, T, C = x.shape
         # (1) three projections, cut into heads
-        Q = self.W_q(x).view(B, T, self.n_heads, -1).transpose(1, 2)  # (B, H, T, D)
-        K = self.W_k(x).view(B, T, self.n_heads, -1).transpose(1, 2)  # (B, H, T, D)
-        V = self.W_v(x).view(B, T, self.n_heads, -1).transpose(1, 2)  # (B, H, T, D)
+        Q = self.W_q(x).reshape(B, T, self.n_heads, -1).transpose(1, 2)  # (B, H, T, D)
+        K = self.W_k(x).reshape(B, T, self.n_heads, -1).transpose(1, 2)  # (B, H, T, D)
+        V = self.W_v(x).reshape(B, T, self.n_heads, -1).transpose(1, 2)  # (B, H, T, D)
         if cache is not None:
             K, V = cache.extend(K, V)  # (B, H, S, D)
         # (2) every query weighs the keys up to its own place: a lone query sees all it is given
@@ -160,7 +161,7 @@ class TransformerDecoder(nn.Module):
         With these the first loss is close to ln(vocab_size) in either order of the norms.
         """
         for name, parameter in self.named_parameters():
-            if parameter.dim() == 2:
+            if parameter.ndim == 2:
                 narrow = self.config.norm_first and name.endswith(("W_o.weight", "linear2.weight"))
                 std = self.config.init_std / (math.sqrt(2 * len(self.layers)) if narrow else 1.0)
                 nn.init.normal_(parameter, std=std)
@@ -215,19 +216,17 @@ class TransformerDecoder(nn.Module):
 
         start_id None: `tokens` stand alone. For all else that generating can see `generation`.
         """
-        from model import generation, sampling  # here, because they build on this file
-
         prompt = list(tokens) + ([] if start_id is None else [start_id])
         rules = sampling.Sampling(temperature, top_k, max_new_tokens=max_len)
         return generation.generate(self, [prompt], rules, seed=seed, end_id=end_id)[0]
 
-    def load_weights(self, tensors):
+    def load_weights(self, arrays):
         """Copies arrays by parameter name (a tied matrix once) into this model."""
         own = dict(self.named_parameters())
-        check_fit(own, tensors)
+        check_fit(own, arrays)
         with torch.no_grad():
             for name, parameter in own.items():
-                parameter.copy_(torch.from_numpy(tensors[name]))
+                parameter.copy_(torch.from_numpy(arrays[name]))
 
     @classmethod
     def from_config(cls, config: ModelConfig, dtype=torch.float32) -> "TransformerDecoder":

@@ -14,6 +14,7 @@ from dataclasses import asdict
 
 import numpy as np
 
+from model import decoding, sampling
 from model.checkpoint import Checkpoint, check_fit
 from model.config import ModelConfig, UserError
 from torchlite import functional as F
@@ -45,7 +46,8 @@ def create_norm(config: ModelConfig) -> nn.Module:
 
 def attention(Q, K, V, mask, dropout, causal):
     """softmax(Q K^T / sqrt(D)) V in each head, (B, H, T, D). Vaswani et al. (2017), equation 1."""
-    scores = Q * Q.shape[-1] ** -0.5 @ K.transpose(-1, -2)  # (B, H, T, S): how well each key fits
+    scale = Q.shape[-1] ** -0.5
+    scores = (Q * scale) @ K.transpose(-1, -2)  # (B, H, T, S): how well each key fits
     if causal:
         mask = F.causal_mask(Q.shape[2], K.shape[2], Q.dtype)
     if mask is not None:
@@ -173,15 +175,17 @@ class TransformerDecoderLite(nn.Module):
 
     def hidden(self, ids, mask=None, cache=None):
         """What the output projection reads: (B, T) -> (B, T, C). Arguments as in `forward`."""
-        past, T = cache.length if cache else 0, ids.shape[1]
-        if past + T > self.max_len:
-            raise UserError(f"{past + T} tokens are more than model.max_len = {self.max_len} holds")
+        start = 0 if cache is None else cache.length
+        stop = start + ids.shape[1]
+        if stop > self.max_len:
+            raise UserError(f"{stop} tokens are more than model.max_len = {self.max_len} holds")
         # (6) token embedding plus position
-        x = self.embed(ids) * self.embedding_scale + self.pos_encoding[past : past + T]  # (B, T, C)
+        x = self.embed(ids) * self.embedding_scale + self.pos_encoding[start:stop]  # (B, T, C)
         x = self.dropout(self.embed_norm(x))
         # (7) the layers, one after another
-        for i, layer in enumerate(self.layers):
-            x = layer(x, mask, cache.layers[i] if cache else None)
+        layer_caches = [None] * len(self.layers) if cache is None else cache.layers
+        for layer, layer_cache in zip(self.layers, layer_caches, strict=True):
+            x = layer(x, mask, layer_cache)
         return self.final_norm(x)
 
     def num_parameters(self) -> int:
@@ -194,15 +198,13 @@ class TransformerDecoderLite(nn.Module):
 
     def next_logits(self, cache: nn.KVCache, ids: list[int]) -> list[float]:
         """The logits (V) after `ids`, which follow on what the cache has seen."""
-        with no_grad():
+        with no_grad(), np.errstate(over="ignore", invalid="ignore"):  # `decoding` looks at them
             return self(np.array([ids]), positions=[-1], cache=cache).data[0].tolist()
 
     def generate(self, tokens, start_id=2, end_id=3, max_len=64, temperature=1.0, top_k=50, seed=0):
         """Ids that follow `tokens` and `start_id`, as in `transformer_full`."""
-        from model import decoding, sampling
-
-        rules = sampling.Sampling(temperature, top_k, max_new_tokens=max_len)
         prompt = list(tokens) + ([] if start_id is None else [start_id])
+        rules = sampling.Sampling(temperature, top_k, max_new_tokens=max_len)
         return decoding.generate(self, [prompt], rules, seed=seed, end_id=end_id)[0]
 
     def load_weights(self, arrays):

@@ -17,6 +17,7 @@ from functools import partial
 from itertools import compress
 from random import Random
 
+from model import decoding, sampling
 from model import scalar_nn as nn
 from model.checkpoint import Checkpoint
 from model.config import ModelConfig, UserError
@@ -72,7 +73,7 @@ class MultiHeadAttention(nn.Module):
         V = self.heads(self.W_v(x))  # (H, T, D)
         if cache is not None:
             K, V = cache.extend(K, V)  # (H, S, D)
-        # (2) every query weighs the keys up to its own place, or those that the mask leaves it
+        # (2) every query weighs the keys up to its own place: a lone query sees all it is given
         y = [attention(*head, mask, self.dropout) for head in zip(Q, K, V, strict=True)]
         # (3) heads side by side again, and the output projection
         return self.W_o([concat(parts) for parts in zip(*y, strict=True)])
@@ -214,8 +215,6 @@ class TransformerDecoderMicro(nn.Module):
 
     def generate(self, tokens, start_id=2, end_id=3, max_len=64, temperature=1.0, top_k=50, seed=0):
         """Ids that follow `tokens` and `start_id`, as in `transformer_full`."""
-        from model import decoding, sampling
-
         prompt = list(tokens) + ([] if start_id is None else [start_id])
         rules = sampling.Sampling(temperature, top_k, max_new_tokens=max_len)
         return decoding.generate(self, [prompt], rules, seed=seed, end_id=end_id)[0]

@@ -1,12 +1,23 @@
 """compare.py as people run it: engines in processes of their own, and a report of what they did."""
 
 import json
+import signal
+import subprocess
+import time
 
 import pytest
 
-from tests.helpers import TINY, refused, run, write_config
+from tests.helpers import TINY, command, refused, run, write_config
 
 LINES = TINY.replace('tokenizer = "char"', 'kind = "lines"\ntokenizer = "char"')
+for before, after in (
+    ("d_model = 32", "d_model = 8"),
+    ("d_ff = 64", "d_ff = 16"),
+    ("n_layers = 2", "n_layers = 1"),
+    ("batch_size = 8", "batch_size = 2"),
+):
+    assert before in LINES  # plain Python, with a node for each + and *, takes part
+    LINES = LINES.replace(before, after)
 STEPS = 4
 
 
@@ -75,10 +86,32 @@ def test_bad_input_is_told_in_one_line(compared):
         assert said in refused(run("compare.py", *arguments, cwd=folder))
     for arguments, said in (
         (["--steps", "-1"], "steps = -1"),
-        (["--name", "../out"], "without a path"),
+        (["--name", "../out"], "only letters"),
         (["--engines", "rust"], "rust"),
     ):
         result = run("compare.py", *arguments, cwd=folder)
         assert result.returncode == 2 and "Traceback" not in result.stderr
         assert said in result.stderr
     assert not list((folder / "runs").glob("compare-*"))  # nothing is left of what was refused
+
+
+def test_stopped_in_the_middle_it_reports_what_was_finished(compared):
+    folder, config, _ = compared
+    engines = ("numpy", "unfused")
+    flags = ("--config", config, "--steps", 3000, "--name", "stopped", "--engines", *engines)
+    process = subprocess.Popen(
+        command("compare.py", *flags),
+        cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    finished = folder / "runs" / "stopped" / "tiny" / "unfused.log"  # numpy stands behind it
+    for _ in range(600):
+        if finished.exists():
+            break
+        time.sleep(0.1)
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, said
+    assert "Traceback" not in said
+    report = (folder / "runs" / "stopped" / "report.md").read_text()
+    assert "stopped before it" in report

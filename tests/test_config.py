@@ -150,3 +150,19 @@ def test_flatten_names_every_setting():
     assert flat["model.d_model"] == 256
     assert flat["seed"] == 1337
     assert not any(isinstance(value, dict) for value in flat.values())
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"norm": "rmsnorm"}, "norm = 'rmsnorm' must be one of layer, rms, none"),
+        ({"activation": "swish"}, "activation"),
+        ({"d_model": 8.0}, "d_model = 8.0 must be of type int"),
+        ({"n_heads": "2"}, "n_heads"),
+        ({"bias": 1}, "bias"),
+        ({"dropout": "0.1"}, "dropout"),
+    ],
+)
+def test_a_model_config_checks_its_types_and_words(options, said):
+    with pytest.raises(UserError, match=said):
+        ModelConfig(**options)

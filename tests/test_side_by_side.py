@@ -8,6 +8,8 @@ from types import SimpleNamespace
 
 import pytest
 
+from comparison.trainers import StackOrder
+from model.scalar_tape import Tape, Vector
 from tests.helpers import ROOT, refused, run
 
 SCRIPT = "docs/side_by_side.py"
@@ -70,13 +72,25 @@ def test_template_resolves_and_covers_every_topic():
     _, _, table = text.partition("| --- |")
     rows = {row.split("]")[0][3:]: row.split(" | ") for row in table.splitlines()[1:] if row}
     topics = ["Embedding", "Softmax", "Attention", "Dropout", "Layer norm", "Decoder layer"]
-    assert {*topics, "Generation"} <= rows.keys()
+    topics += ["The tape and backward", "Linear", "Cross-entropy", "Adam", "Generation"]
+    assert {*topics} <= rows.keys()
     for topic, row in rows.items():
         assert f"\n## {topic}\n" in text and len(row) == 4 and all("`" in cell for cell in row[1:])
     for file in re.findall(r"\]\(\.\./([^)]*)\)", text):
         assert (ROOT / file).is_file()
     for code in re.findall(r"```python\n(.*?)\n```", text, re.DOTALL):
         ast.parse(f"def method():\n while True:\n  {code.replace(chr(10), chr(10) + '  ')}")
+
+
+@pytest.mark.parametrize(("loss_of", "stack"), [(lambda h: h * 3 + h, 2), (lambda h: h + h * 3, 8)])
+def test_what_it_says_of_a_walk_by_a_stack(loss_of, stack):
+    walk, w = StackOrder.__new__(StackOrder), Vector([1.0], Tape())
+    walk.loss, walk.model = loss_of(w * 2), w  # all it asks of a model is the tape
+    walk.backward()
+    assert w.grad == [stack]
+    w.grad = None
+    loss_of(w * 2).backward()
+    assert w.grad == [8]
 
 
 def test_change_of_a_source_is_noticed_and_mended(copy):

@@ -261,7 +261,7 @@ def test_attention(name, kind):
     arrays = numbers(*ATTENTION[name])
     T, S = arrays[0].shape[-2], arrays[1].shape[-2]
     dice = np.random.default_rng(0)
-    causal = np.tri(T, S, S - T, dtype=bool)  # the last query sees the last key
+    causal = np.tri(T, S, dtype=bool)  # the first query sees the first key
     seen = dice.random((T, S)) < 0.7
     mask = {"boolean": seen, "both": seen, "additive": dice.normal(size=(T, S))}.get(kind)
     is_causal = kind in ("causal", "both")

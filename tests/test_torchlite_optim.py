@@ -1,6 +1,8 @@
 """torchlite/optim.py against torch.optim, number for number."""
 
+import copy
 import math
+import pickle
 
 import numpy as np
 import pytest
@@ -181,3 +183,46 @@ def test_a_number_of_a_parameter_is_clipped_and_moved():
     assert p.grad.dtype == np.float32
     optim.AdamW([p], lr=0.5, weight_decay=0.0).step()
     assert p.item() == pytest.approx(1.5)
+
+
+def trained_by_hand(make):
+    """Whether three steps of `make(model, optimizer)`'s result move its weights as they should."""
+    model = nn.Linear(3, 2)
+    model, optimizer = make(model, optim.AdamW(model.parameters(), lr=0.1))
+    before = model.weight.data.copy()
+    for _ in range(3):
+        for p in model.parameters():
+            p.grad = np.ones_like(p.data)
+        optimizer.step()
+    return np.abs(model.weight.data - before + 0.3).max() < 0.01  # Adam's steps are of size lr
+
+
+def given_new_arrays(model, optimizer):
+    for p in model.parameters():
+        p.data = p.data + 1.0
+    return model, optimizer
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda *both: both,
+        lambda *both: copy.deepcopy(both),
+        lambda *both: pickle.loads(pickle.dumps(both)),  # noqa: S301, our own
+        given_new_arrays,
+        lambda model, first: (model, [first, optim.AdamW(model.parameters())][0]),
+    ],
+    ids=["as made", "deepcopy", "pickle", "new arrays", "a second optimizer"],
+)
+def test_weights_that_were_moved_since_are_trained(make):
+    assert trained_by_hand(make)
+
+
+def test_what_adamw_refuses():
+    model = nn.Linear(3, 2)
+    with pytest.raises(ValueError, match="twice"):
+        optim.AdamW([*model.parameters(), model.weight])
+    with default_dtype("float64"):
+        other = nn.Linear(3, 2)
+    with pytest.raises(ValueError, match="dtypes"):
+        optim.AdamW([*model.parameters(), *other.parameters()])

@@ -323,3 +323,27 @@ def test_memory_does_not_grow_with_steps():
         tracemalloc.stop()
         gc.enable()
     assert grown < W.data.nbytes  # a single array that every step left would be 200 of these
+
+
+# In place -----------------------------------------------------------------------------------------
+
+
+def test_a_leaf_changes_in_place_under_no_grad_only():
+    x = Tensor([1.0, 2.0], requires_grad=True)
+    array, same = x.data, x
+    with no_grad():
+        x -= 0.5 * Tensor([1.0, 2.0])
+        x *= 3.0
+        x += 1.0
+    assert x is same and x.data is array
+    assert x.data.tolist() == [2.5, 4.0]
+    with pytest.raises(RuntimeError, match="no_grad"):
+        x += 1.0
+    y = x * 2.0
+    y += x  # not a leaf: a new tensor, with its history
+    y.sum().backward()
+    assert x.grad.tolist() == [3.0, 3.0]
+
+
+def test_numpy_reads_a_tensor():
+    assert np.asarray(Tensor([1.0, 2.0])).tolist() == [1.0, 2.0]

@@ -3,7 +3,7 @@
 import json
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -47,12 +47,23 @@ def test_cached_reading_is_the_full_pass(name, prefill):
 
 
 def test_generated_text_is_that_of_the_full_model():
-    lite, full = decoders(max_len=12)
-    for temperature in (0.0, 1.0):
-        mine = lite.generate([3, 5], end_id=4, max_len=20, temperature=temperature, seed=3)
-        assert mine == full.generate([3, 5], end_id=4, max_len=20, temperature=temperature, seed=3)
+    """With every argument, and with none: its window of 12 tokens moves on, too."""
+    lite, full = decoders(max_len=12, vocab_size=80)
+    for more in (
+        {},
+        {"end_id": None},
+        {"end_id": None, "start_id": None, "max_len": 5},
+        {"temperature": 0.0, "end_id": None, "max_len": 20},
+        {"temperature": 2.0, "top_k": 3, "seed": 4},
+    ):
+        mine = lite.generate([3, 5], **more)
+        assert mine == full.generate([3, 5], **more)
         assert mine  # not an empty text
     assert lite.training
+
+
+def test_what_it_is_without_being_told_is_the_lite_shape():
+    assert TransformerDecoderLite(9500).config == replace(SHIPPED["lite"], vocab_size=9500)
 
 
 def test_too_many_tokens_are_refused():

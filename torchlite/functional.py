@@ -233,6 +233,8 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Te
 
     Ba, Kiros and Hinton (2016), equation 4.
     """
+    if weight.shape != x.shape[-1:]:
+        raise ValueError(f"layer_norm: a weight of shape {weight.shape} for {x.shape}")
     centred = x.data - mean(x.data)
     scale = (mean(centred * centred) + eps) ** -0.5
     normal = centred * scale
@@ -274,6 +276,8 @@ def causal_mask(T: int, S: int, dtype):
 def additive(mask, dtype):
     """A mask as numbers to add: of booleans, 0 where True and -inf where False."""
     mask = np.asarray(mask)
+    if mask.dtype.kind not in "bf":
+        raise TypeError(f"a mask is of booleans or floats, not {mask.dtype}")
     if mask.dtype == bool:
         mask = np.where(mask, 0.0, -np.inf)
     return mask.astype(dtype, copy=False)
@@ -285,13 +289,14 @@ def scaled_dot_product_attention(
     """softmax(Q K^T / sqrt(D)) V as one entry. Vaswani et al. (2017), equation 1.
 
     Q: (..., T, D), K: (..., S, D), V: (..., S, E) -> (..., T, E). mask: None, booleans (True: may
-    be seen) or numbers that are added to the scores. Written out, with an entry for each step, it
-    is `attention` in model/transformer_lite.py.
+    be seen) or numbers that are added to the scores. is_causal: query t sees the first t + 1 keys.
+    Written out, with an entry for each step, it is `attention` in model/transformer_lite.py.
     """
     q, k, v = Q.data, K.data, V.data
     scale = q.shape[-1] ** -0.5
     scores = (q * scale) @ k.swapaxes(-1, -2)
-    for part in (causal_mask(q.shape[-2], k.shape[-2], q.dtype) if is_causal else None, mask):
+    causal = np.tri(q.shape[-2], k.shape[-2], dtype=bool) if is_causal else None
+    for part in (causal, mask):
         if part is not None:
             scores = scores + additive(part, q.dtype)
     # a query that may see nothing gets 0, as in PyTorch: its largest score is a number all the

@@ -1,4 +1,7 @@
-"""Modules: parameters and the layers made of them. Names and initial weights as in PyTorch."""
+"""Modules: parameters and the layers made of them. Names and initial weights as in PyTorch.
+
+`KVCache`, which torch.nn has not, is what a decoder needs to generate.
+"""
 
 import math
 from collections.abc import Iterator
@@ -155,8 +158,8 @@ class LayerNorm(Module):
 class RMSNorm(Module):
     """Each vector to mean square 1."""
 
-    def __init__(self, normalized_shape: int, eps: float = 1e-5, elementwise_affine: bool = True):
-        self.eps = eps
+    def __init__(self, normalized_shape: int, eps=None, elementwise_affine: bool = True):
+        self.eps = float(np.finfo(tensor.get_default_dtype()).eps) if eps is None else eps
         self.weight = Parameter(np.ones(normalized_shape)) if elementwise_affine else None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -181,6 +184,8 @@ class Dropout(Module):
     """In training, zeroes each number with probability p and divides the others by 1 - p."""
 
     def __init__(self, p: float = 0.5):
+        if not 0 <= p < 1:
+            raise ValueError(f"Dropout: p = {p} must be at least 0 and below 1")
         self.p = p
 
     def forward(self, x: Tensor) -> Tensor:

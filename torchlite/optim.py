@@ -12,11 +12,16 @@ class AdamW:
 
     The weights of all parameters are moved into one array, side by side, of which each parameter's
     `data` becomes a view: so small parameters are updated together, in a dozen NumPy calls, and
-    not a dozen for each. One without a gradient stands still, as in PyTorch.
+    not a dozen for each. One without a gradient stands still, as in PyTorch. A step writes into
+    arrays that a tape may still need: go backward first.
     """
 
     def __init__(self, parameters, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01):
         self.parameters = list(parameters)
+        if len({id(p) for p in self.parameters}) < len(self.parameters):
+            raise ValueError("AdamW: a parameter is given twice")
+        if len({p.dtype for p in self.parameters}) > 1:
+            raise ValueError("AdamW: parameters of several dtypes; make an optimizer for each")
         self.lr, self.betas, self.eps, self.weight_decay = lr, betas, eps, weight_decay
         self.weights = np.concatenate([p.data.reshape(-1) for p in self.parameters])
         self.exp_avg = np.zeros_like(self.weights)
@@ -41,6 +46,7 @@ class AdamW:
     def step(self):
         """Moves every parameter by its gradient."""
         for start, parameters, steps in self.runs:
+            self.attach(start, parameters)
             flat = [p.grad.reshape(-1) for p in parameters if p.grad is not None]
             if len(flat) == len(parameters) and min(steps) == max(steps):
                 steps[:] = [steps[0] + 1] * len(steps)
@@ -51,6 +57,15 @@ class AdamW:
                     steps[i] += 1
                     self.update(start, p.grad.reshape(-1), steps[i])
                 start += p.data.size
+
+    def attach(self, start: int, parameters: list):
+        """Takes in weights that were given a new array since: by hand, a copy, or an optimizer."""
+        for p in parameters:
+            end = start + p.data.size
+            if p.data.base is not self.weights:
+                self.weights[start:end] = p.data.reshape(-1)
+                p.data = self.weights[start:end].reshape(p.shape)
+            start = end
 
     def update(self, start: int, gradient, step: int):
         """One update of the weights from `start` on, their `step`-th."""

@@ -55,6 +55,20 @@ def get_default_dtype():
     return _default_dtype
 
 
+def in_place(operation):
+    """x += y and the like: x + y, but a leaf's numbers are moved, which only no_grad allows."""
+
+    def method(x, other):
+        if not x.requires_grad or x.tape is not None:
+            return operation(x, other)
+        if _recording:
+            raise RuntimeError("a leaf that requires a gradient changes in place under no_grad()")
+        x.data[...] = operation(x, other).data
+        return x
+
+    return method
+
+
 class Tensor:
     """An array of floats, `data`, with `grad`, the gradient of what backward() was called on.
 
@@ -94,6 +108,9 @@ class Tensor:
     def __repr__(self):
         return f"Tensor({self.data}{', requires_grad=True' if self.requires_grad else ''})"
 
+    def __array__(self, dtype=None, copy=None):
+        return np.array(self.data, dtype, copy=copy)
+
     def item(self) -> float:
         """The only number of a tensor of one element."""
         return self.data.item()
@@ -131,21 +148,19 @@ class Tensor:
         if self.tape is None:
             return accumulate(self, gradient, gradient)
         self.grad, tape = gradient, self.tape
-        for output, inputs, backward in reversed(tape):
+        for output, inputs, derivative in reversed(tape):
             if not retain_graph:
                 output.tape = FREED
             g = output.grad
             if g is None:  # not on the way to this tensor
                 continue
             output.grad = None
-            for x, gradient in zip(inputs, backward(g), strict=True):
+            for x, dx in zip(inputs, derivative(g), strict=True):
                 if x.requires_grad:
                     if x.grad is None and x.tape is not None:
-                        x.grad = gradient
+                        x.grad = dx
                     else:
-                        accumulate(x, gradient, g)
-        if not retain_graph:
-            tape.clear()
+                        accumulate(x, dx, g)
 
     # Arithmetic: NumPy's broadcasting forward, sums over what was broadcast backward --------------
 
@@ -160,7 +175,8 @@ class Tensor:
         )
 
     def __sub__(self, other):
-        other = as_tensor(other, self)
+        if not isinstance(other, Tensor):
+            return self + -constant(other, self)
         a, b = self.data.shape, other.data.shape
         return record(
             self.data - other.data, (self, other), lambda g: (unbroadcast(g, a), unbroadcast(-g, b))
@@ -196,9 +212,10 @@ class Tensor:
         return record(-self.data, (self,), lambda g: (-g,))
 
     __radd__, __rmul__ = __add__, __mul__
+    __iadd__, __isub__, __imul__ = in_place(__add__), in_place(__sub__), in_place(__mul__)
 
     def __rsub__(self, other):
-        return as_tensor(other, self) - self
+        return -self + other
 
     def __rtruediv__(self, other):
         return as_tensor(other, self) / self
@@ -300,7 +317,10 @@ def record(data, inputs: tuple, backward) -> Tensor:
 
 
 def join(tape, other):
-    """One tape of two. They knew nothing of each other, so either may stand first."""
+    """One tape of two. They knew nothing of each other, so either may stand first.
+
+    From here on they are one graph: a backward() through any part of it frees all of it.
+    """
     if tape is FREED or other is FREED:
         return FREED  # no gradient can be taken through it: backward() says so
     if len(tape) < len(other):

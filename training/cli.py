@@ -4,8 +4,6 @@ import os
 import re
 import sys
 
-import tyro
-
 from model.config import UserError
 
 CONTROL = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f]")  # all but tab and newline
@@ -16,6 +14,8 @@ def parse(arguments: type, description: str, default=None, argv: list[str] | Non
 
     A wrong flag ends the program with status 2 and the nearest flag's name.
     """
+    import tyro  # here, because it takes a tenth of a second, which not every program has to spend
+
     default = arguments() if default is None else default
     return tyro.cli(
         arguments, description=description, default=default, args=argv, use_underscores=True

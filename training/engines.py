@@ -32,23 +32,36 @@ def read_weights(engine: Engine, checkpoint: Checkpoint) -> dict:
 def load_model(engine: Engine, config: ModelConfig, weights: dict, device: str, precision: str):
     """The engine's decoder with the weights that `read_weights` gave. Raises UserError."""
     if engine == "python":
-        from model.transformer_micro import TransformerDecoderMicro
-
-        model = TransformerDecoderMicro.from_config(config)
+        model = decoder(engine).from_config(config)
     elif engine == "numpy":
-        from model.transformer_lite import TransformerDecoderLite
-
         dtype = {"fp32": "float32", "fp64": "float64"}[precision]
-        model = TransformerDecoderLite.from_config(config, dtype)
+        model = decoder(engine).from_config(config, dtype)
     else:
-        from model.transformer_full import TransformerDecoder
+        kind = decoder(engine)  # first, because it says what is missing
         from training.device import choose_device, choose_precision
 
         place = choose_device(device)
         dtype = choose_precision(precision, place)[0].products
-        model = TransformerDecoder.from_config(config, dtype)
+        model = kind.from_config(config, dtype).to(place)
     model.load_weights(weights)
-    return (model.to(place) if engine == "torch" else model).eval()
+    return model.eval()
+
+
+def decoder(engine: Engine) -> type:
+    """The engine's decoder. Raises UserError where what it is built on is not installed."""
+    try:
+        if engine == "python":
+            from model.transformer_micro import TransformerDecoderMicro as Decoder
+        elif engine == "numpy":
+            from model.transformer_lite import TransformerDecoderLite as Decoder
+        else:
+            from model.transformer_full import TransformerDecoder as Decoder
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"--engine {engine}: {error.name} is not installed: pip install {error.name}, or use "
+            "another engine (python needs nothing)"
+        ) from None
+    return Decoder
 
 
 def generator(engine: Engine):

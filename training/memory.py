@@ -1,7 +1,9 @@
-"""What the C library does with memory that is freed. Standard library only."""
+"""Memory of this process: what is kept of it, and how much was used. Standard library only."""
 
 import contextlib
 import ctypes
+import sys
+from pathlib import Path
 
 
 def keep_freed_memory():
@@ -15,3 +17,21 @@ def keep_freed_memory():
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-3, 2**25)  # M_MMAP_THRESHOLD: 32 MiB, the most that is allowed
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: never
+
+
+def peak_memory(cuda: bool = False) -> int:
+    """Bytes: the most that was resident in this process; on CUDA, the most allocated there."""
+    if cuda:
+        import torch
+
+        return torch.cuda.max_memory_allocated()
+    try:  # of this program alone; getrusage also counts the process it was forked from
+        status = Path("/proc/self/status").read_text()
+        return int(status.split("VmHWM:")[1].split()[0]) * 1024
+    except (OSError, IndexError):
+        try:
+            import resource  # not on Windows
+        except ImportError:
+            return 0
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak * (1 if sys.platform == "darwin" else 1024)

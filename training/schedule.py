@@ -1,4 +1,4 @@
-"""The learning rate as a function of the step. Standard library only."""
+"""The learning rate as a function of the step."""
 
 import math
 
