@@ -19,7 +19,7 @@ from model.checkpoint import Checkpoint, check_fit
 from model.config import ModelConfig, UserError
 from torchlite import functional as F
 from torchlite import nn
-from torchlite.tensor import default_dtype, no_grad
+from torchlite.tensor import default_dtype, no_grad, record
 
 
 def create_positional_encoding(max_len: int, d_model: int) -> np.ndarray:
@@ -45,15 +45,31 @@ def create_norm(config: ModelConfig) -> nn.Module:
 
 
 def attention(Q, K, V, mask, dropout, causal):
-    """softmax(Q K^T / sqrt(D)) V in each head, (B, H, T, D). Vaswani et al. (2017), equation 1."""
-    scale = Q.shape[-1] ** -0.5
-    scores = (Q * scale) @ K.transpose(-1, -2)  # (B, H, T, S): how well each key fits
+    """softmax(Q K^T / sqrt(D)) V in each head, (B, H, T, D). Vaswani et al. (2017), equation 1.
+
+    All of it is one entry on the tape: the way forward, and then the way back.
+    """
+    q, k, v, scale = Q.data, K.data, V.data, Q.shape[-1] ** -0.5
+    scores = (q * scale) @ k.swapaxes(-1, -2)  # (B, H, T, S): how well each key fits each query
     if causal:
-        mask = F.causal_mask(Q.shape[2], K.shape[2], Q.dtype)
+        mask = F.causal_mask(q.shape[2], k.shape[2], q.dtype)
     if mask is not None:
-        scores = scores + F.additive(mask, Q.dtype)  # -inf where a query may not look
-    weights = F.softmax(scores)  # each row adds up to 1
-    return F.dropout(weights, dropout, True, nn.generator) @ V
+        scores = scores + F.additive(mask, q.dtype)  # -inf where a query may not look
+    scores -= scores.max(-1, keepdims=True)
+    weights = np.exp(scores, out=scores)
+    weights /= weights.sum(-1, keepdims=True)  # each row adds up to 1
+    kept = F.dropout_mask(weights, dropout, nn.generator)
+    used = weights if kept is None else weights * kept
+
+    def backward(g):
+        dV = used.swapaxes(-1, -2) @ g
+        dused = g @ v.swapaxes(-1, -2)
+        dweights = dused if kept is None else dused * kept
+        # through the softmax, whose Jacobian is diag(w) - w w^T in each row
+        dscores = weights * (dweights - (dweights * weights).sum(-1, keepdims=True)) * scale
+        return dscores @ k, dscores.swapaxes(-1, -2) @ q, dV
+
+    return record(used @ v, (Q, K, V), backward)
 
 
 class MultiHeadAttention(nn.Module):

@@ -11,7 +11,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from torchlite.tensor import Tensor, record, recording, unbroadcast
+from torchlite.tensor import Tensor, record, recording
 
 GELU_SCALE = math.sqrt(2.0 / math.pi)
 GELU_CUBE = 0.044715
@@ -114,7 +114,7 @@ def dropout_mask(like, p: float, rng: np.random.Generator):
 
 def softmax(x: Tensor, axis: int = -1) -> Tensor:
     """exp(x) over its sum. The largest is taken off first, so that no exp overflows."""
-    y = x.data - x.data.max(axis=axis, keepdims=True)
+    y = x.data - x.data.max(axis=axis, keepdims=True, initial=-np.inf)  # of nothing: -inf
     y = np.exp(y, out=y)
     y /= y.sum(axis=axis, keepdims=True)
     return record(
@@ -286,33 +286,19 @@ def additive(mask, dtype):
 def scaled_dot_product_attention(
     Q: Tensor, K: Tensor, V: Tensor, mask=None, dropout_p: float = 0.0, is_causal=False, rng=None
 ) -> Tensor:
-    """softmax(Q K^T / sqrt(D)) V as one entry. Vaswani et al. (2017), equation 1.
+    """softmax(Q K^T / sqrt(D)) V, an entry for each step. Vaswani et al. (2017), equation 1.
 
     Q: (..., T, D), K: (..., S, D), V: (..., S, E) -> (..., T, E). mask: None, booleans (True: may
     be seen) or numbers that are added to the scores. is_causal: query t sees the first t + 1 keys.
-    Written out, with an entry for each step, it is `attention` in model/transformer_lite.py.
+    As one entry, its gradient by hand, it is `attention` in model/transformer_lite.py.
     """
-    q, k, v = Q.data, K.data, V.data
-    scale = q.shape[-1] ** -0.5
-    scores = (q * scale) @ k.swapaxes(-1, -2)
-    causal = np.tri(q.shape[-2], k.shape[-2], dtype=bool) if is_causal else None
-    for part in (causal, mask):
-        if part is not None:
-            scores = scores + additive(part, q.dtype)
-    # a query that may see nothing gets 0, as in PyTorch: its largest score is a number all the
-    # same, and its sum, which is 1 or more for any other, is not divided by
-    scores -= scores.max(-1, keepdims=True, initial=np.finfo(q.dtype).min)
-    weights = np.exp(scores, out=scores)
-    weights /= np.maximum(weights.sum(-1, keepdims=True), 1.0)
-    kept = dropout_mask(weights, dropout_p, rng or np.random.default_rng()) if dropout_p else None
-    used = weights if kept is None else weights * kept
-
-    def backward(g):
-        dV = used.swapaxes(-1, -2) @ g
-        dused = g @ v.swapaxes(-1, -2)
-        dweights = dused if kept is None else dused * kept
-        dscores = weights * (dweights - (dweights * weights).sum(-1, keepdims=True)) * scale
-        dQ, dK = dscores @ k, dscores.swapaxes(-1, -2) @ q
-        return tuple(unbroadcast(d, a.shape) for d, a in ((dQ, q), (dK, k), (dV, v)))
-
-    return record(used @ v, (Q, K, V), backward)
+    T, S = Q.shape[-2], K.shape[-2]
+    hidden = np.zeros((T, S), Q.dtype)
+    for part in (np.tri(T, S, dtype=bool) if is_causal else None, mask):
+        hidden = hidden if part is None else hidden + additive(part, Q.dtype)
+    blind = (hidden == -np.inf).all(-1, keepdims=True)  # queries that may see nothing get 0
+    scores = (Q * Q.shape[-1] ** -0.5) @ K.transpose(-1, -2) + np.where(blind, 0, hidden)
+    weights = softmax(scores) * ~blind
+    if dropout_p:
+        weights = dropout(weights, dropout_p, True, rng or np.random.default_rng())
+    return weights @ V
