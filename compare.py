@@ -1,7 +1,7 @@
 """Trains the same model in every engine, side by side, and writes a report.
 
 python compare.py                                      microGPT in every engine, then mini.toml in
-                                                       NumPy and PyTorch: about a minute
+                                                       NumPy and PyTorch: about 80 seconds
 python compare.py --engines numpy torch --steps 200 --config configs/lite.toml --data.path my_pairs
 python compare.py --help
 
