@@ -156,7 +156,9 @@ def choose_engines(config: Config, asked: tuple[str, ...], everything: bool) -> 
 def has_cuda() -> bool:
     """Whether PyTorch sees a GPU; asked in a process of its own, to keep this one small."""
     code = "import sys, torch; sys.exit(not torch.cuda.is_available())"
-    return not subprocess.run([sys.executable, "-c", code], check=False).returncode  # noqa: S603
+    command = [sys.executable, "-c", code]
+    asked = subprocess.run(command, stderr=subprocess.DEVNULL, check=False)  # noqa: S603
+    return asked.returncode == 0
 
 
 def run_engines(part: Part):

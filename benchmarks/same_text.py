@@ -8,6 +8,7 @@ ones of pairs, the first two characters of lines.
 """
 
 import argparse
+import sys
 import time
 from dataclasses import fields
 
@@ -17,6 +18,7 @@ from data.prompts import end_id, prompt_ids
 from data.tokenizer import load_tokenizer
 from model.checkpoint import Checkpoint
 from model.sampling import Sampling
+from training import cli
 from training.engines import generator, load_model, read_weights
 
 ENGINES = ("torch", "numpy", "python")
@@ -73,4 +75,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(cli.run("benchmarks.same_text", main))

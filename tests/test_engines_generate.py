@@ -290,3 +290,11 @@ def test_weights_that_cannot_be_used(home, tmp_path, monkeypatch, capsys, engine
         assert cli.run("generate.py", generate.main) == 2
         last = capsys.readouterr().err.splitlines()[-1]
         assert last.startswith("generate.py: ") and message in last
+
+
+def test_what_is_not_installed_is_named(tmp_path):
+    (tmp_path / "torch.py").write_text("raise ModuleNotFoundError('no torch', name='torch')")
+    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); sys.path.insert(0, {str(ROOT)!r})\n"
+    code += "from training.engines import decoder\ndecoder('torch')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "UserError: --engine torch: torch is not installed" in done.stderr
