@@ -107,6 +107,8 @@ def main() -> int:
     finally:  # whatever happened, what was measured is not lost
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         finish(folder, parts, measured)
+    if not parts:  # stopped before anything was trained
+        return status
     print(f"{folder / 'report.md'}: {time.perf_counter() - began:.0f} s in all")
     results = [pair for part in parts for pair in part.results.items()]
     failed = [engine for engine, result in results if "error" in result]

@@ -98,7 +98,7 @@ def test_bad_input_is_told_in_one_line(compared):
 def test_stopped_in_the_middle_it_reports_what_was_finished(compared):
     folder, config, _ = compared
     engines = ("numpy", "unfused")
-    flags = ("--config", config, "--steps", 3000, "--name", "stopped", "--engines", *engines)
+    flags = ("--config", config, "--steps", 20_000, "--name", "stopped", "--engines", *engines)
     process = subprocess.Popen(
         command("compare.py", *flags),
         cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
