@@ -57,7 +57,7 @@ def train(plan: Plan) -> int:
                 progress.skipped += not result.updated
                 recorder.end_step(result, lr)
         except NonFinite as error:
-            recorder.say(f"train.py: {error}")
+            print(f"train.py: {recorder.give_up(error, micro_batches, targets)}", file=sys.stderr)
             return 1
         finally:
             batches.close()

@@ -9,7 +9,7 @@ from comparison.job import prompts
 from comparison.part import Part
 from comparison.text import NONE, count, figure, plain, table
 from comparison.trainers import LABELS
-from data.dataset import Split
+from data.token_files import Split
 
 WIDE = 100  # samples whose columns have up to so many characters together stand side by side
 DOCUMENT = {"lines": "line", "pairs": "completion"}

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from data.dataset import Split
 from data.rng import key, permutation
+from data.token_files import Split
 from model.config import UserError
 
 POOL = 50  # batches that are sorted by length together

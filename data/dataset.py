@@ -4,9 +4,7 @@ A prepared data set is a folder in `data/cache/`, named by the hash of its sourc
 setting that shapes it: complete or absent, because it is built under a hidden name and renamed.
 
     manifest.json  tokenizer.json | tokenizer.model
-    train.ids  val.ids          the token ids, little-endian, uint16 or uint32, end to end
-    train.starts  val.starts    documents only: int64, where each begins, and the end of the last
-    train.prompts  val.prompts  documents only: int32, how many of its ids are prompt and <start>
+    train.* val.*               token files, as data/token_files.py has them
 """
 
 import hashlib
@@ -17,44 +15,24 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 from filelock import FileLock
-from tqdm import tqdm
 
 from data.config import DataConfig
+from data.sealed import hash_file, read_sealed, seal
 from data.sources import CACHE, Source, open_source
+from data.token_files import Split, open_split, write_documents, write_stream
 from data.tokenizer import CharTokenizer, load_tokenizer, train_sentencepiece
 from model.config import UserError
 
-FORMAT = 1
-CHUNK = 4096  # documents tokenised at a time
+FORMAT = 1  # of the token ids: another one is other data, on which no older run can be resumed
+LAYOUT = 2  # of the folder: another one is prepared beside those of older versions
 HELD_OUT = 10  # validation pairs that travel with every checkpoint
 
 Report = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class Split:
-    """One side of a data set: `ids`, and for documents where each starts and its prompt ends."""
-
-    ids: np.ndarray
-    starts: np.ndarray | None
-    prompts: np.ndarray | None
-    bytes: int  # of the text to predict, in UTF-8
-
-    def describe(self) -> str:
-        """Its size, for people."""
-        if self.starts is None:
-            return f"{len(self.ids):,} tokens"
-        return f"{len(self.starts) - 1:,} examples, {len(self.ids):,} tokens"
-
-    def targets_per_byte(self) -> float:
-        """Tokens to predict for each byte of text: nats a token times this are nats a byte."""
-        targets = len(self.ids) if self.starts is None else len(self.ids) - int(self.prompts.sum())
-        return targets / max(1, self.bytes)
 
 
 @dataclass(frozen=True)
@@ -93,7 +71,7 @@ def prepare(config: DataConfig, report: Report = print, tokenizer=None) -> Datas
         "val_fraction": 0 if source.val else config.val_fraction,
     }
     fingerprint = hashlib.blake2b(json.dumps(settings).encode(), digest_size=8).hexdigest()
-    folder = cache / f"{source.name}-{fingerprint}"
+    folder = cache / f"{source.name}-{fingerprint}-{LAYOUT}"
     with FileLock(f"{folder}.lock"):  # two runs may prepare the same data at once
         if not (folder / "manifest.json").exists():
             with built_at(folder) as unfinished:
@@ -159,7 +137,8 @@ def build(
     check_not_empty(manifest["splits"], config, source)
     if source.kind == "pairs" and val is not None:
         manifest["held_out"] = hold_out(val())
-    (folder / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+    manifest["files"] = {path.name: hash_file(path) for path in sorted(folder.iterdir())}
+    (folder / "manifest.json").write_bytes(seal(manifest))
 
 
 def check_not_empty(splits: dict, config: DataConfig, source: Source):
@@ -249,66 +228,20 @@ def make_tokenizer(config: DataConfig, source: Source, train, report: Report):
     return tokenizer
 
 
-def write_stream(texts: Iterable[str], tokenizer, path: Path, dtype: str) -> dict:
-    """Writes the ids of one long text. Returns its counts."""
-    tokens = size = 0
-    with open(f"{path}.ids", "wb") as file, progress("B") as bar:
-        for text in texts:
-            ids = tokenizer.encode_array(text).astype(dtype)
-            file.write(ids.tobytes())
-            n = len(text.encode())
-            tokens, size = tokens + len(ids), size + n
-            bar.update(n)
-    return {"tokens": tokens, "bytes": size}
-
-
-def write_documents(documents: Iterable, tokenizer, path: Path, dtype: str) -> dict:
-    """Writes documents as `prompt <start> completion <end>`, lines as `<start> text <end>`."""
-    tokens = size = count = 0
-    documents = iter(documents)
-    with (
-        open(f"{path}.ids", "wb") as ids_file,
-        open(f"{path}.starts", "wb") as starts_file,
-        open(f"{path}.prompts", "wb") as prompts_file,
-        progress("") as bar,
-    ):
-        starts_file.write(np.zeros(1, "<i8").tobytes())
-        while chunk := list(islice(documents, CHUNK)):
-            pairs = [("", d) if isinstance(d, str) else d for d in chunk]
-            prompts = tokenizer.encode_batch([prompt for prompt, _ in pairs])
-            completions = tokenizer.encode_batch([completion for _, completion in pairs])
-            rows = [
-                [*p, tokenizer.start_id, *c, tokenizer.end_id]
-                for p, c in zip(prompts, completions, strict=True)
-            ]
-            ends = tokens + np.cumsum([len(row) for row in rows], dtype="<i8")
-            ids_file.write(np.fromiter(chain.from_iterable(rows), dtype).tobytes())
-            starts_file.write(ends.tobytes())
-            prompts_file.write(np.array([len(p) + 1 for p in prompts], "<i4").tobytes())
-            tokens, count = int(ends[-1]), count + len(rows)
-            size += sum(len(completion.encode()) for _, completion in pairs)
-            bar.update(len(rows))
-    return {"tokens": tokens, "documents": count, "bytes": size}
-
-
-def progress(unit: str) -> tqdm:
-    """A bar on a terminal, nothing elsewhere."""
-    return tqdm(unit=unit or "example", unit_scale=bool(unit), leave=False, disable=None)
-
-
 # Opening --------------------------------------------------------------------------------------
 
 
 def open_dataset(folder: Path, tokenizer_given: bool = False) -> Dataset:
     """Memory-maps a prepared folder; checks sizes, and that every id is in the vocabulary."""
     try:
-        manifest = json.loads((folder / "manifest.json").read_bytes())
+        manifest = read_sealed(folder / "manifest.json")
         tokenizer = load_tokenizer(folder)
         dtype, vocab_size = np.dtype(manifest["dtype"]), int(manifest["vocab_size"])
         splits = {
             name: open_split(folder / name, counts, dtype, vocab_size)
             for name, counts in manifest["splits"].items()
         }
+        check_files(folder, manifest["files"])
         if tokenizer.vocab_size != vocab_size:
             raise UserError(
                 f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, "
@@ -333,27 +266,8 @@ def open_dataset(folder: Path, tokenizer_given: bool = False) -> Dataset:
         ) from None
 
 
-def open_split(path: Path, counts: dict, dtype: np.dtype, vocab_size: int) -> Split:
-    """One split's memory-mapped files. Raises UserError naming the file that is wrong."""
-    ids = open_array(Path(f"{path}.ids"), dtype, counts["tokens"])
-    for start in range(0, len(ids), 1 << 24):
-        top = int(ids[start : start + (1 << 24)].max())
-        if top >= vocab_size:
-            raise UserError(f"{path}.ids: holds id {top}, the vocabulary has {vocab_size}")
-    if "documents" not in counts:
-        return Split(ids, None, None, counts["bytes"])
-    n = counts["documents"]
-    starts = open_array(Path(f"{path}.starts"), np.dtype("<i8"), n + 1)
-    prompts = open_array(Path(f"{path}.prompts"), np.dtype("<i4"), n)
-    lengths = np.diff(starts)
-    if starts[0] != 0 or starts[-1] != len(ids) or not ((prompts >= 1) & (prompts < lengths)).all():
-        raise UserError(f"{path}.starts: does not fit {path}.ids")
-    return Split(ids, starts, prompts, counts["bytes"])
-
-
-def open_array(path: Path, dtype: np.dtype, count: int) -> np.ndarray:
-    """A memory-mapped file of exactly `count` numbers."""
-    size = path.stat().st_size
-    if size != count * dtype.itemsize:
-        raise UserError(f"{path}: {size} bytes where {count * dtype.itemsize} are due")
-    return np.memmap(path, dtype, mode="r") if count else np.empty(0, dtype)
+def check_files(folder: Path, hashes: dict[str, str]):
+    """Raises UserError naming the first file that is not as it was written."""
+    for name, digest in hashes.items():
+        if Path(name).name != name or hash_file(folder / name) != digest:
+            raise UserError(f"{folder / name}: its sha256 is not the one in manifest.json")

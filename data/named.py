@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import urlsplit
 
+from data.sealed import hash_file
 from data.tokenizer import SURROGATE
 from model.config import UserError
 
@@ -184,7 +185,7 @@ def fetch(name: str, cache: Path, report: Callable[[str], None] = print) -> tupl
     paths = []
     for wanted in DOWNLOADS[name]:
         path = cache / "downloads" / wanted.file
-        if not path.exists() or _sha256(path) != wanted.sha256:
+        if not path.exists() or hash_file(path) != wanted.sha256:
             report(f"downloading {wanted.url}")
             download(wanted.url, path, wanted.sha256, wanted.max_bytes)
         paths.append(path)
@@ -209,7 +210,7 @@ def download(
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         _transfer(url, part, max_bytes, timeout, allow_local_http)
-        found = _sha256(part)
+        found = hash_file(part)
         if found != sha256:
             part.unlink()
             raise OSError(f"its sha256 is {found} instead of {sha256}")
@@ -272,8 +273,3 @@ def _require_https(url: str, local: bool) -> None:
     parts = urlsplit(url)
     if parts.scheme != "https" and not (local and parts.hostname == "127.0.0.1"):
         raise OSError(f"leads to {url}, which is not https")
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

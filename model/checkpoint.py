@@ -17,6 +17,7 @@ from dataclasses import fields
 from functools import cached_property
 from pathlib import Path
 
+from data.sealed import read_sealed
 from model.config import ModelConfig, UserError
 
 FORMAT = 1
@@ -158,43 +159,29 @@ def check_fit(own: dict, arrays: dict):
         raise UserError(f"the weights are of another model: {', '.join(wrong[:3])} do not fit")
 
 
-def canonical(value) -> bytes:
-    """The one way a manifest is written, so that any changed byte of it is noticed."""
-    return (json.dumps(value, indent=1, sort_keys=True) + "\n").encode()
-
-
-def seal(manifest: dict) -> bytes:
-    """The bytes of a manifest, its own sha256 included."""
-    digest = hashlib.sha256(canonical(manifest)).hexdigest()
-    return canonical({**manifest, "sha256": digest})
-
-
 def read_manifest(path: Path) -> dict:
     """The manifest of a checkpoint's directory. Raises CheckpointError."""
     file = path / MANIFEST
     try:
-        content = file.read_bytes()
-    except FileNotFoundError:
-        raise CheckpointError(f"{file}: no such file, so this is no complete checkpoint") from None
-    except OSError as error:
-        raise CheckpointError(f"{file}: {error.strerror}") from None
-    try:
-        manifest = json.loads(content)
+        manifest = read_sealed(file)
         version = manifest["format"]
-        del manifest["sha256"]
         files = {
             name: {"bytes": int(entry["bytes"]), "sha256": str(entry["sha256"])}
             for name, entry in manifest["files"].items()
         }
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise CheckpointError(f"{file}: is not a checkpoint's manifest, or damaged") from None
+    except FileNotFoundError:
+        raise CheckpointError(f"{file}: no such file, so this is no complete checkpoint") from None
+    except OSError as error:
+        raise CheckpointError(f"{file}: {error.strerror}") from None
+    except (KeyError, TypeError, AttributeError, OverflowError):
+        raise CheckpointError(f"{file}: is not a checkpoint's manifest") from None
+    except ValueError as error:
+        raise CheckpointError(f"{file}: {error}") from None
     if version != FORMAT:
         raise CheckpointError(
             f"{file}: format {version!r}, but this version reads format {FORMAT}: "
             "use the version that wrote it"
         )
-    if seal(manifest) != content:
-        raise CheckpointError(f"{file}: does not match its own sha256, so it is damaged")
     if any(Path(name).name != name for name in files):
         raise CheckpointError(f"{file}: names a file outside the checkpoint")
     return manifest
@@ -213,11 +200,11 @@ def list_steps(run: Path) -> list[Path]:
 
 
 def read_best(run: Path) -> dict | None:
-    """{"step", "val_loss"} of the run's best checkpoint, or None."""
+    """{"step", "val_loss"} of a run's best checkpoint; None if none is noted, or damaged."""
     try:
-        best = json.loads((Path(run) / "checkpoints" / "best.json").read_bytes())
+        best = read_sealed(Path(run) / "checkpoints" / "best.json")
         return {"step": int(best["step"]), "val_loss": float(best["val_loss"])}
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except (OSError, ValueError, KeyError, TypeError, OverflowError):
         return None
 
 

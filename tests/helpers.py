@@ -6,6 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+from safetensors.numpy import save as to_safetensors
+
+from model.checkpoint import Checkpoint
+from training.checkpoint import save
+
 ROOT = Path(__file__).parent.parent
 TEXT = ROOT / "tests" / "text.txt"
 
@@ -95,3 +101,20 @@ def losses(run_folder: Path) -> dict[tuple, float]:
                 assert (name, record["step"]) not in found, (name, record["step"])
                 found[name, record["step"]] = record[name]
     return found
+
+
+def rewrite(checkpoint: Checkpoint, run_folder: Path, weights=None, state=None) -> Path:
+    """A checkpoint's files as one of another run, true to its manifest.
+
+    weights, state: what changes the arrays by name, and state.json, in place.
+    """
+    files = {name: checkpoint.read(name) for name in checkpoint.manifest["files"]}
+    if weights:
+        arrays = {n: np.array(w) for n, w in checkpoint.tensors("model.safetensors").items()}
+        weights(arrays)
+        files["model.safetensors"] = to_safetensors(arrays)
+    if state:
+        values = checkpoint.json("state.json")
+        state(values)
+        files["state.json"] = json.dumps(values).encode()
+    return save(run_folder, checkpoint.step, files)

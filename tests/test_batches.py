@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data.batches import Batches, Examples, evaluation_batches
-from data.dataset import Split
+from data.token_files import Split
 from model.config import UserError
 
 

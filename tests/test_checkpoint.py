@@ -9,6 +9,7 @@ import pytest
 from safetensors.numpy import load_file
 from safetensors.numpy import save as to_safetensors
 
+from data.sealed import seal
 from model.checkpoint import (
     MANIFEST,
     Checkpoint,
@@ -16,10 +17,9 @@ from model.checkpoint import (
     list_steps,
     newest_run,
     read_best,
-    seal,
 )
 from model.config import UserError
-from training.checkpoint import newest_complete, prune, save, set_best
+from training.checkpoint import main, newest_complete, prune, save, set_best
 from training.run import check_run_name
 
 WEIGHTS = {"embed.weight": np.arange(12, dtype=np.float32).reshape(3, 4)}
@@ -216,3 +216,64 @@ def test_reading_imports_neither_torch_nor_pickle_modules_of_it():
     code = "import sys, training.checkpoint, training.config, training.arguments, model.sampling\n"
     code += "assert 'torch' not in sys.modules and 'numpy' not in sys.modules, 'imported'"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def test_a_flipped_bit_of_best_json_is_never_believed(tmp_path):
+    save(tmp_path, 1, FILES)
+    set_best(tmp_path, 1, 2.25)
+    file = tmp_path / "checkpoints" / "best.json"
+    content = file.read_bytes()
+    for bit in range(8 * len(content)):
+        flipped = bytearray(content)
+        flipped[bit // 8] ^= 1 << bit % 8
+        file.write_bytes(flipped)
+        assert read_best(tmp_path) is None, flipped
+    file.write_bytes(content)
+    assert read_best(tmp_path) == {"step": 1, "val_loss": 2.25}
+
+
+def test_a_save_whose_directory_could_not_be_synced_is_none(tmp_path, monkeypatch):
+    save(tmp_path, 1, FILES)
+    synced = []
+
+    def fsync(descriptor):
+        synced.append(descriptor)
+        if len(synced) == len(FILES) + 3:  # the files, the manifest, the directory, its parent
+            raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with pytest.raises(OSError, match="checkpoints"):
+        save(tmp_path, 2, FILES)
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step_00000001"]
+    save(tmp_path, 2, FILES)
+    assert newest_complete(tmp_path).path.name == "step_00000002"
+
+
+def test_verify_and_list_from_the_command_line(tmp_path, monkeypatch, capsys):
+    def command(*arguments):
+        monkeypatch.setattr("sys.argv", ["checkpoint", *map(str, arguments)])
+        return main(), capsys.readouterr().out.splitlines()
+
+    for step in (1, 2, 3):
+        save(tmp_path, step, FILES)
+    set_best(tmp_path, 2, 0.5)
+    (tmp_path / "metrics.jsonl").write_text('{"step": 2, "loss/val": 0.5}\n')
+    status, lines = command("verify", tmp_path)
+    assert status == 0
+    assert [line.split()[0] for line in lines] == ["whole"] * 3
+    weights = tmp_path / "checkpoints" / "step_00000002" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    (tmp_path / "checkpoints" / "step_00000003" / MANIFEST).unlink()
+    status, lines = command("verify", tmp_path)
+    assert status == 1
+    assert [line.split()[0] for line in lines] == ["whole", "damaged", "damaged"]
+    assert str(weights) in lines[1]
+    status, lines = command("verify", weights.parent)
+    assert (status, len(lines)) == (1, 1)
+    status, lines = command("list", tmp_path)
+    assert status == 0
+    assert [line.split()[0] for line in lines[1:]] == ["1", "2", "3"]
+    assert lines[2].endswith("0.5000  best")
+    for arguments in (("list", tmp_path / "checkpoints"), ("verify", tmp_path / "nowhere")):
+        with pytest.raises(CheckpointError):
+            command(*arguments)

@@ -110,6 +110,8 @@ def test_a_given_tokenizer_is_used(config, tmp_path):
         (lambda f: (f / "manifest.json").write_text("{"), "not a prepared data set"),
         (lambda f: (f / "manifest.json").write_text("[]"), "not a prepared data set"),
         (lambda f: overwrite(f / "train.ids", 60000), "holds id 60000, the vocabulary has"),
+        (lambda f: overwrite(f / "train.ids", 5), "train.ids: its sha256 is not the one"),
+        (lambda f: cut_seal(f / "manifest.json"), "does not match its own sha256"),
     ],
 )
 def test_a_damaged_cache_is_refused_with_the_mend(config, damage, said):
@@ -126,6 +128,10 @@ def overwrite(path, number):
     ids = np.fromfile(path, "<u2")
     ids[len(ids) // 2] = number
     ids.tofile(path)
+
+
+def cut_seal(path):
+    path.write_bytes(path.read_bytes().replace(b'"bytes": ', b'"bytes": 1'))
 
 
 def test_an_empty_side_is_refused(config, tmp_path):

@@ -15,7 +15,9 @@ import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from model.checkpoint import Checkpoint, list_steps, read_best, seal
+from data.dataset import LAYOUT
+from data.sealed import hash_file, read_sealed, seal
+from model.checkpoint import Checkpoint, list_steps, read_best
 from tests.helpers import ROOT, command, losses, metrics, refused, run, write_config
 
 GOLDEN = ROOT / "tests" / "golden" / "losses.json"
@@ -338,15 +340,20 @@ def test_a_damaged_newest_step_is_passed_over_and_made_again(home):
 def test_resume_refuses_another_tokenizer(home):
     shutil.copytree(home / "runs" / "straight", home / "runs" / "scrambled")
     state = Checkpoint(list_steps(home / "runs" / "straight")[-1]).state
-    cached = home / "cache" / f"text-{state['data']}" / "tokenizer.json"
-    before = cached.read_text()
+    folder = home / "cache" / f"text-{state['data']}-{LAYOUT}"
+    cached = folder / "tokenizer.json"
+    before, manifest = cached.read_text(), (folder / "manifest.json").read_bytes()
     stored = json.loads(before)  # another character in the last one's place
     cached.write_text(json.dumps({**stored, "characters": stored["characters"][:-1] + "~"}))
+    content = read_sealed(folder / "manifest.json")
+    content["files"]["tokenizer.json"] = hash_file(cached)
+    (folder / "manifest.json").write_bytes(seal(content))
     flags = ["--resume", "--name", "scrambled", "--extend", "--max_steps", 44]
     try:
         assert "the data of" in refused(run("train.py", *flags, cwd=home))
     finally:
         cached.write_text(before)
+        (folder / "manifest.json").write_bytes(manifest)
     result = run("train.py", *flags, "--precision", "fp64", cwd=home)
     assert result.returncode == 0, result.stderr
     assert "changed: precision: fp32 -> fp64" in result.stdout

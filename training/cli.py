@@ -1,7 +1,9 @@
 """What every command line of the project shares: flags from a dataclass, errors in one line."""
 
+import errno
 import os
 import re
+import signal
 import sys
 
 from model.config import UserError
@@ -23,34 +25,56 @@ def parse(arguments: type, description: str, default=None, argv: list[str] | Non
 
 
 def run(program: str, main) -> int:
-    """Calls main() and returns its exit status: 2 and one line on stderr for a user's mistake."""
+    """Calls main() and returns its exit status: 2 and one line on stderr for a user's mistake.
+
+    Ctrl-C and SIGTERM unwind the program, so that nothing half made is left: 130 and 143.
+    """
     for name in ("stdin", "stdout", "stderr"):  # closed ones are None
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):  # a terminal that lacks a character is no error
         stream.reconfigure(errors="backslashreplace")
+    received = []
+
+    def interrupt(number, _frame):
+        received.append(number)
+        raise KeyboardInterrupt
+
+    handlers = {n: signal.signal(n, interrupt) for n in (signal.SIGINT, signal.SIGTERM)}
     try:
         return main() or 0
     except UserError as error:
         print(f"{program}: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        return 130
     except BrokenPipeError:  # the reader, `head` say, has gone: nothing more can be said
         mute()
         return 141
-    except (MemoryError, RuntimeError) as error:  # PyTorch's own is a RuntimeError
-        if not isinstance(error, MemoryError) and "memory" not in str(error):
+    except BaseException as error:
+        # half an import, say, may make something else of an interrupt
+        if received or isinstance(error, KeyboardInterrupt):
+            return 128 + (received or [signal.SIGINT])[0]
+        if not (reason := explain(error)):
             raise
-        print(
-            f"{program}: out of memory: lower train.batch_size, raise train.accumulation_steps, "
-            f"or choose a smaller model ({str(error).splitlines()[0][:150]})",
-            file=sys.stderr,
+        print(f"{program}: {reason}", file=sys.stderr)
+        return 2
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def explain(error: BaseException) -> str:
+    """What the machine, not the program, is to be blamed for, in one line; "" for a bug."""
+    first = (str(error).splitlines() or [""])[0][:150]
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "memory" in str(error)):
+        return (  # PyTorch's own is a RuntimeError
+            "out of memory: lower train.batch_size, raise train.accumulation_steps, "
+            f"or choose a smaller model ({first})"
         )
-        return 2
-    except OSError as error:  # a full disk, a path that cannot be
-        print(f"{program}: {error}", file=sys.stderr)
-        return 2
+    if isinstance(error, OSError):  # a full disk, a path that cannot be
+        where = f"{error.filename}: " if error.filename else ""
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        return f"{where}{error.strerror or first}" + (": make room and try again" if full else "")
+    return ""
 
 
 def mute():

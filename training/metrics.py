@@ -1,25 +1,27 @@
 """What a run tells: `metrics.jsonl`, which is the record, and TensorBoard, which shows it.
 
-A resumed run cuts both back to the step it starts from, so that no point stands twice.
+A resumed run cuts both back to the step it starts from, so that no point stands twice. If the disk
+is full, training goes on: what cannot be written waits in memory until it can.
 """
 
 import json
 import math
-import os
 import time
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch.utils.tensorboard import SummaryWriter
-from torch.utils.tensorboard.summary import hparams
+from torch.utils.tensorboard import summary
 
 from data.tokenizer import clean_text
+from training.checkpoint import replace_synced
 from training.config import Config, flatten, to_toml
+from training.curves import Board, Log, difference, rebuild
 from training.device import synchronize
 from training.run import read_records
 
+BINS = 64  # of a histogram
 CHARTS = {  # custom scalars: curves that belong on one chart
     "loss": {"train and validation": ["Multiline", ["loss/train", "loss/val"]]},
     "time": {"share of a step": ["Multiline", ["time/.*"]]},
@@ -27,32 +29,40 @@ CHARTS = {  # custom scalars: curves that belong on one chart
 
 
 class Metrics:
-    """Writes scalars, texts, images and histograms of a run's folder."""
+    """Writes scalars, texts, images and histograms of a run's folder.
 
-    def __init__(self, run: Path, config: Config, resumed_at: int | None, redo_val: bool = False):
-        self.file = run / "metrics.jsonl"
-        kept = cut_back(self.file, resumed_at, redo_val)
-        self.board = SummaryWriter(str(run / "tensorboard"), purge_step=resumed_at)
-        self.jsonl = open(self.file, "a", encoding="utf-8")  # noqa: SIM115, closed in close()
+    report: gets a line about TensorBoard files that a resume finds damaged, and has rebuilt.
+    """
+
+    def __init__(self, run: Path, config: Config, resumed_at, redo_val: bool, report):
+        kept = cut_back(run / "metrics.jsonl", resumed_at, redo_val)
+        folder = run / "tensorboard"
+        if resumed_at and (wrong := difference(folder, kept, before=resumed_at)):
+            rebuild(folder, kept)
+            report(f"{folder}: {wrong}; rebuilt from metrics.jsonl, the old files set aside")
+        self.jsonl = Log(run / "metrics.jsonl")
+        self.board = Board(folder, purge_step=resumed_at)
+        self.failure = ""  # why nothing can be written at present
         if not resumed_at:  # also where a resume at step 0 hides what stood there
-            self.board.add_custom_scalars(CHARTS)
-            text = clean_text(to_toml(config))
-            self.board.add_text("configuration", f"```toml\n{text}\n```")
+            self.board.add(summary.custom_scalars(CHARTS))
+            toml = clean_text(to_toml(config))
+            self.board.add(summary.text("configuration", f"```toml\n{toml}\n```"))
             # in the run's own folder: SummaryWriter.add_hparams would make a run of its own
-            settings, session, _ = hparams(hyperparameters(config), {"loss/val": math.nan})
-            self.board.file_writer.add_summary(settings)
-            self.board.file_writer.add_summary(session)
+            settings, session, _ = summary.hparams(hyperparameters(config), {"loss/val": math.nan})
+            self.board.add(settings)
+            self.board.add(session)
         for record in kept:  # what purge_step hides of the step itself
             if record["step"] == resumed_at:
                 self.show(record)
+        self.try_flush()
 
     def scalars(self, step: int, values: dict[str, float]):
         """One line of metrics.jsonl, and the same values in TensorBoard."""
         # JSON has no infinity, which is what a skipped fp16 step's gradient may have
         record = {"step": step, **{k: v for k, v in values.items() if math.isfinite(v)}}
-        self.jsonl.write(json.dumps(record) + "\n")
-        self.jsonl.flush()
+        self.jsonl.write(f"{json.dumps(record)}\n".encode())
         self.show(record)
+        self.try_flush()
 
     def show(self, record: dict):
         for tag, value in record.items():
@@ -62,20 +72,31 @@ class Metrics:
     def histograms(self, step: int, model: torch.nn.Module):
         """Weights and gradients, parameter by parameter."""
         for name, parameter in model.named_parameters():
-            self.board.add_histogram(f"weights/{name}", parameter.detach().float(), step)
-            if parameter.grad is not None:
-                self.board.add_histogram(f"gradients/{name}", parameter.grad.float(), step)
+            kinds = {"weights": parameter.detach(), "gradients": parameter.grad}
+            for kind, values in kinds.items():
+                if values is not None:
+                    values = values.float().cpu().numpy()
+                    self.board.add(summary.histogram(f"{kind}/{name}", values, bins=BINS), step)
+
+    def try_flush(self):
+        """Writes what can be written; `failure` says why not, and all of it waits."""
+        try:
+            self.jsonl.flush()
+            self.board.flush()
+            self.failure = ""
+        except OSError as error:
+            self.failure = f"{error.filename}: {error.strerror}"
 
     def flush(self):
         """Everything so far is on disk when a checkpoint that builds on it is published."""
+        self.jsonl.flush(sync=True)
         self.board.flush()
-        self.jsonl.flush()
-        os.fsync(self.jsonl.fileno())
 
     def close(self):
-        self.flush()
-        self.board.close()
-        self.jsonl.close()
+        try:
+            self.jsonl.close()
+        finally:
+            self.board.close()
 
 
 def hyperparameters(config: Config) -> dict:
@@ -101,9 +122,7 @@ def cut_back(file: Path, step: int | None, redo_val: bool) -> list[dict]:
         if record["step"] < step
         or (record["step"] == step and not (redo_val and "loss/val" in record))
     ]
-    beside = file.with_suffix(".tmp")
-    beside.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
-    os.replace(beside, file)
+    replace_synced(file, "".join(json.dumps(r) + "\n" for r in kept).encode())
     return kept
 
 

@@ -7,18 +7,20 @@ import time
 
 import numpy as np
 import torch
+from torch.utils.tensorboard import summary
 from tqdm import tqdm
 
 from model.checkpoint import list_steps, read_best, step_path
 from training import cli
-from training.checkpoint import prune, save, set_aside, set_best, write_synced
+from training.checkpoint import prune, replace_synced, save, set_aside, set_best
 from training.device import matmul_flops, memory_used
 from training.evaluation import Interrupted, Sampler, evaluate, example_ids
 from training.metrics import Clock, Metrics, attention_maps, colour, tile
+from training.replay import leave
 from training.run import Plan
 from training.setup import Training
 from training.signals import StopRequest
-from training.step import StepResult
+from training.step import NonFinite, StepResult
 
 QUIET = 5.0  # seconds between log lines where there is no terminal
 
@@ -28,14 +30,7 @@ class Recorder:
 
     def __init__(self, t: Training, plan: Plan, stop: StopRequest):
         self.t, self.plan, self.stop = t, plan, stop
-        write_synced(plan.run / "config.json", t.config_json())
-        self.set_passed_over_aside()
-        resumed_at = t.progress.step if plan.goes_on else None
-        redo_val = t.val is not None and self.evaluation_due(t.progress.step)
-        self.metrics = Metrics(plan.run, t.config, resumed_at, redo_val)
-        self.sampler = Sampler(t.dataset, t.config.sample, t.config.seed)
-        self.peak_flops = matmul_flops(t.device, t.precision)
-        self.failed_save = ""
+        self.failed_save = self.failed_log = ""
         self.texts = []  # of the last evaluation
         self.shown_at = -QUIET
         self.steps = self.tokens = self.positions = self.flops = 0  # since the last log entry
@@ -47,6 +42,13 @@ class Recorder:
             dynamic_ncols=True,
             smoothing=0.05,
         )
+        replace_synced(plan.run / "config.json", t.config_json())
+        self.set_passed_over_aside()
+        resumed_at = t.progress.step if plan.goes_on else None
+        redo_val = t.val is not None and self.evaluation_due(t.progress.step)
+        self.metrics = Metrics(plan.run, t.config, resumed_at, redo_val, self.say)
+        self.sampler = Sampler(t.dataset, t.config.sample, t.config.seed)
+        self.peak_flops = matmul_flops(t.device, t.precision)
         if not plan.goes_on:
             self.show_positions()
         self.clock = Clock(t.device)
@@ -89,6 +91,19 @@ class Recorder:
                 prune(self.plan.run, self.t.config.train.keep)
         self.say(f"saved {path}")
 
+    def give_up(self, error: NonFinite, micro_batches, targets: int) -> str:
+        """Leaves a capsule of the step that was not finite. Returns what to tell, in one line."""
+        self.bar.close()
+        try:
+            path = leave(self.t, self.plan.run, micro_batches, targets, str(error))
+            where = f"python -m training.replay {path} shows where it begins"
+        except OSError as failure:
+            where = f"its state could not be kept: {failure}"
+        return (
+            f"{error}: stopped before the update; {where}; lower optimizer.lr, or use "
+            "--precision fp32, and --resume from the last checkpoint"
+        )
+
     def set_passed_over_aside(self):
         """Moves the damaged steps that a resume has passed over out of the way, the best too."""
         progress, best = self.t.progress, read_best(self.plan.run)
@@ -124,13 +139,12 @@ class Recorder:
             except Interrupted:
                 return False
             texts = self.texts = self.sampler(t.model)
-            self.metrics.board.add_text("samples", as_markdown(self.sampler.lines(texts)), step)
+            samples = as_markdown(self.sampler.lines(texts))
+            self.metrics.board.add(summary.text("samples", samples), step)
             self.show_attention(step)
             if texts:
                 self.say(f"sample: {self.sampler.lines(texts)[0].strip()}")
-            if values:
-                self.metrics.scalars(step, values)
-            self.metrics.flush()
+            self.log(step, values)
         return True
 
     def validate(self) -> dict:
@@ -142,8 +156,11 @@ class Recorder:
         loss, best = values["loss/val"], progress.best_val_loss
         is_best = math.isfinite(loss) and (best is None or loss < best)
         if is_best and not self.failed_save:  # the best is always one that can be had
-            progress.best_step, progress.best_val_loss = progress.step, loss
-            set_best(self.plan.run, progress.step, loss)
+            try:
+                set_best(self.plan.run, progress.step, loss)
+                progress.best_step, progress.best_val_loss = progress.step, loss
+            except OSError as error:
+                self.say(f"the best step could not be noted: {error}")
         self.say(
             f"step {progress.step:,}: validation loss {loss:.4f}, "
             f"{values['bits_per_byte/val']:.3f} bits per byte"
@@ -160,14 +177,14 @@ class Recorder:
         maps = attention_maps(self.t.model, ids)
         self.t.model.train()
         picture = tile(maps, scale=max(1, 128 // ids.shape[1]))
-        self.metrics.board.add_image("attention", picture, step, dataformats="HWC")
+        self.metrics.board.add(summary.image("attention", picture, dataformats="HWC"), step)
 
     def show_positions(self):
         """The table of positions, once: a row a position, a column a dimension."""
         table = self.t.model.pos_encoding.detach().float().cpu().numpy()
         span = float(np.abs(table).max()) or 1.0
         picture = colour(0.5 + table / (2 * span)).repeat(2, 0).repeat(2, 1)
-        self.metrics.board.add_image("positional encoding", picture, 0, dataformats="HWC")
+        self.metrics.board.add(summary.image("positional encoding", picture, dataformats="HWC"))
 
     # Log entries ----------------------------------------------------------------------------------
 
@@ -199,7 +216,7 @@ class Recorder:
         seconds = self.clock.training()
         speed = self.tokens / seconds
         flops = self.flops / seconds
-        self.metrics.scalars(
+        self.log(
             step,
             {
                 "loss/train": result.loss,
@@ -221,6 +238,16 @@ class Recorder:
         self.show_step(step, f"loss {result.loss:.4f}, {speed:,.0f} tokens/s", left)
         self.steps = self.tokens = self.positions = self.flops = 0
         self.clock.restart()
+
+    def log(self, step: int, values: dict[str, float]):
+        """A log entry. If it cannot be written training goes on, and it is written later."""
+        if values:
+            self.metrics.scalars(step, values)
+        else:
+            self.metrics.try_flush()
+        if self.metrics.failure and not self.failed_log:
+            self.say(f"{self.metrics.failure}: log entries wait until they can be written")
+        self.failed_log = self.metrics.failure
 
     def show_step(self, step: int, text: str, left: float):
         """The bar's text, or a plain line at most every few seconds."""

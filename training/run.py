@@ -17,6 +17,10 @@ from training import config as configuration
 from training.checkpoint import newest_complete, write_synced
 from training.config import Change, Config
 
+# what a run has written before its first checkpoint
+OURS = {".lock", ".owner", "config.json", "config.tmp", "metrics.jsonl", "metrics.tmp"}
+OURS |= {"checkpoints", "tensorboard"}
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -127,7 +131,7 @@ def name_run(runs_dir: Path, name: str, stem: str) -> Path:
     """The folder of a new run: as named, or after the configuration's file and the time."""
     if name:
         check_run_name(name)
-        if (runs_dir / name).exists():
+        if not is_free(runs_dir / name):
             raise UserError(
                 f"--name {name}: {runs_dir / name} exists: add --resume to go on with it, "
                 "or choose another name"
@@ -141,6 +145,17 @@ def name_run(runs_dir: Path, name: str, stem: str) -> Path:
     return run
 
 
+def is_free(run: Path) -> bool:
+    """Whether a new run may have this folder: none is there, or one that was killed as it began."""
+    if not run.exists():
+        return True
+    try:
+        known = {path.name for path in run.iterdir()} <= OURS
+    except OSError:  # a file, say
+        return False
+    return known and not list_steps(run) and not read_records(run / "metrics.jsonl")
+
+
 @contextlib.contextmanager
 def locked(plan: Plan):
     """The run's folder, made if it is new, and nobody else's while the block runs."""
@@ -148,30 +163,44 @@ def locked(plan: Plan):
     owner = plan.run / ".owner"
     try:
         if plan.is_new:
-            plan.run.mkdir()
-        (plan.run / "checkpoints").mkdir(exist_ok=True)
+            plan.run.mkdir(exist_ok=True)
         lock.acquire()
+        if plan.is_new and not is_free(plan.run):
+            raise UserError(f"{plan.run}: another process has just begun this run")
+        if plan.is_new:
+            clear(plan.run)
+        (plan.run / "checkpoints").mkdir(exist_ok=True)
         write_synced(owner, str(os.getpid()).encode())
     except Timeout:
         raise UserError(busy(plan.run)) from None
-    except FileExistsError:
-        raise UserError(f"{plan.run}: another process has just begun this run") from None
     except OSError as error:
+        lock.release()
         raise UserError(
             f"{error.filename or plan.run}: {error.strerror}: choose a folder that can be written "
             "with --runs_dir"
         ) from None
+    except BaseException:
+        lock.release()
+        raise
     try:
         yield
     finally:
         owner.unlink(missing_ok=True)
+        if plan.is_new and is_free(plan.run):
+            clear(plan.run)  # nothing happened: the name is free again
+            (plan.run / ".lock").unlink(missing_ok=True)
+            plan.run.rmdir()
         lock.release()
-        if (
-            plan.is_new
-            and not list_steps(plan.run)
-            and not read_records(plan.run / "metrics.jsonl")
-        ):
-            shutil.rmtree(plan.run, ignore_errors=True)  # nothing happened: the name is free again
+
+
+def clear(run: Path):
+    """Removes what a run that was killed as it began has left, but for its lock."""
+    for name in OURS - {".lock"}:
+        path = run / name
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def refuse_if_busy(run: Path):

@@ -1,6 +1,7 @@
 """One optimizer step: forward and backward over the micro-batches, clip, check, update."""
 
 import math
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -43,15 +44,7 @@ def train_step(t: Training, hidden, micro_batches, targets: int, step: int, cloc
         optimizer.zero_grad(set_to_none=True)
     total = torch.zeros((), device=t.device)
     for micro, batch in enumerate(micro_batches):
-        with clock.part("data"):
-            inputs = to_device(batch, t.device)
-        # dropout's numbers depend on this alone: there is no random state to save
-        torch.manual_seed(key("dropout", t.config.seed, step, micro, 0))
-        with clock.part("forward"), t.precision.autocast(t.device):
-            loss = loss_sum(t.model, *inputs, hidden) / targets
-        with clock.part("backward"):
-            t.scaler.scale(loss).backward()
-        total = total + loss.detach()
+        total = total + micro_step(t, hidden, batch, targets, step, micro, clock.part)
     with clock.part("optimizer"):
         for optimizer in t.optimizers:
             t.scaler.unscale_(optimizer)
@@ -75,6 +68,22 @@ def train_step(t: Training, hidden, micro_batches, targets: int, step: int, cloc
     return StepResult(loss, norm, tokens, positions, flops, updated)
 
 
+def micro_step(t, hidden, batch, targets: int, step: int, micro: int, part=nullcontext):
+    """Adds the gradients of one micro-batch. Returns its share of the step's loss.
+
+    t: a Training, or what training/replay.py restores of one. part(name): a context to time it.
+    """
+    with part("data"):
+        inputs = to_device(batch, t.device)
+    # dropout's numbers depend on this alone: there is no random state to save
+    torch.manual_seed(key("dropout", t.config.seed, step, micro, 0))
+    with part("forward"), t.precision.autocast(t.device):
+        loss = loss_sum(t.model, *inputs, hidden) / targets
+    with part("backward"):
+        t.scaler.scale(loss).backward()
+    return loss.detach()
+
+
 def check_finite(t: Training, loss: float, norm: float, step: int):
     """Raises NonFinite where going on would spoil the weights."""
     what = None
@@ -87,10 +96,7 @@ def check_finite(t: Training, loss: float, norm: float, step: int):
         if t.scaler.is_enabled():
             what += " and the loss scale would fall below 1"
     if what:
-        raise NonFinite(
-            f"step {step + 1}: {what}: stopped before the update; lower optimizer.lr, or use "
-            "--precision fp32, and --resume from the last checkpoint"
-        )
+        raise NonFinite(f"step {step + 1}: {what}")
 
 
 def compiled(t: Training, micro_batches, targets: int, report):

@@ -1,0 +1,206 @@
+"""TensorBoard's files: written record by record, checked, and rebuilt from `metrics.jsonl`.
+
+    python -m training.curves check RUN      whether TensorBoard shows what metrics.jsonl holds
+    python -m training.curves rebuild RUN    makes it so; damaged files are set aside
+
+`metrics.jsonl` is the record; TensorBoard's files show it, and have pictures and texts besides.
+TensorBoard's own writer is a thread, whose failures nobody can answer; here a record that the disk
+has no room for is kept, and written when there is.
+"""
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.record_writer import RecordWriter
+
+from model.config import UserError
+from training.run import read_records
+
+PATTERN = "events.out.tfevents.*"  # what TensorBoard takes for its own
+
+Point = tuple[str, int]  # (tag, step)
+
+
+class Log:
+    """A file that grows by whole records. What cannot be written yet waits in memory."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.waiting = bytearray()
+        self.file = open(path, "ab", buffering=0)  # noqa: SIM115, closed in close()
+        self.size = os.fstat(self.file.fileno()).st_size
+
+    def write(self, record: bytes):
+        """Takes a record; flush() writes it."""
+        self.waiting += record
+
+    def flush(self, sync: bool = False):
+        """Writes what waits: all of it, or OSError and nothing. sync: until the disk has it."""
+        try:
+            rest = memoryview(bytes(self.waiting))
+            while rest:
+                rest = rest[self.file.write(rest) :]
+            if sync:
+                os.fsync(self.file.fileno())
+        except OSError as error:
+            self.file.truncate(self.size)  # no record is left half written
+            raise OSError(error.errno, error.strerror, str(self.path)) from None
+        self.size += len(self.waiting)
+        self.waiting.clear()
+
+    def close(self):
+        try:
+            self.flush()
+        finally:
+            self.file.close()
+
+
+class Board(Log):
+    """A TensorBoard file in `folder`. purge_step: hides what older files have from that step on."""
+
+    def __init__(self, folder: Path, purge_step: int | None = None):
+        folder.mkdir(exist_ok=True)
+        # TensorBoard reads files in the order of their names
+        stamp = f"{time.time_ns()}.{os.getpid()}"
+        super().__init__(folder / PATTERN.replace("*", stamp))
+        self.add_event(Event(file_version="brain.Event:2", step=purge_step or 0))
+        if purge_step is not None:
+            self.add_event(Event(session_log=SessionLog(status=SessionLog.START), step=purge_step))
+
+    def add(self, summary: Summary, step: int = 0):
+        """A summary, as torch.utils.tensorboard.summary makes them."""
+        self.add_event(Event(summary=summary, step=step))
+
+    def add_scalar(self, tag: str, value: float, step: int):
+        """A point of a curve."""
+        self.add(Summary(value=[Summary.Value(tag=tag, simple_value=value)]), step)
+
+    def add_event(self, event: Event):
+        """Any event; one without a time is of now."""
+        event.wall_time = event.wall_time or time.time()
+        RecordWriter(self).write(event.SerializeToString())
+
+
+# Checking and rebuilding --------------------------------------------------------------------------
+
+
+def recorded(records: list[dict]) -> dict[Point, float]:
+    """The points in the records of a metrics.jsonl."""
+    return {
+        (tag, record["step"]): value
+        for record in records
+        for tag, value in record.items()
+        if tag != "step" and isinstance(value, int | float)
+    }
+
+
+def shown(folder: Path) -> dict[Point, float] | None:
+    """The points that TensorBoard shows of a folder; None where it shows one twice."""
+    board = EventAccumulator(str(folder), {"scalars": 0})
+    try:
+        board.Reload()
+    except Exception:  # whatever its parsers say to a damaged file
+        return None
+    points = {}
+    for tag in board.Tags()["scalars"]:
+        for event in board.Scalars(tag):
+            if (tag, event.step) in points:
+                return None
+            points[tag, event.step] = event.value
+    return points
+
+
+def difference(folder: Path, records: list[dict], before: int | None = None) -> str:
+    """How TensorBoard's files fail to show `records` (those of steps below `before`); "" if not."""
+    due = {k: v for k, v in recorded(records).items() if before is None or k[1] < before}
+    found = shown(folder)
+    if found is None:
+        return "a file is damaged, or has a point twice"
+    found = {k: v for k, v in found.items() if before is None or k[1] < before}
+    for point in sorted(due.keys() | found.keys()):
+        value, should = found.get(point), due.get(point)
+        if value is None or should is None or abs(value - should) > 1e-5 * abs(should) + 1e-30:
+            return f"{point[0]} of step {point[1]} is {value} where metrics.jsonl has {should}"
+    return ""
+
+
+def rebuild(folder: Path, records: list[dict]) -> list[Path]:
+    """One new file with the points of `records` and what else can be read of the old files.
+
+    The old ones are set aside, under names that TensorBoard does not read; they are returned.
+    Raises OSError.
+    """
+    old = sorted(folder.glob(PATTERN)) if folder.is_dir() else []
+    board, times = Board(folder), {}
+    for path in old:
+        for event in intact(path):
+            times[event.step] = event.wall_time
+            values = [v for v in event.summary.value if not v.HasField("simple_value")]
+            if values:
+                board.add_event(Event(summary=Summary(value=values), **when(event)))
+    for (tag, step), value in recorded(records).items():
+        point = Summary(value=[Summary.Value(tag=tag, simple_value=value)])
+        board.add_event(Event(summary=point, step=step, wall_time=times.get(step, 0)))
+    try:
+        board.close()
+    except OSError:
+        board.path.unlink()
+        raise
+    return [path.rename(path.with_name(path.name.replace("tfevents", "set_aside"))) for path in old]
+
+
+def when(event: Event) -> dict:
+    """Where an event stands."""
+    return {"step": event.step, "wall_time": event.wall_time}
+
+
+def intact(path: Path) -> Iterator[Event]:
+    """The events of a file, as far as it can be read."""
+    try:
+        yield from LegacyEventFileLoader(str(path)).Load()
+    except Exception:  # a record whose checksum is right and whose content is none
+        return
+
+
+# The command line ---------------------------------------------------------------------------------
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m training.curves", description="TensorBoard's files against metrics.jsonl."
+    )
+    parser.add_argument("command", choices=("check", "rebuild"))
+    parser.add_argument("run", type=Path, help="a run's folder")
+    options = parser.parse_args()
+    file, folder = options.run / "metrics.jsonl", options.run / "tensorboard"
+    if not file.is_file():
+        raise UserError(f"{file}: no such file, so there is nothing to compare with")
+    records = read_records(file)
+    wrong = difference(folder, records)
+    if not wrong:
+        print(f"{folder}: all {len(recorded(records)):,} points of metrics.jsonl, none twice")
+        return 0
+    print(f"{folder}: {wrong}")
+    if options.command == "check":
+        return 1
+    from training.run import refuse_if_busy
+
+    refuse_if_busy(options.run)
+    for path in rebuild(folder, records):
+        print(f"set aside: {path}")
+    print(f"{folder}: rebuilt with all {len(recorded(records)):,} points of metrics.jsonl")
+    return 0
+
+
+if __name__ == "__main__":
+    from training import cli
+
+    sys.exit(cli.run("python -m training.curves", main))
