@@ -26,12 +26,13 @@ from data.prompts import end_id, prompt_ids
 from data.tokenizer import ESCAPE, Tokenizer, clean_text, load_tokenizer
 from model.checkpoint import Checkpoint, newest_run, read_best
 from model.config import ModelConfig, UserError
-from model.sampling import Sampling
+from model.sampling import MOST, Sampling
 from training import cli, engines
 from training.explain import Explained, in_colour
 
 DESCRIPTION = "Writes text with a trained model: after prompts, or freely without any."
 ROWS = 32  # texts written at a time by torch; the memory for their caches grows with it
+MAX_PROMPTS = 1 << 26  # bytes of a file of prompts
 FREE_LINES, FREE_PAIRS = 10, 3  # how many are written without a prompt
 
 
@@ -70,8 +71,8 @@ class Arguments:
 
     def __post_init__(self):
         wrong = []
-        if self.num_samples < 0:
-            wrong.append(f"num_samples = {self.num_samples} must be 0 (as many as suit) or more")
+        if not 0 <= self.num_samples <= MOST:
+            wrong.append(f"num_samples = {self.num_samples} must be 0 (as many as suit) to {MOST}")
         if "" in self.stop:
             wrong.append("stop: an empty string would end every text before it begins")
         if self.interactive and (self.prompt or self.prompt_file):
@@ -123,7 +124,11 @@ def read_prompts(path: str) -> list[str]:
     if not path:
         return []
     try:
-        text = Path(path).read_bytes().decode("utf-8-sig")
+        with open(path, "rb") as file:
+            content = file.read(MAX_PROMPTS + 1)  # /dev/zero has no end
+        if len(content) > MAX_PROMPTS:
+            raise UserError(f"--prompt_file {path}: more than {MAX_PROMPTS} bytes: split it")
+        text = content.decode("utf-8-sig")
     except OSError as error:
         raise UserError(f"--prompt_file {path}: {error.strerror}") from None
     except UnicodeDecodeError as error:
@@ -161,12 +166,13 @@ def read_source(checkpoint: Checkpoint, engine: engines.Engine) -> Source:
     for name in ("tokenizer.json", "tokenizer.model"):
         if name in checkpoint.manifest["files"]:
             checkpoint.read(name)  # which verifies it
+    weights = engines.read_weights(engine, checkpoint)  # first, because the settings may not fit
     return Source(
         checkpoint,
         checkpoint.config["data"].get("kind", "stream"),
         load_tokenizer(checkpoint.path),
         checkpoint.model_config(),
-        engines.read_weights(engine, checkpoint),
+        weights,
         checkpoint.state.get("held_out", []),
     )
 

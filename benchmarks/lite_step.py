@@ -32,7 +32,7 @@ def measure(engine: str) -> dict[str, float]:
     from model.transformer_lite import TransformerDecoderLite
     from torchlite import nn
 
-    dice = random.Random(0)  # noqa: S311
+    dice = random.Random(0)  # noqa: S311, not for secrets
     shape = replace(load(CONFIG).model, vocab_size=VOCABULARY, dropout=0.0)
     nn.manual_seed(0)
     model = TransformerDecoderLite.from_config(shape)
@@ -64,7 +64,7 @@ def main():
     for _ in range(arguments.rounds):
         for engine, runs in found.items():
             command = [sys.executable, "-m", "benchmarks.lite_step", "--side", engine]
-            done = subprocess.run(command, stdout=subprocess.PIPE, check=True)  # noqa: S603
+            done = subprocess.run(command, stdout=subprocess.PIPE, check=True)  # noqa: S603, ours
             runs.append(json.loads(done.stdout))
     steps = {}
     print(f"{os.cpu_count()} cores; milliseconds, medians of {arguments.rounds} processes")

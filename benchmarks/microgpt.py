@@ -44,7 +44,7 @@ def reference(script: Path, names: Path) -> float:
     with tempfile.TemporaryDirectory() as folder:
         shutil.copy(names, Path(folder) / "input.txt")  # where it looks for them
         command = [sys.executable, "-u", str(script.resolve())]
-        with subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE) as process:  # noqa: S603
+        with subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE) as process:  # noqa: S603, ours
             said, began = b"", None
             while f"step {REFERENCE_STEPS:4d} /".encode() not in said:
                 piece = os.read(process.stdout.fileno(), 1 << 16)

@@ -73,7 +73,7 @@ def losses_apart(shape: ModelConfig, steps: int) -> tuple[float, dict[str, list[
     weights, losses = initial_weights(shape), {}
     for engine in ENGINES:
         trainer = create(engine, shape, weights, PLAIN)
-        dice = random.Random(1)  # noqa: S311
+        dice = random.Random(1)  # noqa: S311, not for secrets
         losses[engine] = []
         for step in range(steps):
             rows = random_rows(shape, 1, dice.randrange(3, 12), dice)
@@ -90,7 +90,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=200)
     arguments = parser.parse_args()
-    dice = random.Random(0)  # noqa: S311
+    dice = random.Random(0)  # noqa: S311, not for secrets
     print("float64, python, numpy and torch                logits  gradients")
     for file in sorted(CONFIGS.glob("*.toml")):
         config = load(file).model

@@ -99,7 +99,7 @@ class PythonTrainer:
 class RandomGradients(PythonTrainer):
     """What a port without a backward pass does: forward is right, gradients are dice."""
 
-    dice = Random(0)  # noqa: S311
+    dice = Random(0)  # noqa: S311, not for secrets
 
     def backward(self):
         self.model.tape.records.clear()

@@ -22,6 +22,7 @@ import numpy as np
 from filelock import FileLock
 
 from data.config import DataConfig
+from data.prompts import are_pairs
 from data.sealed import hash_file, read_sealed, seal
 from data.sources import CACHE, Source, open_source
 from data.token_files import Split, open_split, write_documents, write_stream
@@ -235,6 +236,7 @@ def open_dataset(folder: Path, tokenizer_given: bool = False) -> Dataset:
     """Memory-maps a prepared folder; checks sizes, and that every id is in the vocabulary."""
     try:
         manifest = read_sealed(folder / "manifest.json")
+        check_manifest(manifest)
         tokenizer = load_tokenizer(folder)
         dtype, vocab_size = np.dtype(manifest["dtype"]), int(manifest["vocab_size"])
         splits = {
@@ -259,11 +261,25 @@ def open_dataset(folder: Path, tokenizer_given: bool = False) -> Dataset:
         )
     except UserError as error:
         raise UserError(f"{error}; remove {folder} and it is prepared again") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"{folder}: not a prepared data set ({type(error).__name__}: {error}); "
             "remove it and it is prepared again"
         ) from None
+
+
+def check_manifest(manifest: dict):
+    """Raises ValueError unless a manifest is one that `build` could have written."""
+    counts = [count for split in manifest["splits"].values() for count in split.values()]
+    if not (
+        manifest["dtype"] in ("<u2", "<u4")  # not of objects, say, which NumPy would map, too
+        and manifest["kind"] in ("stream", "lines", "pairs")
+        and isinstance(manifest["name"], str)
+        and isinstance(manifest["fingerprint"], str)
+        and are_pairs(manifest["held_out"])
+        and all(type(count) is int for count in [manifest["vocab_size"], *counts])
+    ):
+        raise ValueError("its manifest has another form")
 
 
 def check_files(folder: Path, hashes: dict[str, str]):

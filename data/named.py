@@ -230,7 +230,7 @@ def _transfer(url: str, part: Path, max_bytes: int, timeout: float, local: bool)
     _require_https(url, local)
     done = part.stat().st_size if part.exists() else 0
     # S310 asks for a check of the scheme: it is made above, and again at each redirect
-    request = urllib.request.Request(url, headers={"Range": f"bytes={done}-"} if done else {})  # noqa: S310
+    request = urllib.request.Request(url, headers={"Range": f"bytes={done}-"} if done else {})  # noqa: S310, https only
     try:
         response = urllib.request.build_opener(_Redirects(local)).open(request, timeout=timeout)
     except urllib.error.HTTPError as error:

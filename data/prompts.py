@@ -18,6 +18,15 @@ def prompt_ids(kind: str, tokenizer, prompt: str) -> list[int]:
     return ids or [tokenizer.start_id]
 
 
+def are_pairs(value) -> bool:
+    """Whether a value from JSON is a list of prompts and completions."""
+    return isinstance(value, list) and all(
+        isinstance(pair, dict) and isinstance(pair.get(key), str)
+        for pair in value
+        for key in ("prompt", "completion")
+    )
+
+
 def end_id(kind: str, tokenizer) -> int | None:
     """The token that ends a text; a stream has none."""
     return None if kind == "stream" else tokenizer.end_id

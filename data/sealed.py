@@ -21,6 +21,8 @@ def read_sealed(file: Path) -> dict:
 
     Only the bytes are vouched for: whoever can change a file can change its hash.
     """
+    if file.exists() and not file.is_file():  # a device may never end
+        raise ValueError("is not a file")
     content = file.read_bytes()
     try:
         stored = json.loads(content)

@@ -113,14 +113,14 @@ def _check(files: tuple[Path, ...], kind: str, where: str) -> None:
         raise UserError(f'{where} holds pairs: set data.kind = "pairs" or "auto", not "{kind}"')
     try:
         counts = [_count_lines(file) for file in files] if len(files) == 2 else [1]
+        if len(set(counts)) > 1:
+            raise UserError(
+                f"{where}: {files[0].name} has {counts[0]} lines but {files[1].name} has "
+                f"{counts[1]}: line i of one belongs to line i of the other"
+            )
         empty = next(_reader(files, kind)(), None) is None
     except OSError as error:
         raise UserError(f"{where} cannot be read: {error.strerror}") from None
-    if len(set(counts)) > 1:
-        raise UserError(
-            f"{where}: {files[0].name} has {counts[0]} lines but {files[1].name} has {counts[1]}: "
-            "line i of one belongs to line i of the other"
-        )
     if empty:
         raise UserError(f"{where} is empty: give a file with text in it")
 

@@ -201,7 +201,7 @@ def load_tokenizer(place: Path) -> CharTokenizer | SentencePieceTokenizer:
     """The tokenizer in a folder, or that file. Raises UserError for none or a damaged one."""
     for name, load in (("tokenizer.json", _load_characters), ("tokenizer.model", _load_model)):
         path = place if place.is_file() else place / name
-        if path.exists() and path.suffix == Path(name).suffix:
+        if path.is_file() and path.suffix == Path(name).suffix:
             try:
                 return load(path)
             # KeyError and TypeError: JSON of another shape; RecursionError: JSON nested too deep

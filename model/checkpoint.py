@@ -17,11 +17,13 @@ from dataclasses import fields
 from functools import cached_property
 from pathlib import Path
 
+from data.prompts import are_pairs
 from data.sealed import read_sealed
-from model.config import ModelConfig, UserError
+from model.config import ModelConfig, UserError, numbers_at_least
 
 FORMAT = 1
 MANIFEST = "MANIFEST.json"
+NAME = re.compile(r"[\w-][\w.-]*", re.ASCII)  # of a file in a checkpoint
 STEP = re.compile(r"step_(\d{8,})")
 
 
@@ -55,6 +57,15 @@ class Checkpoint:
         state = self.json("state.json")
         if type(state.get("step")) is not int or state["step"] < 0:
             raise CheckpointError(f"{self.path / 'state.json'}: has no step in it")
+        known = {
+            "held_out": are_pairs(state.get("held_out", [])),
+            "scaler": isinstance(state.get("scaler", {}), dict),
+            "best_val_loss": isinstance(state.get("best_val_loss"), float | int | None),
+            **{n: type(state.get(n, 0)) is int for n in ("tokens", "skipped", "best_step")},
+        }
+        for name, right in known.items():
+            if not right:
+                raise CheckpointError(f"{self.path / 'state.json'}: {name} is of another form")
         return state
 
     def read(self, name: str) -> bytes:
@@ -62,18 +73,20 @@ class Checkpoint:
         entry = self.manifest["files"].get(name)
         if entry is None:
             raise CheckpointError(f"{self.path}: {name} is not part of this checkpoint")
+        file = self.path / name
         try:
-            content = (self.path / name).read_bytes()
+            size = file.stat().st_size
+            if size != entry["bytes"] or not file.is_file():  # a device may never end
+                raise CheckpointError(
+                    f"{file}: {size} bytes where {MANIFEST} says {entry['bytes']}: "
+                    "use another checkpoint"
+                )
+            content = file.read_bytes()
         except OSError as error:
-            raise CheckpointError(f"{self.path / name}: {error.strerror}") from None
-        if len(content) != entry["bytes"]:
-            raise CheckpointError(
-                f"{self.path / name}: {len(content)} bytes where {MANIFEST} says {entry['bytes']}: "
-                "use another checkpoint"
-            )
+            raise CheckpointError(f"{file}: {error.strerror}") from None
         if hashlib.sha256(content).hexdigest() != entry["sha256"]:
             raise CheckpointError(
-                f"{self.path / name}: its sha256 is not the one in {MANIFEST}, so it is damaged: "
+                f"{file}: its sha256 is not the one in {MANIFEST}, so it is damaged: "
                 "use another checkpoint"
             )
         return content
@@ -118,9 +131,16 @@ class Checkpoint:
                 f"{self.path / 'config.json'}: model.{unknown[0]} is unknown to this version"
             )
         try:
-            return ModelConfig(**self.config["model"])
+            config = ModelConfig(**self.config["model"])
         except (UserError, TypeError) as error:
             raise CheckpointError(f"{self.path / 'config.json'}: {error}") from None
+        size = self.manifest["files"].get("model.safetensors", {"bytes": 0})["bytes"]
+        if numbers_at_least(config) > size:  # said before memory is taken for it
+            raise CheckpointError(
+                f"{self.path / 'config.json'}: describes a model of {numbers_at_least(config)} "
+                f"numbers or more, which are not in {size} bytes of weights"
+            )
+        return config
 
     def verify(self, without: tuple[str, ...] = ()) -> "Checkpoint":
         """Reads every file but `without`; raises CheckpointError at the first that is not whole."""
@@ -140,13 +160,15 @@ class Checkpoint:
             raise CheckpointError(f"{path}: no such checkpoint or run; see what `runs` holds")
         if (path / MANIFEST).exists() or not (path / "checkpoints").is_dir():
             return cls(path)
-        best = read_best(path)
+        best, steps = read_best(path), list_steps(path)
         candidates = [step_path(path, best["step"])] if best else []
-        for candidate in [*candidates, *reversed(list_steps(path))]:
+        for candidate in [*candidates, *reversed(steps)]:
             try:
                 return cls(candidate).verify(without=("optimizer.safetensors",))
             except CheckpointError as error:
                 report(f"passed over: {error}")
+        if list_steps(path)[-1:] != steps[-1:]:  # training has published another meanwhile
+            return cls.find(path, report)
         raise CheckpointError(f"{path}: no complete checkpoint in this run yet")
 
 
@@ -182,9 +204,9 @@ def read_manifest(path: Path) -> dict:
             f"{file}: format {version!r}, but this version reads format {FORMAT}: "
             "use the version that wrote it"
         )
-    if any(Path(name).name != name for name in files):
+    if not all(NAME.fullmatch(name) for name in files):
         raise CheckpointError(f"{file}: names a file outside the checkpoint")
-    return manifest
+    return {**manifest, "files": files}
 
 
 def step_path(run: Path, step: int) -> Path:

@@ -7,11 +7,20 @@ what each engine is built from.
 from dataclasses import dataclass, fields
 from typing import Literal, get_args
 
+# Beyond the largest models there are. An engine would build a larger one until memory is full.
+MOST = {"vocab_size": 2**24, "d_model": 2**16, "n_heads": 2**16, "n_layers": 2**12, "d_ff": 2**18}
+MOST |= {"max_len": 2**17}
+
 IGNORED = -100  # the target of a place whose loss is not taken, as in PyTorch
 
 
 class UserError(ValueError):
     """Something the user can mend. The scripts print it as one line and exit with status 2."""
+
+    def __init__(self, message=""):
+        # part of it may be what a file holds, which must not command a terminal or fill it
+        text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(message))
+        super().__init__(text if len(text) <= 1200 else f"{text[:800]} ... {text[-300:]}")
 
 
 @dataclass(frozen=True)
@@ -61,15 +70,18 @@ class ModelConfig:
         wrong = wrong_types(self)
         if wrong:
             raise UserError("; ".join(wrong))
-        for name in ("d_model", "n_heads", "n_layers", "d_ff", "max_len"):
-            if getattr(self, name) < 1:
-                wrong.append(f"{name} = {getattr(self, name)} must be at least 1")
+        for name, most in MOST.items():
+            value = getattr(self, name)
+            if value > most:
+                wrong.append(f"{name} = {value} must be at most {most}")
+            elif value < 1 and name != "vocab_size":
+                wrong.append(f"{name} = {value} must be at least 1")
         if self.vocab_size < 0:
             wrong.append(f"vocab_size = {self.vocab_size} must be 0 (from the tokenizer) or more")
         if self.n_heads >= 1 and self.d_model % self.n_heads:
             wrong.append(
                 f"d_model = {self.d_model} is not a multiple of n_heads = {self.n_heads}: "
-                f"try d_model = {max(1, round(self.d_model / self.n_heads)) * self.n_heads}"
+                f"try d_model = {-(-self.d_model // self.n_heads) * self.n_heads}"
             )
         if self.positions == "sinusoidal" and self.d_model % 2:
             wrong.append(f"d_model = {self.d_model} must be even for sinusoidal positions")
@@ -83,6 +95,14 @@ class ModelConfig:
             wrong.append('norm = "none" leaves nothing for norm_first, final_norm, embedding_norm')
         if wrong:
             raise UserError("; ".join(wrong))
+
+
+def numbers_at_least(config: ModelConfig) -> int:
+    """Numbers in the matrices of a decoder: fewer are not in its weights."""
+    layer = 4 * config.d_model**2 + 2 * config.d_model * config.d_ff
+    rows = config.vocab_size * (1 if config.tie_embeddings else 2)
+    rows += config.max_len if config.positions == "learned" else 0
+    return config.n_layers * layer + rows * config.d_model
 
 
 def wrong_types(config) -> list[str]:

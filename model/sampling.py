@@ -17,6 +17,8 @@ from itertools import accumulate
 
 from model.config import UserError
 
+MOST = 10**6  # tokens, or texts, that are asked for at once: more is a slip of the finger
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -41,8 +43,8 @@ class Sampling:
             wrong.append(f"top_k = {self.top_k} must be 0 (all) or more")
         if not 0 < self.top_p <= 1:
             wrong.append(f"top_p = {self.top_p} must be above 0 and at most 1 (all)")
-        if self.max_new_tokens < 1:
-            wrong.append(f"max_new_tokens = {self.max_new_tokens} must be at least 1")
+        if not 1 <= self.max_new_tokens <= MOST:
+            wrong.append(f"max_new_tokens = {self.max_new_tokens} must be 1 to {MOST}")
         if wrong:
             raise UserError("; ".join(wrong))
 

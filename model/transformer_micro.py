@@ -145,7 +145,7 @@ class TransformerDecoderMicro(nn.Module):
             raise UserError("model.vocab_size = 0: a model needs at least one token")
         self.config = config
         self.max_len = config.max_len
-        self.tape, self.random = Tape(), Random(seed)  # noqa: S311
+        self.tape, self.random = Tape(), Random(seed)  # noqa: S311, not for secrets
         vector = partial(WrittenOut if written_out else Vector, tape=self.tape)
         self.embedding_scale = math.sqrt(d_model) if config.scale_embedding else 1.0
         self.embed = nn.Embedding(vocab_size, d_model, vector)

@@ -17,6 +17,7 @@ from model.checkpoint import (
     list_steps,
     newest_run,
     read_best,
+    step_path,
 )
 from model.config import UserError
 from training.checkpoint import main, newest_complete, prune, save, set_best
@@ -26,7 +27,7 @@ WEIGHTS = {"embed.weight": np.arange(12, dtype=np.float32).reshape(3, 4)}
 FILES = {
     "model.safetensors": to_safetensors(WEIGHTS),
     "state.json": b'{"step": 3}',
-    "config.json": b'{"model": {"d_model": 8}, "data": {}}',
+    "config.json": b'{"model": {"d_model": 2, "n_heads": 1, "n_layers": 1, "d_ff": 1}, "data": {}}',
 }
 
 
@@ -34,7 +35,7 @@ def test_what_is_saved_is_read_back(tmp_path):
     path = save(tmp_path, 3, FILES)
     checkpoint = Checkpoint(path).verify()
     assert checkpoint.step == 3
-    assert checkpoint.model_config().d_model == 8
+    assert checkpoint.model_config().d_model == 2
     np.testing.assert_array_equal(
         checkpoint.tensors("model.safetensors")["embed.weight"], WEIGHTS["embed.weight"]
     )
@@ -191,6 +192,12 @@ def test_find_takes_the_newest_where_the_best_is_damaged(tmp_path):
     (tmp_path / "empty" / "checkpoints").mkdir(parents=True)
     with pytest.raises(CheckpointError, match="no complete checkpoint"):
         Checkpoint.find(tmp_path / "empty")
+
+
+def test_find_looks_again_where_training_has_published_another_meanwhile(tmp_path):
+    save(tmp_path, 1, FILES)
+    (step_path(tmp_path, 1) / "model.safetensors").unlink()
+    assert Checkpoint.find(tmp_path, lambda _: save(tmp_path, 2, FILES)).path.name[-1] == "2"
 
 
 def test_newest_run_is_the_one_saved_last(tmp_path):

@@ -300,4 +300,4 @@ print(*{name.split(".")[0] for name in set(sys.modules) - before})
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     loaded = set(done.stdout.split())
     assert "model" in loaded
-    assert loaded <= set(sys.stdlib_module_names) | {"model"}
+    assert loaded <= set(sys.stdlib_module_names) | {"model", "data"}

@@ -113,12 +113,17 @@ def newest_complete(run: Path, report=print) -> Checkpoint:
 def write_synced(path: Path, content: bytes):
     """Writes a file and waits until the disk has it. Raises OSError that names it."""
     try:
-        with open(path, "wb") as file:
+        with open(path, "wb", opener=itself) as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:  # of a write it does not say where
         raise OSError(error.errno, error.strerror, str(path)) from None
+
+
+def itself(path: str, flags: int) -> int:
+    """Opens a file, but not what it may link to: a run of somebody else's can hold any link."""
+    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
 
 
 def replace_synced(path: Path, content: bytes):

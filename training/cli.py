@@ -1,6 +1,8 @@
 """What every command line of the project shares: flags from a dataclass, errors in one line."""
 
+import contextlib
 import errno
+import io
 import os
 import re
 import signal
@@ -8,6 +10,7 @@ import sys
 
 from model.config import UserError
 
+ANSI = re.compile("\x1b\\[[0-9;]*m")
 CONTROL = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f]")  # all but tab and newline
 
 
@@ -19,9 +22,27 @@ def parse(arguments: type, description: str, default=None, argv: list[str] | Non
     import tyro  # here, because it takes a tenth of a second, which not every program has to spend
 
     default = arguments() if default is None else default
-    return tyro.cli(
-        arguments, description=description, default=default, args=argv, use_underscores=True
-    )
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(
+                arguments, description=description, default=default, args=argv, use_underscores=True
+            )
+    except SystemExit as end:
+        if not end.code:  # --help
+            raise
+        raise UserError(unboxed(said.getvalue())) from None
+
+
+def unboxed(box: str) -> str:
+    """What tyro says in a box, in a line: what is wrong, and the nearest flag if it names one."""
+    box = ANSI.sub("", box)
+    lines = [line.strip("│ ") for line in box.splitlines() if line.startswith("│")]
+    rules = [i for i, line in enumerate(lines) if line.startswith("──")] or [len(lines)]
+    text = " ".join(lines[: rules[0]]).removeprefix("Error parsing ")
+    if near := [line for line in lines[rules[0] + 1 :] if line.startswith("--")]:
+        text += f"; see {near[0]}"
+    return text or " ".join(box.split())
 
 
 def run(program: str, main) -> int:
@@ -65,7 +86,9 @@ def run(program: str, main) -> int:
 def explain(error: BaseException) -> str:
     """What the machine, not the program, is to be blamed for, in one line; "" for a bug."""
     first = (str(error).splitlines() or [""])[0][:150]
-    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "memory" in str(error)):
+    if isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and "memory" in str(error)
+    ):
         return (  # PyTorch's own is a RuntimeError
             "out of memory: lower train.batch_size, raise train.accumulation_steps, "
             f"or choose a smaller model ({first})"

@@ -19,6 +19,8 @@ from data.config import DataConfig
 from model.config import ModelConfig, UserError
 from model.sampling import Sampling
 
+MAX_BYTES = 1 << 20  # of a configuration file
+
 
 @dataclass(frozen=True)
 class OptimizerConfig:
@@ -168,6 +170,8 @@ def check(values: dict, origin: str) -> Config:
         return _CHECKER.validate_json(json.dumps(values, default=str))
     except ValidationError as error:
         lines = [describe(item, values) for item in error.errors()]
+    except (ValueError, RecursionError) as error:  # an integer or a table without end
+        lines = [str(error)]
     raise UserError(f"{origin}: {'; '.join(lines)}")
 
 
@@ -195,12 +199,16 @@ def describe(error: dict, values: dict) -> str:
 def load(path: Path) -> Config:
     """The Config of a TOML file; what it leaves out has the dataclasses' defaults."""
     try:
-        text = Path(path).read_bytes().decode("utf-8-sig")
+        with open(path, "rb") as file:
+            content = file.read(MAX_BYTES + 1)  # /dev/zero has no end
+        text = content.decode("utf-8-sig")
     except FileNotFoundError:
         raise UserError(f"--config {path}: no such file{nearest_file(Path(path))}") from None
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not UTF-8"
         raise UserError(f"--config {path}: {reason}") from None
+    if len(content) > MAX_BYTES:
+        raise UserError(f"--config {path}: more than {MAX_BYTES} bytes: this is no configuration")
     try:
         values = tomllib.loads(text)
     except (ValueError, RecursionError) as error:  # ValueError: also an integer without end

@@ -215,5 +215,6 @@ def colour(values: np.ndarray) -> np.ndarray:
     """(h, w) in [0, 1] to (h, w, 3) bytes: black, blue, orange, white."""
     stops = np.array([[0, 0, 4], [40, 60, 140], [235, 130, 60], [255, 252, 235]], float)
     at = np.linspace(0, 1, len(stops))
-    channels = [np.interp(np.clip(values, 0, 1), at, stops[:, c]) for c in range(3)]
+    values = np.clip(np.nan_to_num(values), 0, 1)  # of a model that has diverged
+    channels = [np.interp(values, at, stops[:, c]) for c in range(3)]
     return np.stack(channels, -1).astype(np.uint8)

@@ -11,6 +11,7 @@ from torch.utils.tensorboard import summary
 from tqdm import tqdm
 
 from model.checkpoint import list_steps, read_best, step_path
+from model.config import UserError
 from training import cli
 from training.checkpoint import prune, replace_synced, save, set_aside, set_best
 from training.device import matmul_flops, memory_used
@@ -138,7 +139,11 @@ class Recorder:
                 values = self.validate() if t.val else {}
             except Interrupted:
                 return False
-            texts = self.texts = self.sampler(t.model)
+            try:
+                texts = self.texts = self.sampler(t.model)
+            except UserError as error:  # logits that are not finite: the next step will tell more
+                texts = self.texts = []
+                self.say(f"no sample: {error}")
             samples = as_markdown(self.sampler.lines(texts))
             self.metrics.board.add(summary.text("samples", samples), step)
             self.show_attention(step)
@@ -161,10 +166,11 @@ class Recorder:
                 progress.best_step, progress.best_val_loss = progress.step, loss
             except OSError as error:
                 self.say(f"the best step could not be noted: {error}")
+        earlier = "" if best is None else f" (best: {best:.4f} at {progress.best_step:,})"
         self.say(
             f"step {progress.step:,}: validation loss {loss:.4f}, "
             f"{values['bits_per_byte/val']:.3f} bits per byte"
-            + (" (best so far)" if is_best else f" (best: {best:.4f} at {progress.best_step:,})")
+            + (" (best so far)" if is_best else earlier)
         )
         return values
 

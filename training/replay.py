@@ -25,6 +25,7 @@ from training.checkpoint import publish
 from training.config import Config
 from training.device import Precision, choose_device, choose_precision, set_up
 from training.run import stored_config
+from training.setup import restore_scaler
 from training.step import micro_step
 
 NOTE, BATCH = "capsule.json", "batch.safetensors"
@@ -66,8 +67,7 @@ def restore(capsule: Checkpoint, device_name: str) -> Restored:
     model = TransformerDecoder.from_config(config.model, precision.weights)
     model.load_weights(capsule.tensors("model.safetensors"))
     scaler = torch.amp.GradScaler(device.type, enabled=precision.name == "fp16")
-    if scaler.is_enabled() and capsule.state.get("scaler"):
-        scaler.load_state_dict(capsule.state["scaler"])
+    restore_scaler(scaler, capsule)
     return Restored(config, device, precision, model.to(device).train(), scaler)
 
 

@@ -93,6 +93,7 @@ def keep_resolved(stored: Config, wanted: Config) -> Config:
 
 def stored_config(checkpoint: Checkpoint) -> Config:
     """The checked configuration that a checkpoint carries."""
+    checkpoint.model_config()  # of a size that its weights can have
     return configuration.check(checkpoint.config, str(checkpoint.path / "config.json"))
 
 
@@ -109,7 +110,7 @@ def is_finished(run: Path, checkpoint: Checkpoint, max_steps: int) -> bool:
 def read_records(file: Path) -> list[dict]:
     """The records of a metrics.jsonl, without a last line that was cut while it was written."""
     found = []
-    if file.exists():
+    if file.is_file():
         for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
             with contextlib.suppress(ValueError):
                 record = json.loads(line)
@@ -131,6 +132,8 @@ def name_run(runs_dir: Path, name: str, stem: str) -> Path:
     """The folder of a new run: as named, or after the configuration's file and the time."""
     if name:
         check_run_name(name)
+        if (runs_dir / name).is_dir():
+            refuse_if_busy(runs_dir / name)
         if not is_free(runs_dir / name):
             raise UserError(
                 f"--name {name}: {runs_dir / name} exists: add --resume to go on with it, "
@@ -146,14 +149,14 @@ def name_run(runs_dir: Path, name: str, stem: str) -> Path:
 
 
 def is_free(run: Path) -> bool:
-    """Whether a new run may have this folder: none is there, or one that was killed as it began."""
+    """Whether a new run may have this folder: none is there, or one without a checkpoint."""
     if not run.exists():
         return True
     try:
         known = {path.name for path in run.iterdir()} <= OURS
     except OSError:  # a file, say
         return False
-    return known and not list_steps(run) and not read_records(run / "metrics.jsonl")
+    return known and not list_steps(run)
 
 
 @contextlib.contextmanager
@@ -186,7 +189,7 @@ def locked(plan: Plan):
         yield
     finally:
         owner.unlink(missing_ok=True)
-        if plan.is_new and is_free(plan.run):
+        if plan.is_new and is_free(plan.run) and not read_records(plan.run / "metrics.jsonl"):
             clear(plan.run)  # nothing happened: the name is free again
             (plan.run / ".lock").unlink(missing_ok=True)
             plan.run.rmdir()
@@ -194,7 +197,7 @@ def locked(plan: Plan):
 
 
 def clear(run: Path):
-    """Removes what a run that was killed as it began has left, but for its lock."""
+    """Removes what a run without a checkpoint has left, but for its lock."""
     for name in OURS - {".lock"}:
         path = run / name
         if path.is_dir():

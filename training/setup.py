@@ -15,7 +15,7 @@ from data.batches import Batches, Examples
 from data.dataset import Dataset, prepare
 from data.rng import key
 from data.tokenizer import load_tokenizer
-from model.checkpoint import read_best
+from model.checkpoint import Checkpoint, read_best
 from model.config import UserError
 from model.transformer_full import TransformerDecoder
 from training.config import Config
@@ -120,8 +120,7 @@ def build(plan: Plan, report: Report) -> Training:
     if plan.resume:
         load_state_tensors(model, optimizers, plan.resume.tensors("optimizer.safetensors"))
         progress = restore_progress(plan)
-        if scaler.is_enabled() and plan.resume.state.get("scaler"):
-            scaler.load_state_dict(plan.resume.state["scaler"])
+        restore_scaler(scaler, plan.resume)
     shape = config.model
     report(
         f"model: {model.num_parameters():,} parameters: {shape.n_layers} layers, "
@@ -179,6 +178,18 @@ def check_data(plan: Plan, dataset: Dataset):
             + (f" ({'; '.join(changed)})" if changed else ": its file or this Python has changed")
             + "; to train on other data use --init_from"
         )
+
+
+def restore_scaler(scaler: torch.amp.GradScaler, checkpoint: Checkpoint):
+    """The loss scale of a checkpoint that was made in fp16; another precision has none."""
+    stored = checkpoint.state.get("scaler")
+    if not scaler.is_enabled() or not stored:
+        return
+    if stored.keys() != scaler.state_dict().keys() or not all(
+        isinstance(value, int | float) for value in stored.values()
+    ):
+        raise UserError(f"{checkpoint.path / 'state.json'}: scaler is of another form")
+    scaler.load_state_dict(stored)
 
 
 def restore_progress(plan: Plan) -> Progress:

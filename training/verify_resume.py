@@ -153,7 +153,7 @@ def progress(what: str):
 def train(flags: list[str], folder: Path, kill_at: Path | None = None):
     """One process of train.py; killed as soon as it says that it has saved `kill_at`."""
     with open(folder / "stderr.txt", "w+", encoding="utf-8", errors="replace") as errors:
-        process = subprocess.Popen(  # noqa: S603
+        process = subprocess.Popen(  # noqa: S603, our own program
             [sys.executable, str(SCRIPT), *flags], stdin=subprocess.DEVNULL, stderr=errors,
             stdout=subprocess.PIPE, text=True, encoding="utf-8", errors="replace",
         )  # fmt: skip

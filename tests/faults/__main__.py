@@ -90,11 +90,12 @@ def conduct(chosen: list[Campaign], options) -> int:
             say(f"{each.name}: not on this machine: {reason}")
             rows.append(f"| {each.items} | {each.what} | skipped: {reason} | | | | |")
             continue
-        finally:
-            if not sys.exc_info()[0]:
-                shutil.rmtree(folder, ignore_errors=True)
         for text in tally.failed:
             say(f"{each.name}: FAILED: {text}")
+        if tally.failed:
+            say(f"{each.name}: left as it is in {folder}")
+        else:
+            shutil.rmtree(folder, ignore_errors=True)
         failed |= bool(tally.failed) or not tally.tried
         rows.append(row(each, tally, time.monotonic() - began))
         if options.out:

@@ -4,10 +4,13 @@ A campaign tries one promise many times, with real faults on real programs. `ful
 `python -m tests.faults` makes; the test suite makes `quick` ones of the same.
 """
 
+import atexit
 import contextlib
 import random
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -77,11 +80,22 @@ def campaign(name: str, items: str, what: str, unit: str, full: int, quick: int)
 TINY = ["--config", "tiny.toml"]
 
 
+_MADE: dict[tuple, Path] = {}  # homes by the flags of their run, to be copied
+
+
 def home(folder: Path, *straight) -> Path:
-    """`folder` with tiny.toml, its data prepared, and an uninterrupted run called "straight"."""
-    folder.mkdir(parents=True, exist_ok=True)
-    write_config(folder)
-    finished(run("train.py", *TINY, "--name", "straight", *straight, cwd=folder))
+    """`folder` with tiny.toml, its data prepared, and an uninterrupted run called "straight".
+
+    straight: further flags of that run. A home with the same flags is made once and copied.
+    """
+    if straight not in _MADE:
+        made = Path(tempfile.mkdtemp(prefix="faults-home-"))
+        atexit.register(shutil.rmtree, made, ignore_errors=True)
+        settings = write_config(made)  # with a cache that is found from a copy, too
+        settings.write_text(settings.read_text().replace(str(made / "cache"), "cache"))
+        finished(run("train.py", *TINY, "--name", "straight", *straight, cwd=made))
+        _MADE[straight] = made
+    shutil.copytree(_MADE[straight], folder, dirs_exist_ok=True)
     return folder
 
 

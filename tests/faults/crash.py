@@ -27,13 +27,13 @@ def reported(output: str) -> list[str]:
     return [line.removeprefix("saved ") for line in lines if line.startswith("saved ")]
 
 
-@campaign("kills", "1", "SIGKILL at a random instant of train.py, then --resume", "kills", 500, 4)
+@campaign("kills", "1", "SIGKILL at a random instant of train.py, then --resume", "kills", 500, 2)
 def kills(tally: Tally, count: int, folder: Path, dice):
     """A run that saves at every step is killed, looked through, resumed and killed again.
 
     At the end the whole of it is compared with a run that nobody has killed.
     """
-    home(folder, "--max_steps", "1")
+    home(folder)
     killed = folder / "runs" / "killed"
     while tally.tried < count:
         if dice.random() < 0.02:

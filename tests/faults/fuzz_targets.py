@@ -1,0 +1,209 @@
+"""Fuzzing what a user gives: configurations, data, prompts, command lines, tokenizers."""
+
+import contextlib
+import hashlib
+import io
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from hypothesis import strategies as st
+
+import generate
+from data.batches import Examples
+from data.config import DataConfig
+from data.dataset import build, open_dataset
+from data.prompts import prompt_ids
+from data.sources import open_source
+from data.tokenizer import CharTokenizer, clean_text, load_tokenizer, train_sentencepiece
+from model.config import UserError
+from tests.faults.fuzz_inputs import (
+    ODD,
+    Target,
+    edited,
+    like,
+    mangled,
+    named,
+    pieces,
+    quiet,
+    resealed,
+    target,
+)
+from tests.helpers import ROOT, TEXT
+from training import cli, config
+
+
+@target("configurations")
+def configurations(folder: Path) -> Target:
+    shipped = [path.read_bytes() for path in sorted((ROOT / "configs").glob("*.toml"))]
+    lines = [config.to_toml(config.Config()).encode(), *shipped]
+    known = [key for key in config.flatten(config.Config()) if "." in key]
+    value = st.sampled_from([*ODD, '"""', "1979-05-27", "0x_1", "'a'"]) | st.integers().map(str)
+    settings = st.lists(st.tuples(st.sampled_from(known), value), max_size=4).map(
+        lambda pairs: "".join(f"{key} = {text}\n" for key, text in pairs).encode()
+    )
+
+    def feed(name: str, content: bytes):
+        (folder / name).write_bytes(content)
+        read = config.load(folder / name)
+        again = config.to_toml(read).encode()
+        (folder / name).write_bytes(again)
+        assert config.load(folder / name) == read, "reads back as other settings"
+
+    inputs = settings | st.sampled_from(lines).flatmap(mangled) | st.binary(max_size=200)
+    return Target(named(inputs, "fuzzed.toml"), feed)
+
+
+@target("data files")
+def data_files(folder: Path) -> Target:
+    line = edited({"prompt": "a b\t\u00e9", "completion": "c\\\n"}) | pieces
+    jsonl = st.lists(line, max_size=6).map(lambda lines: b"\n".join([*lines, b""]))
+    text = mangled(TEXT.read_bytes()[:2000]) | st.binary(max_size=100)
+    many = st.sampled_from([1] * 40 + [1000])  # now and then megabytes
+    (folder / "dev.nl").write_bytes(b"a\nb\n")
+    (folder / "dev.cm").write_bytes(b"c\nd\n")
+    (folder / "train.cm").write_bytes(b"c\nd\n")
+    (folder / "train.nl").write_bytes(b"a\nb\n")
+
+    def feed(name: str, content: bytes):
+        (folder / name).write_bytes(content)
+        path = folder if name.endswith(".nl") else folder / name
+        kind = Path(name).stem if name.endswith(".txt") else "auto"
+        source = open_source(DataConfig(path=str(path), kind=kind), quiet, folder)
+        for reader in filter(None, (source.train, source.val)):
+            for _ in reader():
+                pass
+
+    names = ("stream.txt", "lines.txt", "train.nl", "data.jsonl")
+    inputs = named(text, *names) | named(jsonl, "data.jsonl", "data.jsonl", "train.nl")
+    big = st.tuples(inputs, many).map(lambda drawn: (drawn[0][0], drawn[0][1] * drawn[1]))
+    return Target(big, feed)
+
+
+@target("prepared data sets")
+def prepared_data(folder: Path) -> Target:
+    texts = {"stream": "stream.txt", "pairs": "pairs.jsonl"}
+    pair = [json.dumps({"prompt": f"p {n}", "completion": f"c {n}"}) for n in range(60)]
+    (folder / texts["stream"]).write_bytes(TEXT.read_bytes()[:3000])
+    (folder / texts["pairs"]).write_text("\n".join(pair))
+    whole, inputs = {}, st.nothing()
+    for kind, file in texts.items():
+        settings = DataConfig(path=str(folder / file), tokenizer="char")
+        (folder / kind).mkdir()
+        build(open_source(settings, quiet, folder), settings, kind, folder / kind, quiet)
+        for path in sorted((folder / kind).iterdir()):
+            name = f"{kind} {path.name}"
+            whole[name] = path.read_bytes()
+            inputs = inputs | like(whole[name], name)
+        sealed = edited(json.loads(whole[f"{kind} manifest.json"])).map(resealed)
+        inputs = inputs | named(sealed | sealed, f"{kind} manifest.json")
+
+    def feed(name: str, content: bytes):
+        kind, _, file = name.partition(" ")
+        place = folder / "changed"
+        shutil.rmtree(place, ignore_errors=True)
+        shutil.copytree(folder / kind, place)
+        (place / file).write_bytes(content)
+        if file != "manifest.json":  # the manifest's hash of the file, so that more is read
+            before, after = (hashlib.sha256(c).hexdigest() for c in (whole[name], content))
+            manifest = whole[f"{kind} manifest.json"].replace(before.encode(), after.encode())
+            (place / "manifest.json").write_bytes(resealed(manifest))
+        data = open_dataset(place)
+        for split in filter(None, (data.train, data.val)):
+            examples = Examples(split, 8, data.tokenizer.pad_id)
+            examples.batch(np.arange(min(2, examples.count)))
+            f"{split.describe()} {split.targets_per_byte():.4f}"
+        assert data.kind in ("stream", "lines", "pairs")
+        for pair in data.held_out:
+            prompt_ids(data.kind, data.tokenizer, pair["prompt"] + pair["completion"])
+
+    return Target(inputs, feed)
+
+
+@target("prompts")
+def prompts(folder: Path) -> Target:
+    text = TEXT.read_text(encoding="utf-8")[:20_000]
+    tokenizers = [CharTokenizer(text, kind) for kind in ("char", "char_bos")]
+    tokenizers += [train_sentencepiece([text], kind, 400, quiet) for kind in ("bpe", "unigram")]
+    anything = st.text(max_size=60).map(lambda drawn: drawn.encode("utf-8", "surrogatepass"))
+    texts = st.lists(anything | pieces | st.sampled_from([b" ", b"  ", b"def "]), max_size=8)
+    inputs = st.tuples(texts.map(b"".join), st.sampled_from([1] * 9 + [50])).map(
+        lambda drawn: (drawn[0] * drawn[1])[: 1 << 16]  # each byte may be an id, and so a number
+    )
+
+    def feed(name: str, content: bytes):
+        (folder / name).write_bytes(content)
+        with contextlib.suppress(UserError):  # of bytes that are not UTF-8
+            generate.read_prompts(str(folder / name))
+        prompt = clean_text(content.decode("utf-8", "surrogateescape"))  # as the command line
+        for tokenizer in tokenizers:
+            for kind in ("stream", "lines", "pairs"):
+                try:
+                    ids = prompt_ids(kind, tokenizer, prompt)
+                except UserError:
+                    assert tokenizer.unk_id is None, "refused, and there is an unknown token"
+                    continue
+                assert ids and 0 <= min(ids) <= max(ids) < tokenizer.vocab_size, "ids"
+            if tokenizer.kind == "sentencepiece":
+                assert tokenizer.decode(tokenizer.encode(prompt)) == prompt, "another text"
+
+    return Target(named(inputs, "prompts.txt"), feed)
+
+
+@target("command lines")
+def command_lines(folder: Path) -> Target:
+    numbers = [
+        "0",
+        "-1",
+        "nan",
+        "inf",
+        "-inf",
+        "1e400",
+        "1e-400",
+        "0x1",
+        "\u0663",
+        "",
+        "1_0",
+        "9" * 5000,
+    ]
+    flags = ["--temperature", "--top_k", "--top_p", "--max_new_tokens", "--num_samples", "--seed"]
+    flags += ["--prompt", "--stop", "--precision", "--engine", "--top-k", "--greedy", "--what"]
+    value = st.sampled_from(numbers) | st.floats().map(str) | st.integers().map(str)
+    value = value | st.text(
+        st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=9
+    )
+    pair = st.tuples(st.sampled_from(flags), value)
+    words = st.lists(pair | pair.map(lambda drawn: ("=".join(drawn),)), max_size=3)
+    inputs = words.map(lambda drawn: "\0".join(sum(drawn, ())).encode())
+
+    def feed(name: str, content: bytes):
+        said = io.StringIO()
+        try:
+            with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+                read = cli.parse(generate.Arguments, "", argv=content.decode().split("\0"))
+        except SystemExit as ended:
+            assert ended.code == 2, f"status {ended.code}"
+            assert "Traceback" not in said.getvalue()
+        else:
+            assert replace(read.sampling) == read.sampling, "sampling numbers that are none"
+
+    return Target(named(inputs, "argv.txt"), feed)
+
+
+@target("tokenizers")
+def tokenizers(folder: Path) -> Target:
+    train_sentencepiece([TEXT.read_text()[:3000]], "bpe", 320, quiet).save(folder)
+    CharTokenizer("abcd", "char").save(folder)
+    text, model = ((folder / f"tokenizer.{kind}").read_bytes() for kind in ("json", "model"))
+
+    def feed(name: str, content: bytes):
+        (folder / name).write_bytes(content)
+        tokenizer = load_tokenizer(folder / name)
+        tokenizer.decode(range(tokenizer.vocab_size))
+        with contextlib.suppress(UserError):
+            assert all(0 <= i < tokenizer.vocab_size for i in tokenizer.encode("a text \u00e9"))
+
+    inputs = like(text, "tokenizer.json") | named(mangled(model), "tokenizer.model")
+    return Target(inputs | named(st.binary(max_size=99), "tokenizer.model"), feed)
