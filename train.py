@@ -64,6 +64,8 @@ def train(plan: Plan) -> int:
         if not stop.signal:
             recorder.finish()
     if recorder.failed_save:
+        fix = "make room, and --resume goes on from the last one"
+        print(f"train.py: {recorder.failed_save}: {fix}", file=sys.stderr)
         return 1
     return 128 + stop.signal if stop.signal else 0
 

@@ -214,11 +214,16 @@ def step_path(run: Path, step: int) -> Path:
     return Path(run) / "checkpoints" / f"step_{step:08d}"
 
 
+def step_of(path: Path) -> int:
+    """The step that the name of a checkpoint's folder says."""
+    return int(STEP.fullmatch(path.name)[1])
+
+
 def list_steps(run: Path) -> list[Path]:
     """The run's published checkpoints, oldest first; not verified."""
     folder = Path(run) / "checkpoints"
     found = [p for p in folder.glob("step_*") if STEP.fullmatch(p.name) and p.is_dir()]
-    return sorted(found, key=lambda p: int(STEP.fullmatch(p.name).group(1)))
+    return sorted(found, key=step_of)
 
 
 def read_best(run: Path) -> dict | None:

@@ -9,7 +9,6 @@ Reading is in `model/checkpoint.py`.
     python -m training.checkpoint list RUN       its steps: when, how large, validation loss
 """
 
-import argparse
 import hashlib
 import os
 import shutil
@@ -25,8 +24,10 @@ from model.checkpoint import (
     CheckpointError,
     list_steps,
     read_best,
+    step_of,
     step_path,
 )
+from training import cli
 
 CAPSULES = "nonfinite_step_*"  # what stopped runs leave; training/replay.py reads them
 
@@ -46,6 +47,8 @@ def publish(target: Path, files: dict[str, bytes]) -> Path:
     """Makes `target` a directory of `files` with their manifest. Raises OSError; then it is not."""
     hidden = target.with_name(f".{target.name}")
     shutil.rmtree(hidden, ignore_errors=True)  # of a save that was interrupted
+    if hidden.is_file():
+        hidden.unlink()
     hidden.mkdir(parents=True)
     try:
         for name, content in files.items():
@@ -84,10 +87,12 @@ def set_best(run: Path, step: int, val_loss: float):
 
 def prune(run: Path, keep: int):
     """Removes all but the newest `keep` checkpoints and the best one, and what kills have left."""
-    best = read_best(run)
+    best, folder = read_best(run), Path(run) / "checkpoints"
     for pattern in (".step_*", ".removed_*"):
-        for left in (Path(run) / "checkpoints").glob(pattern):
+        for left in folder.glob(pattern):
             shutil.rmtree(left, ignore_errors=True)
+    if best is None and (folder / "best.json").exists():
+        return  # damaged: the best could be any of them
     for path in list_steps(run)[:-keep]:
         if best is None or path != step_path(run, best["step"]):
             # hidden first, so that what is left of an interrupted removal is no checkpoint
@@ -157,7 +162,12 @@ def verify(path: Path) -> bool:
         steps = [*list_steps(path), *sorted(path.glob(CAPSULES))]
         if not steps:
             raise CheckpointError(f"{path}: has no checkpoint yet")
-    return all([verify_step(step) for step in steps])  # a list: each of them, also after a failure
+    whole = [verify_step(step) for step in steps]
+    best = path / "checkpoints" / "best.json"
+    if best.exists() and read_best(path) is None:
+        print(f"damaged  {best}: a resume writes it again")
+        return False
+    return all(whole)
 
 
 def verify_step(path: Path) -> bool:
@@ -191,7 +201,7 @@ def show(run: Path):
     best = read_best(run)
     print(f"{'step':>10}  {'saved':19}  {'size':>10}  validation loss")
     for path in list_steps(run):
-        step = int(path.name.removeprefix("step_"))
+        step = step_of(path)
         saved = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(path.stat().st_mtime))
         loss = f"{losses[step]:.4f}" if step in losses else "-"
         mark = "  best" if best and best["step"] == step else ""
@@ -204,7 +214,7 @@ def megabytes(path: Path) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
+    parser = cli.Parser(
         prog="python -m training.checkpoint", description="Looks through checkpoints."
     )
     commands = parser.add_subparsers(dest="command", required=True)
@@ -222,6 +232,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    from training import cli
-
     sys.exit(cli.run("python -m training.checkpoint", main))

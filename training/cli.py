@@ -1,5 +1,6 @@
 """What every command line of the project shares: flags from a dataclass, errors in one line."""
 
+import argparse
 import contextlib
 import errno
 import io
@@ -45,6 +46,13 @@ def unboxed(box: str) -> str:
     return text or " ".join(box.split())
 
 
+class Parser(argparse.ArgumentParser):
+    """argparse for small programs: a wrong flag is one line. Subparsers are of the same kind."""
+
+    def error(self, message):
+        raise UserError(message)
+
+
 def run(program: str, main) -> int:
     """Calls main() and returns its exit status: 2 and one line on stderr for a user's mistake.
 
@@ -55,13 +63,16 @@ def run(program: str, main) -> int:
             setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):  # a terminal that lacks a character is no error
         stream.reconfigure(errors="backslashreplace")
-    received = []
+    received, handlers = [], {}
 
     def interrupt(number, _frame):
         received.append(number)
+        for each in handlers:  # a second one quits at once
+            signal.signal(each, signal.SIG_DFL)
         raise KeyboardInterrupt
 
-    handlers = {n: signal.signal(n, interrupt) for n in (signal.SIGINT, signal.SIGTERM)}
+    for number in (signal.SIGINT, signal.SIGTERM):
+        handlers[number] = signal.signal(number, interrupt)
     try:
         return main() or 0
     except UserError as error:
@@ -86,18 +97,24 @@ def run(program: str, main) -> int:
 def explain(error: BaseException) -> str:
     """What the machine, not the program, is to be blamed for, in one line; "" for a bug."""
     first = (str(error).splitlines() or [""])[0][:150]
-    if isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError) and "memory" in str(error)
-    ):
-        return (  # PyTorch's own is a RuntimeError
+    if is_out_of_memory(error):
+        return (
             "out of memory: lower train.batch_size, raise train.accumulation_steps, "
             f"or choose a smaller model ({first})"
         )
     if isinstance(error, OSError):  # a full disk, a path that cannot be
         where = f"{error.filename}: " if error.filename else ""
         full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        return f"{where}{error.strerror or first}" + (": make room and try again" if full else "")
+        what = error.strerror or first or type(error).__name__
+        return f"{where}{what}" + (": make room and try again" if full else "")
     return ""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory was full, of the machine or of its GPU; PyTorch's own is a RuntimeError."""
+    if isinstance(error, RuntimeError):
+        return bool(re.search(r"out of memory|not enough memory|allocate memory", str(error)))
+    return isinstance(error, MemoryError)
 
 
 def mute():

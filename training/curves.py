@@ -8,21 +8,25 @@ TensorBoard's own writer is a thread, whose failures nobody can answer; here a r
 has no room for is kept, and written when there is.
 """
 
-import argparse
+import contextlib
 import os
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
+from tensorboard.util import tb_logging
 
 from model.config import UserError
-from training.run import read_records
+from training import cli
+from training.checkpoint import itself
+from training.run import read_records, refuse_if_busy
 
 PATTERN = "events.out.tfevents.*"  # what TensorBoard takes for its own
 
@@ -35,7 +39,8 @@ class Log:
     def __init__(self, path: Path):
         self.path = path
         self.waiting = bytearray()
-        self.file = open(path, "ab", buffering=0)  # noqa: SIM115, closed in close()
+        self.torn = False  # whether half of a record stands at the end
+        self.file = open(path, "ab", 0, opener=itself)  # noqa: SIM115, closed in close()
         self.size = os.fstat(self.file.fileno()).st_size
 
     def write(self, record: bytes):
@@ -45,16 +50,26 @@ class Log:
     def flush(self, sync: bool = False):
         """Writes what waits: all of it, or OSError and nothing. sync: until the disk has it."""
         try:
+            if self.torn:
+                self.mend()
             rest = memoryview(bytes(self.waiting))
+            self.torn = bool(rest)
             while rest:
                 rest = rest[self.file.write(rest) :]
             if sync:
                 os.fsync(self.file.fileno())
         except OSError as error:
-            self.file.truncate(self.size)  # no record is left half written
+            with contextlib.suppress(OSError):
+                self.mend()
             raise OSError(error.errno, error.strerror, str(self.path)) from None
+        self.torn = False
         self.size += len(self.waiting)
         self.waiting.clear()
+
+    def mend(self):
+        """Takes off what may be half a record. Raises OSError."""
+        self.file.truncate(self.size)
+        self.torn = False
 
     def close(self):
         try:
@@ -105,6 +120,7 @@ def recorded(records: list[dict]) -> dict[Point, float]:
 def shown(folder: Path) -> dict[Point, float] | None:
     """The points that TensorBoard shows of a folder; None where it shows one twice."""
     board = EventAccumulator(str(folder), {"scalars": 0})
+    tb_logging.get_logger().setLevel("ERROR")  # what a resume hides is no news
     try:
         board.Reload()
     except Exception:  # whatever its parsers say to a damaged file
@@ -119,17 +135,25 @@ def shown(folder: Path) -> dict[Point, float] | None:
 
 
 def difference(folder: Path, records: list[dict], before: int | None = None) -> str:
-    """How TensorBoard's files fail to show `records` (those of steps below `before`); "" if not."""
-    due = {k: v for k, v in recorded(records).items() if before is None or k[1] < before}
+    """How TensorBoard's files fail to show `records`, and nothing else; "" where they do not.
+
+    before: only what they lack or have otherwise, of steps below this one.
+    """
     found = shown(folder)
     if found is None:
         return "a file is damaged, or has a point twice"
-    found = {k: v for k, v in found.items() if before is None or k[1] < before}
-    for point in sorted(due.keys() | found.keys()):
+    due = {k: v for k, v in recorded(records).items() if before is None or k[1] < before}
+    for point in sorted(due.keys() | (found.keys() if before is None else set())):
         value, should = found.get(point), due.get(point)
-        if value is None or should is None or abs(value - should) > 1e-5 * abs(should) + 1e-30:
+        if value is None or should is None or not same(value, should):
             return f"{point[0]} of step {point[1]} is {value} where metrics.jsonl has {should}"
     return ""
+
+
+def same(value: float, recorded: float) -> bool:
+    """Whether a point is the recorded one in TensorBoard's float32, which ends at 3.4e38."""
+    with np.errstate(over="ignore"):
+        return value == float(np.float32(recorded))
 
 
 def rebuild(folder: Path, records: list[dict]) -> list[Path]:
@@ -139,22 +163,37 @@ def rebuild(folder: Path, records: list[dict]) -> list[Path]:
     Raises OSError.
     """
     old = sorted(folder.glob(PATTERN)) if folder.is_dir() else []
-    board, times = Board(folder), {}
+    board, times, seen = Board(folder), {}, set()
     for path in old:
         for event in intact(path):
             times[event.step] = event.wall_time
             values = [v for v in event.summary.value if not v.HasField("simple_value")]
-            if values:
+            content = event.SerializeToString()
+            if values and content not in seen:  # twice: an earlier rebuild was interrupted
+                seen.add(content)
                 board.add_event(Event(summary=Summary(value=values), **when(event)))
     for (tag, step), value in recorded(records).items():
         point = Summary(value=[Summary.Value(tag=tag, simple_value=value)])
         board.add_event(Event(summary=point, step=step, wall_time=times.get(step, 0)))
     try:
+        board.flush(sync=True)
         board.close()
+        return [
+            path.rename(path.with_name(path.name.replace("tfevents", "set_aside"))) for path in old
+        ]
     except OSError:
         board.path.unlink()
         raise
-    return [path.rename(path.with_name(path.name.replace("tfevents", "set_aside"))) for path in old]
+
+
+def histograms_of(folder: Path, step: int) -> list[Event]:
+    """The histograms of one step, which a resume from there would hide."""
+    events = [event for path in sorted(folder.glob(PATTERN)) for event in intact(path)]
+    return [
+        event
+        for event in events
+        if event.step == step and any(value.HasField("histo") for value in event.summary.value)
+    ]
 
 
 def when(event: Event) -> dict:
@@ -174,7 +213,7 @@ def intact(path: Path) -> Iterator[Event]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
+    parser = cli.Parser(
         prog="python -m training.curves", description="TensorBoard's files against metrics.jsonl."
     )
     parser.add_argument("command", choices=("check", "rebuild"))
@@ -191,8 +230,6 @@ def main() -> int:
     print(f"{folder}: {wrong}")
     if options.command == "check":
         return 1
-    from training.run import refuse_if_busy
-
     refuse_if_busy(options.run)
     for path in rebuild(folder, records):
         print(f"set aside: {path}")
@@ -201,6 +238,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    from training import cli
-
     sys.exit(cli.run("python -m training.curves", main))

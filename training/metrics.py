@@ -15,11 +15,11 @@ import torch
 from torch.utils.tensorboard import summary
 
 from data.tokenizer import clean_text
-from training.checkpoint import replace_synced
+from training.checkpoint import replace_synced, set_aside
 from training.config import Config, flatten, to_toml
-from training.curves import Board, Log, difference, rebuild
+from training.curves import Board, Log, difference, histograms_of, rebuild
 from training.device import synchronize
-from training.run import read_records
+from training.run import parsed
 
 BINS = 64  # of a histogram
 CHARTS = {  # custom scalars: curves that belong on one chart
@@ -35,11 +35,10 @@ class Metrics:
     """
 
     def __init__(self, run: Path, config: Config, resumed_at, redo_val: bool, report):
-        kept = cut_back(run / "metrics.jsonl", resumed_at, redo_val)
+        kept = cut_back(run / "metrics.jsonl", resumed_at, redo_val, report)
         folder = run / "tensorboard"
-        if resumed_at and (wrong := difference(folder, kept, before=resumed_at)):
-            rebuild(folder, kept)
-            report(f"{folder}: {wrong}; rebuilt from metrics.jsonl, the old files set aside")
+        if resumed_at:
+            make_whole(folder, kept, resumed_at, report)
         self.jsonl = Log(run / "metrics.jsonl")
         self.board = Board(folder, purge_step=resumed_at)
         self.failure = ""  # why nothing can be written at present
@@ -54,6 +53,9 @@ class Metrics:
         for record in kept:  # what purge_step hides of the step itself
             if record["step"] == resumed_at:
                 self.show(record)
+        if resumed_at and config.train.histogram_interval:
+            for event in histograms_of(folder, resumed_at):
+                self.board.add_event(event)
         self.try_flush()
 
     def scalars(self, step: int, values: dict[str, float]):
@@ -70,7 +72,9 @@ class Metrics:
                 self.board.add_scalar(tag, value, record["step"])
 
     def histograms(self, step: int, model: torch.nn.Module):
-        """Weights and gradients, parameter by parameter."""
+        """Weights and gradients, parameter by parameter; not while they would only fill memory."""
+        if self.failure:
+            return
         for name, parameter in model.named_parameters():
             kinds = {"weights": parameter.detach(), "gradients": parameter.grad}
             for kind, values in kinds.items():
@@ -109,19 +113,39 @@ def hyperparameters(config: Config) -> dict:
     }
 
 
-def cut_back(file: Path, step: int | None, redo_val: bool) -> list[dict]:
+def make_whole(folder: Path, records: list[dict], step: int, report):
+    """Rebuilds TensorBoard's files where they do not show the records of steps below `step`."""
+    wrong = difference(folder, records, before=step)
+    if not wrong:
+        return
+    try:
+        rebuild(folder, records)
+        report(f"{folder}: {wrong}; rebuilt from metrics.jsonl, the old files set aside")
+    except OSError as error:  # it is only what is shown
+        report(f"{folder}: {wrong}, and could not be rebuilt: {error}")
+
+
+def cut_back(file: Path, step: int | None, redo_val: bool, report=print) -> list[dict]:
     """Removes the records after `step`, and its validation if that is done again. Returns the rest.
 
-    A last line that a killed process left half written goes too.
+    A last line that a killed process left half written goes too. If others cannot be read, the
+    file as it was is set aside, and `report` gets a line.
     """
-    if step is None or not file.exists():
+    if step is None or not file.is_file():
         return []
+    lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
+    lost = sum(parsed(line) is None for line in lines[:-1])
     kept = [
         record
-        for record in read_records(file)
-        if record["step"] < step
-        or (record["step"] == step and not (redo_val and "loss/val" in record))
+        for record in map(parsed, lines)
+        if record is not None
+        and (
+            record["step"] < step
+            or (record["step"] == step and not (redo_val and any("/val" in k for k in record)))
+        )
     ]
+    if lost:
+        report(f"{file}: {lost} lines cannot be read; as it was it is {set_aside(file)}")
     replace_synced(file, "".join(json.dumps(r) + "\n" for r in kept).encode())
     return kept
 

@@ -199,9 +199,9 @@ def try_steps(t) -> tuple[Tried | None, str]:
                 seconds.append(timed_step(t, hidden, begin + 1 + len(seconds))[1])
             evaluation = timed_evaluation(t)
     except NonFinite as error:
-        return None, str(error).partition(": stopped")[0]
+        return None, str(error)
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and "memory" not in str(error):
+        if not cli.is_out_of_memory(error):
             raise
         too_much = "a step needs more memory than there is: lower train.batch_size"
         return None, f"{too_much}, or raise train.accumulation_steps"

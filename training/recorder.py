@@ -10,7 +10,7 @@ import torch
 from torch.utils.tensorboard import summary
 from tqdm import tqdm
 
-from model.checkpoint import list_steps, read_best, step_path
+from model.checkpoint import list_steps, read_best, step_of, step_path
 from model.config import UserError
 from training import cli
 from training.checkpoint import prune, replace_synced, save, set_aside, set_best
@@ -32,6 +32,7 @@ class Recorder:
     def __init__(self, t: Training, plan: Plan, stop: StopRequest):
         self.t, self.plan, self.stop = t, plan, stop
         self.failed_save = self.failed_log = ""
+        self.first_step = t.progress.step
         self.texts = []  # of the last evaluation
         self.shown_at = -QUIET
         self.steps = self.tokens = self.positions = self.flops = 0  # since the last log entry
@@ -50,7 +51,7 @@ class Recorder:
         self.metrics = Metrics(plan.run, t.config, resumed_at, redo_val, self.say)
         self.sampler = Sampler(t.dataset, t.config.sample, t.config.seed)
         self.peak_flops = matmul_flops(t.device, t.precision)
-        if not plan.goes_on:
+        if not resumed_at:  # also where a resume at step 0 hides what stood there
             self.show_positions()
         self.clock = Clock(t.device)
 
@@ -98,7 +99,7 @@ class Recorder:
         try:
             path = leave(self.t, self.plan.run, micro_batches, targets, str(error))
             where = f"python -m training.replay {path} shows where it begins"
-        except OSError as failure:
+        except (OSError, MemoryError) as failure:
             where = f"its state could not be kept: {failure}"
         return (
             f"{error}: stopped before the update; {where}; lower optimizer.lr, or use "
@@ -108,13 +109,18 @@ class Recorder:
     def set_passed_over_aside(self):
         """Moves the damaged steps that a resume has passed over out of the way, the best too."""
         progress, best = self.t.progress, read_best(self.plan.run)
-        for path in list_steps(self.plan.run):
-            if path > step_path(self.plan.run, progress.step):
+        run, known = self.plan.run, progress.best_val_loss is not None
+        for path in list_steps(run):
+            if step_of(path) > progress.step:
                 set_aside(path)
-        if best is not None and best["step"] > progress.step:
-            (self.plan.run / "checkpoints" / "best.json").unlink()
-            if progress.best_val_loss is not None:
-                set_best(self.plan.run, progress.best_step, progress.best_val_loss)
+        if best is None and (run / "checkpoints" / "best.json").exists():
+            self.say(f"{run / 'checkpoints' / 'best.json'}: damaged, and written again")
+        elif best is None or best["step"] <= progress.step:
+            return
+        if known and step_path(run, progress.best_step).is_dir():
+            set_best(run, progress.best_step, progress.best_val_loss)
+        else:
+            (run / "checkpoints" / "best.json").unlink()
 
     # Evaluations ----------------------------------------------------------------------------------
 
@@ -123,10 +129,10 @@ class Recorder:
         return step == self.t.config.max_steps or due(step, self.t.config.train.eval_interval)
 
     def save_due(self, step: int) -> bool:
-        """Whether the state after `step` steps is saved; the first is: no kill comes too early."""
-        return (
-            step == 0 or self.evaluation_due(step) or due(step, self.t.config.train.save_interval)
-        )
+        """Whether the state after `step` steps is saved; a run's first is: no kill is too early."""
+        if step == self.first_step and self.plan.is_new:
+            return True
+        return self.evaluation_due(step) or due(step, self.t.config.train.save_interval)
 
     def evaluate(self) -> bool:
         """Validation loss, samples and attention maps of the weights as they are.
@@ -160,12 +166,15 @@ class Recorder:
         )
         loss, best = values["loss/val"], progress.best_val_loss
         is_best = math.isfinite(loss) and (best is None or loss < best)
-        if is_best and not self.failed_save:  # the best is always one that can be had
+        if is_best and self.failed_save:  # the best is always one that can be had
+            is_best = False
+        if is_best:
             try:
                 set_best(self.plan.run, progress.step, loss)
                 progress.best_step, progress.best_val_loss = progress.step, loss
             except OSError as error:
                 self.say(f"the best step could not be noted: {error}")
+                is_best = False
         earlier = "" if best is None else f" (best: {best:.4f} at {progress.best_step:,})"
         self.say(
             f"step {progress.step:,}: validation loss {loss:.4f}, "
@@ -272,7 +281,7 @@ class Recorder:
         best = read_best(run)
         if best:
             print(f"best validation loss {best['val_loss']:.4f} at step {best['step']}\n")
-        if not list_steps(run):
+        if not list_steps(run) or self.failed_save:
             return
         prompt = ' --prompt "..."' if t.dataset.kind == "pairs" and not t.dataset.held_out else ""
         print(

@@ -6,7 +6,6 @@ runs that step again and names the first module whose output or gradient is not 
 a checkpoint of the state before the update, with the step's batch and `capsule.json` beside it.
 """
 
-import argparse
 import json
 import math
 import sys
@@ -24,11 +23,11 @@ from training import cli
 from training.checkpoint import publish
 from training.config import Config
 from training.device import Precision, choose_device, choose_precision, set_up
-from training.run import stored_config
+from training.run import CAPSULE, stored_config
 from training.setup import restore_scaler
 from training.step import micro_step
 
-NOTE, BATCH = "capsule.json", "batch.safetensors"
+BATCH = "batch.safetensors"
 
 
 def leave(t, run: Path, micro_batches: list[Batch], targets: int, why: str) -> Path:
@@ -43,7 +42,7 @@ def leave(t, run: Path, micro_batches: list[Batch], targets: int, why: str) -> P
     while path.exists():  # of an earlier try, which may have had other settings
         others += 1
         path = run / f"nonfinite_step_{number}_{others}"
-    files = {NOTE: json.dumps(note, indent=1).encode(), BATCH: to_safetensors(arrays)}
+    files = {CAPSULE: json.dumps(note, indent=1).encode(), BATCH: to_safetensors(arrays)}
     return publish(path, {**t.checkpoint_files(), **files})
 
 
@@ -81,6 +80,27 @@ def read_batches(capsule: Checkpoint) -> list[Batch]:
         )
         batches.append(Batch(ids, targets, positions, ids.size))
     return batches
+
+
+def check(path: Path, config: Config, note: dict, batches: list[Batch]):
+    """Raises CheckpointError for a capsule that no run has written."""
+    size = config.model.vocab_size
+    whole = (
+        isinstance(note.get("why"), str)
+        and type(note.get("step")) is int
+        and type(note.get("targets")) is int
+        and note["targets"] > 0
+        and bool(batches)
+        and all(
+            b.ids.ndim == 2
+            and b.targets is not None
+            and all(0 <= a.min(initial=0) and a.max(initial=0) < size for a in (b.ids, b.targets))
+            and (b.positions is None or b.positions.max(initial=0) < b.ids.size)
+            for b in batches
+        )
+    )
+    if not whole:
+        raise CheckpointError(f"{path}: {CAPSULE} or {BATCH} is not what a run writes")
 
 
 class Watch:
@@ -155,27 +175,29 @@ def replay(run: Restored, batches: list[Batch], step: int, targets: int) -> tupl
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
+    parser = cli.Parser(
         prog="python -m training.replay", description="Runs a step again that was not finite."
     )
     parser.add_argument("capsule", type=Path, help="runs/NAME/nonfinite_step_N")
     parser.add_argument("--device", default="", help="another device than the run's")
     options = parser.parse_args()
     capsule = Checkpoint(options.capsule).verify()
-    if NOTE not in capsule.manifest["files"]:
-        raise CheckpointError(f"{options.capsule}: is no capsule: there is no {NOTE} in it")
-    note, batches = capsule.json(NOTE), read_batches(capsule)
+    if not {CAPSULE, BATCH} <= capsule.manifest["files"].keys():
+        raise CheckpointError(f"{options.capsule}: is no capsule: there is no {CAPSULE} in it")
     run = restore(capsule, options.device)
+    note, batches = capsule.json(CAPSULE), read_batches(capsule)
+    check(options.capsule, run.config, note, batches)
     shapes = ", ".join(str(np.shape(batch.ids)) for batch in batches)
     print(
-        f"{options.capsule}: {note['why']}\n"
+        f"{options.capsule}: {cli.visible(note['why'])}\n"
         f"seed {note['seed']}, {run.precision.name} on {run.device}, micro-batches of {shapes}"
     )
     largest = max(run.model.named_parameters(), key=lambda item: item[1].abs().max().item())
     print(f"largest weight {largest[1].abs().max().item():.3g}, in {largest[0]}")
     first, loss = replay(run, batches, note["step"], note["targets"])
     if not first:
-        print(f"loss {loss:.4f}, and everything is finite here: not reproduced")
+        eager = ", without torch.compile" if run.config.compile else ""
+        print(f"loss {loss:.4f}, and everything is finite here{eager}: not reproduced")
         return 1
     print(f"first: {first}")
     return 0

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import re
 import shutil
@@ -20,6 +21,8 @@ from training.config import Change, Config
 # what a run has written before its first checkpoint
 OURS = {".lock", ".owner", "config.json", "config.tmp", "metrics.jsonl", "metrics.tmp"}
 OURS |= {"checkpoints", "tensorboard"}
+EARLIER = "earlier_metrics.jsonl_"  # and a number: the log of a run that never saved
+CAPSULE = "capsule.json"  # in the folders that training/replay.py reads
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,11 @@ def find_resume(runs_dir: Path, path: str | None, name: str, report):
         refuse_if_busy(given)
         return given, newest_complete(given, report), False
     checkpoint = Checkpoint(given).verify()
-    run = Path(os.path.relpath(given.resolve().parent.parent))
+    if CAPSULE in checkpoint.manifest["files"]:
+        raise UserError(f"--resume {given}: a capsule: look into it with python -m training.replay")
+    run = given.resolve().parent.parent
+    with contextlib.suppress(ValueError):  # Windows: on another drive
+        run = Path(os.path.relpath(run))
     return run, checkpoint, list_steps(run)[-1:] != [step_path(run, checkpoint.step)]
 
 
@@ -112,11 +119,19 @@ def read_records(file: Path) -> list[dict]:
     found = []
     if file.is_file():
         for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
-            with contextlib.suppress(ValueError):
-                record = json.loads(line)
-                if isinstance(record, dict) and isinstance(record.get("step"), int):
-                    found.append(record)
+            record = parsed(line)
+            if record is not None:
+                found.append(record)
     return found
+
+
+def parsed(line: str) -> dict | None:
+    """The record of one line; None for anything else."""
+    with contextlib.suppress(ValueError, RecursionError, OverflowError, TypeError, LookupError):
+        record = json.loads(line)
+        if type(record["step"]) is int and 0 <= record["step"] < 2**63:
+            return record if all(map(math.isfinite, record.values())) else None
+    return None
 
 
 def check_run_name(name: str):
@@ -132,9 +147,9 @@ def name_run(runs_dir: Path, name: str, stem: str) -> Path:
     """The folder of a new run: as named, or after the configuration's file and the time."""
     if name:
         check_run_name(name)
-        if (runs_dir / name).is_dir():
-            refuse_if_busy(runs_dir / name)
         if not is_free(runs_dir / name):
+            if (runs_dir / name / ".lock").exists():
+                refuse_if_busy(runs_dir / name)
             raise UserError(
                 f"--name {name}: {runs_dir / name} exists: add --resume to go on with it, "
                 "or choose another name"
@@ -149,14 +164,24 @@ def name_run(runs_dir: Path, name: str, stem: str) -> Path:
 
 
 def is_free(run: Path) -> bool:
-    """Whether a new run may have this folder: none is there, or one without a checkpoint."""
+    """Whether a new run may have this folder: none is there, or one that never saved anything.
+
+    What this project has not made is somebody's, wherever in the folder it lies.
+    """
     if not run.exists():
         return True
     try:
-        known = {path.name for path in run.iterdir()} <= OURS
+        names = {p.name for p in run.iterdir() if not p.name.startswith(EARLIER)}
+        saved = [p.name for p in (run / "checkpoints").glob("[!.]*")]
+        shown = [p.name for p in (run / "tensorboard").glob("*")]
     except OSError:  # a file, say
         return False
-    return known and not list_steps(run)
+    return (
+        names <= OURS
+        and (not names or ".lock" in names)
+        and set(saved) <= {"best.json", "best.tmp"}
+        and all(name.startswith("events.out.") for name in shown)
+    )
 
 
 @contextlib.contextmanager
@@ -167,9 +192,9 @@ def locked(plan: Plan):
     try:
         if plan.is_new:
             plan.run.mkdir(exist_ok=True)
-        lock.acquire()
-        if plan.is_new and not is_free(plan.run):
-            raise UserError(f"{plan.run}: another process has just begun this run")
+        if not plan.is_new or is_free(plan.run):  # a lock is left in no other folder
+            lock.acquire()
+        check_still(plan)
         if plan.is_new:
             clear(plan.run)
         (plan.run / "checkpoints").mkdir(exist_ok=True)
@@ -189,16 +214,32 @@ def locked(plan: Plan):
         yield
     finally:
         owner.unlink(missing_ok=True)
-        if plan.is_new and is_free(plan.run) and not read_records(plan.run / "metrics.jsonl"):
-            clear(plan.run)  # nothing happened: the name is free again
-            (plan.run / ".lock").unlink(missing_ok=True)
-            plan.run.rmdir()
+        with contextlib.suppress(OSError):  # Windows removes no file that is open
+            if plan.is_new and is_free(plan.run) and not read_records(plan.run / "metrics.jsonl"):
+                clear(plan.run)  # nothing happened: the name is free again
+                (plan.run / ".lock").unlink(missing_ok=True)
+                plan.run.rmdir()
         lock.release()
 
 
+def check_still(plan: Plan):
+    """Raises UserError where another process was there between the plan and the lock."""
+    if plan.is_new and not is_free(plan.run):
+        raise UserError(f"{plan.run}: another process has just begun this run")
+    if plan.goes_on and list_steps(plan.run)[-1:] != [step_path(plan.run, plan.resume.step)]:
+        newest = newest_complete(plan.run, lambda _: None)  # what was passed over is still there
+        if newest.path.name != plan.resume.path.name:
+            raise UserError(f"{plan.run}: another process has gone on with it: --resume again")
+
+
 def clear(run: Path):
-    """Removes what a run without a checkpoint has left, but for its lock."""
-    for name in OURS - {".lock"}:
+    """Removes what a run that never saved has left, but for its lock; its log is set aside."""
+    log, number = run / "metrics.jsonl", 0
+    if read_records(log):
+        while (aside := run / f"{EARLIER}{number}").exists():
+            number += 1
+        log.rename(aside)
+    for name in sorted(OURS - {".lock"}):
         path = run / name
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)

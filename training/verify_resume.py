@@ -35,13 +35,6 @@ class Failed(Exception):
     """A train.py that did not do what it should: what it said, and its exit status."""
 
 
-class Parser(argparse.ArgumentParser):
-    """A wrong flag is one line."""
-
-    def error(self, message):
-        raise UserError(message)
-
-
 @dataclass
 class Compared:
     """What was compared, and the first difference in words ("" where there is none)."""
@@ -86,7 +79,7 @@ def main() -> int:
 
 def read_flags(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """Our own flags, and those for train.py."""
-    parser = Parser(prog=PROGRAM, description=DESCRIPTION, allow_abbrev=False)
+    parser = cli.Parser(prog=PROGRAM, description=DESCRIPTION, allow_abbrev=False)
     parser.add_argument("--steps", type=int, default=40, help="how many to train (default: 40)")
     parser.add_argument("--stop_at", type=int, default=0, help="stopped after so many (half)")
     options, flags = parser.parse_known_args([underscored(flag) for flag in argv])

@@ -40,7 +40,7 @@ def order(items: str) -> tuple:
 
 def row(campaign: Campaign, tally: Tally, seconds: float) -> str:
     """A campaign's row of the table, in Markdown."""
-    counts = ", ".join(f"{number:,} {name}" for name, number in sorted(tally.counts.items()))
+    counts = ", ".join(f"{n:,} {name}" for name, n in sorted(tally.counts.items()) if n)
     took = f"{seconds / 60:.0f} min" if seconds >= 100 else f"{seconds:.0f} s"
     cells = (
         campaign.items, campaign.what, f"{tally.tried:,} {campaign.unit}", str(len(tally.lost)),

@@ -36,7 +36,7 @@ def kills(tally: Tally, count: int, folder: Path, dice):
     home(folder)
     killed = folder / "runs" / "killed"
     while tally.tried < count:
-        if dice.random() < 0.02:
+        if tally.tried < count / 2 and dice.random() < 0.05:
             shutil.rmtree(killed, ignore_errors=True)  # so that beginnings are tried, too
         resume = ["--resume"] if list_steps(killed) else []
         process = start("train.py", *TINY, "--name", "killed", *OFTEN, *resume, cwd=folder)

@@ -61,7 +61,6 @@ def syscalls(tally: Tally, count: int, folder: Path, dice):
         beyond = beyond + 1 if len(found) < at else 0  # then it came as far as the next save
         if len(found) < at <= LEAST:
             tally.lost.append(f"only {len(found)} calls in a save")
-        tally.counts[f"before {found[-1][0]}"] += not beyond
     ending = ["--name", "killed", "--max_steps", str(step + 1)]
     finished(run("train.py", "--resume", *ending, cwd=folder))
     ending = ["--name", "whole", *OFTEN, "--max_steps", str(step + 1)]
@@ -110,14 +109,14 @@ def fsync(tally: Tally, count: int, folder: Path, dice):
 def judge(tally: Tally, run_folder: Path, result, label: str):
     """The end of a run on a bad disk: 0, or one line that says why; and no checkpoint is damaged.
 
-    A run that comes to its end without its last checkpoint says so on stdout, with status 1.
+    A run that comes to its end without its last checkpoint says so with status 1.
     """
     said = result.stdout + result.stderr
     unsaved = result.returncode == 1 and "could not be saved" in result.stdout
     if "Traceback" in said:
         tally.through.append(f"{label}: a traceback: {said.strip().splitlines()[-1]}")
-    elif result.returncode and not (unsaved and not result.stderr):
-        if wrong := one_line(result, 2):
+    elif result.returncode:
+        if wrong := one_line(result, 1 if unsaved else 2):
             tally.through.append(f"{label}: {wrong}")
     elif result.stderr:
         tally.through.append(f"{label}: on stderr: {result.stderr[:200]}")
@@ -148,7 +147,7 @@ def go_on(tally: Tally, folder: Path, result, label: str, small: Disk | None = N
         tally.lost.append(f"{label}: {different}")
 
 
-@campaign("full_disk", "3", "no space left, anywhere in the life of train.py", "faults", 300, 1)
+@campaign("full_disk", "3", "no space left, anywhere in the life of train.py", "faults", 100, 1)
 def full_disk(tally: Tally, count: int, folder: Path, dice):
     """One call that takes room fails, or all from it on, or half a write is made; no file may be
     larger than so much; a small disk is full. Afterwards there is room, and the run goes on."""

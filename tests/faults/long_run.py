@@ -51,7 +51,8 @@ def long_run(tally: Tally, count: int, folder: Path, dice):
     tally.counts["validations"] = sum(kind == "loss/val" for kind, _ in losses(run_folder))
     if slopes:
         slope = statistics.median(slopes)
-        tally.counts[f"{slope:+.1f} MB an hour, the median of legs"] = len(slopes)
+        change = "more" if slope > 0 else "less"
+        tally.counts[f"kB an hour {change} memory, the median of legs"] = abs(round(1000 * slope))
         if slope > GROWTH:
             tally.lost.append(f"memory grows by {slope:.1f} MB an hour")
 
@@ -72,7 +73,8 @@ def look_at(tally: Tally, samples) -> float:
     settled = samples[len(samples) // 10 :]
     slope = statistics.linear_regression([s[0] for s in settled], [s[1] for s in settled]).slope
     third = len(settled) // 3
-    first, last = (max(s[2] for s in part) for part in (settled[:third], settled[-third:]))
+    # the fewest: a save has some open for a moment
+    first, last = (min(s[2] for s in part) for part in (settled[:third], settled[-third:]))
     if last > first:
         tally.lost.append(f"{first} file descriptors at first, {last} at the end")
     return slope * 3600

@@ -35,7 +35,7 @@ def needs_signals():
         raise Skip("needs POSIX signals")
 
 
-@campaign("second", "6", "a second train.py on a run that is being trained", "starts", 60, 3)
+@campaign("second", "6", "a second train.py on a run that is being trained", "starts", 30, 3)
 def second(tally: Tally, count: int, folder: Path, dice):
     """The first is halted at a random moment, so that it cannot end meanwhile, and then goes on."""
     needs_signals()
@@ -75,7 +75,7 @@ def refused(tally: Tally, name: str, result, holder: int):
         tally.through.append(f"{name}: does not name process {holder}: {result.stderr.strip()}")
 
 
-@campaign("signals", "7", "SIGTERM or SIGINT at a random moment of train.py", "signals", 200, 2)
+@campaign("signals", "7", "SIGTERM or SIGINT at a random moment of train.py", "signals", 100, 2)
 def signals(tally: Tally, count: int, folder: Path, dice):
     """A run that saves at every step and evaluates at every second is stopped and resumed.
 
@@ -123,7 +123,7 @@ def stop(tally: Tally, process, dice, limit: float, what: str):
     tally.counts[name] = max(took, tally.counts[name])
 
 
-@campaign("preparing", "7", "SIGTERM or SIGINT while data is prepared", "signals", 60, 2)
+@campaign("preparing", "7", "SIGTERM or SIGINT while data is prepared", "signals", 24, 2)
 def preparing(tally: Tally, count: int, folder: Path, dice):
     """The text is large: SentencePiece learns from it for many seconds, and takes some to encode.
 
@@ -156,7 +156,7 @@ def preparing(tally: Tally, count: int, folder: Path, dice):
         tally.counts["in SentencePiece's training"] += bool(children)
         look_around(tally, folder, children)
     slowest = max((n for name, n in tally.counts.items() if name.startswith("ms ")), default=0)
-    if slowest > AT_ONCE:
+    if slowest > AT_ONCE and count > 10:  # a few tries are a test, and no test asserts a time
         tally.through.append(f"gone after {slowest} ms only")
 
 
