@@ -9,28 +9,30 @@ python train.py --help
 import sys
 from functools import partial
 
-from training import cli
-from training.arguments import read_command_line
-from training.run import Plan, locked
+from training import cli  # and nothing large, so that Ctrl-C is answered from the start
 
 say = partial(print, flush=True)  # seen at once also where it goes into a pipe
 
 
 def main() -> int:
     """Decides what is to be done, and does it. Returns the exit status."""
+    from training.arguments import read_command_line
+
     plan = read_command_line(say)
     return 0 if plan is None else train(plan)
 
 
-def train(plan: Plan) -> int:
+def train(plan) -> int:
     """The loop. One pass more than there are steps: the last one only saves and evaluates."""
     # imported here, so that a mistake in the settings is told before PyTorch has loaded
-    from training.optimizer import set_lr
-    from training.recorder import Recorder
-    from training.schedule import lr_factor
-    from training.setup import Prefetch, build
-    from training.signals import StopRequest
-    from training.step import NonFinite, compiled, train_step
+    with cli.held():
+        from training.optimizer import set_lr
+        from training.recorder import Recorder
+        from training.run import locked
+        from training.schedule import lr_factor
+        from training.setup import Prefetch, build
+        from training.signals import StopRequest
+        from training.step import NonFinite, compiled, train_step
 
     t = build(plan, say)
     config, progress = t.config, t.progress

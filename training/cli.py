@@ -53,6 +53,36 @@ class Parser(argparse.ArgumentParser):
         raise UserError(message)
 
 
+class Interrupt:
+    """Answers Ctrl-C and SIGTERM with KeyboardInterrupt, at once or after what is held."""
+
+    def __init__(self):
+        self.received: list[int] = []
+        self.holding = False
+
+    def __call__(self, number, _frame):
+        self.received.append(number)
+        for each in (signal.SIGINT, signal.SIGTERM):  # a second one quits at once
+            signal.signal(each, signal.SIG_DFL)
+        if not self.holding:
+            raise KeyboardInterrupt
+
+
+INTERRUPT = Interrupt()
+
+
+@contextlib.contextmanager
+def held():
+    """The block is not interrupted, but at its end: PyTorch aborts if its loading is."""
+    INTERRUPT.holding = True
+    try:
+        yield
+    finally:
+        INTERRUPT.holding = False
+    if INTERRUPT.received:
+        raise KeyboardInterrupt
+
+
 def run(program: str, main) -> int:
     """Calls main() and returns its exit status: 2 and one line on stderr for a user's mistake.
 
@@ -63,16 +93,8 @@ def run(program: str, main) -> int:
             setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):  # a terminal that lacks a character is no error
         stream.reconfigure(errors="backslashreplace")
-    received, handlers = [], {}
-
-    def interrupt(number, _frame):
-        received.append(number)
-        for each in handlers:  # a second one quits at once
-            signal.signal(each, signal.SIG_DFL)
-        raise KeyboardInterrupt
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        handlers[number] = signal.signal(number, interrupt)
+    INTERRUPT.received.clear()
+    handlers = {n: signal.signal(n, INTERRUPT) for n in (signal.SIGINT, signal.SIGTERM)}
     try:
         return main() or 0
     except UserError as error:
@@ -83,8 +105,8 @@ def run(program: str, main) -> int:
         return 141
     except BaseException as error:
         # half an import, say, may make something else of an interrupt
-        if received or isinstance(error, KeyboardInterrupt):
-            return 128 + (received or [signal.SIGINT])[0]
+        if INTERRUPT.received or isinstance(error, KeyboardInterrupt):
+            return 128 + (INTERRUPT.received or [signal.SIGINT])[0]
         if not (reason := explain(error)):
             raise
         print(f"{program}: {reason}", file=sys.stderr)

@@ -18,6 +18,7 @@ from data.tokenizer import load_tokenizer
 from model.checkpoint import Checkpoint, read_best
 from model.config import UserError
 from model.transformer_full import TransformerDecoder
+from training import cli
 from training.config import Config
 from training.device import Precision, choose_device, choose_precision, set_up
 from training.optimizer import create_optimizers, load_state_tensors, state_tensors
@@ -114,7 +115,8 @@ def build(plan: Plan, report: Report) -> Training:
     if source:
         model.load_weights(source.tensors("model.safetensors"))
     model.to(device)
-    optimizers = create_optimizers(model, config.optimizer)
+    with cli.held():  # the first optimizer makes PyTorch load its compiler
+        optimizers = create_optimizers(model, config.optimizer)
     scaler = torch.amp.GradScaler(device.type, enabled=precision.name == "fp16")
     progress = Progress()
     if plan.resume:

@@ -42,7 +42,7 @@ def at_once(folder: Path, *commands: list) -> list[subprocess.CompletedProcess]:
     return ends
 
 
-@campaign("same_name", "", "two train.py at once with the same new name", "pairs", 20, 1)
+@campaign("same_name", "concurrency", "two train.py at once with the same new name", "pairs", 20, 1)
 def same_name(tally: Tally, count: int, folder: Path, dice):
     """One of them trains, whole, and the other is refused."""
     home(folder)
@@ -61,7 +61,9 @@ def same_name(tally: Tally, count: int, folder: Path, dice):
             tally.lost.append(f"the one that has trained: {different}")
 
 
-@campaign("same_data", "", "two train.py at once that prepare the same data", "pairs", 20, 1)
+@campaign(
+    "same_data", "concurrency", "two train.py at once that prepare the same data", "pairs", 20, 1
+)
 def same_data(tally: Tally, count: int, folder: Path, dice):
     """Both train, to the same bits, and one has prepared, which takes it a while."""
     words = ["".join(dice.choices("abcdefghij", k=5)) for _ in range(200_000)]
@@ -82,7 +84,14 @@ def same_data(tally: Tally, count: int, folder: Path, dice):
             tally.lost.append(str(wrong))
 
 
-@campaign("reading", "", "generate.py while train.py saves and prunes each step", "texts", 100, 4)
+@campaign(
+    "reading",
+    "concurrency",
+    "generate.py while train.py saves and prunes each step",
+    "texts",
+    100,
+    4,
+)
 def reading(tally: Tally, count: int, folder: Path, dice):
     """With and without validation: the best step moves on, or there is none but the newest."""
     needs_signals()
