@@ -188,7 +188,8 @@ def rebuild(folder: Path, records: list[dict]) -> list[Path]:
 
 def histograms_of(folder: Path, step: int) -> list[Event]:
     """The histograms of one step, which a resume from there would hide."""
-    events = [event for path in sorted(folder.glob(PATTERN)) for event in intact(path)]
+    newest = sorted(folder.glob(PATTERN))[-2:]  # the process before, and one that came to nothing
+    events = [event for path in newest for event in intact(path)]
     return [
         event
         for event in events

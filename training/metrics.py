@@ -22,6 +22,7 @@ from training.device import synchronize
 from training.run import parsed
 
 BINS = 64  # of a histogram
+LARGE = 16  # MB of TensorBoard's files that are read in some seconds
 CHARTS = {  # custom scalars: curves that belong on one chart
     "loss": {"train and validation": ["Multiline", ["loss/train", "loss/val"]]},
     "time": {"share of a step": ["Multiline", ["time/.*"]]},
@@ -114,7 +115,13 @@ def hyperparameters(config: Config) -> dict:
 
 
 def make_whole(folder: Path, records: list[dict], step: int, report):
-    """Rebuilds TensorBoard's files where they do not show the records of steps below `step`."""
+    """Rebuilds TensorBoard's files where they do not show the records of steps below `step`.
+
+    They are read whole, about 4 MB a second.
+    """
+    size = sum(path.stat().st_size for path in folder.glob("*")) / 1e6
+    if size > LARGE:
+        report(f"{folder}: comparing {size:.0f} MB with metrics.jsonl")
     wrong = difference(folder, records, before=step)
     if not wrong:
         return

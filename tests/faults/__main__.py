@@ -1,6 +1,6 @@
 """Every promise of reliability tried with real faults: `python -m tests.faults`.
 
-python -m tests.faults                          everything, about two hours
+python -m tests.faults                          everything, about three hours
 python -m tests.faults --only kills flips       these
 python -m tests.faults --only kills --count 50  fewer
 python -m tests.faults --quick                  as the test suite does it

@@ -147,7 +147,7 @@ def go_on(tally: Tally, folder: Path, result, label: str, small: Disk | None = N
         tally.lost.append(f"{label}: {different}")
 
 
-@campaign("full_disk", "3", "no space left, anywhere in the life of train.py", "faults", 100, 1)
+@campaign("full_disk", "3", "no space left, anywhere in the life of train.py", "faults", 60, 1)
 def full_disk(tally: Tally, count: int, folder: Path, dice):
     """One call that takes room fails, or all from it on, or half a write is made; no file may be
     larger than so much; a small disk is full. Afterwards there is room, and the run goes on."""

@@ -188,6 +188,7 @@ def prompts(tally: Tally, count: int, folder: Path, dice):
         write_config(folder)
         for kind in ("char_bos", "bpe"):
             more = ["--data.kind", "lines", "--data.tokenizer", kind, "--data.vocab_size", "320"]
+            more += ["--model.max_len", "256"]  # as long as the lines are
             finished(run("train.py", *TINY, "--name", kind, "--max_steps", 1, *more, cwd=folder))
             runs.append(folder / "runs" / kind)
     for number in range(count):
