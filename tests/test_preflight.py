@@ -107,7 +107,7 @@ def test_a_model_for_another_machine(home):
     def bounded():
         resource.setrlimit(resource.RLIMIT_DATA, (1_200_000_000, 1_200_000_000))
 
-    result = preflight(home, "--model.d_ff", 400_000, preexec_fn=bounded)
+    result = preflight(home, "--model.d_ff", 2**18, "--model.n_layers", 3, preexec_fn=bounded)
     assert "wrong: a step needs more memory than there is" in remarks(result, 1)
 
 
