@@ -27,7 +27,7 @@ def reported(output: str) -> list[str]:
     return [line.removeprefix("saved ") for line in lines if line.startswith("saved ")]
 
 
-@campaign("kills", "1", "SIGKILL at a random instant of train.py, then --resume", "kills", 500, 2)
+@campaign("kills", "1", "SIGKILL at a random instant of train.py, then --resume", "kills", 500, 1)
 def kills(tally: Tally, count: int, folder: Path, dice):
     """A run that saves at every step is killed, looked through, resumed and killed again.
 

@@ -71,7 +71,7 @@ def syscalls(tally: Tally, count: int, folder: Path, dice):
         tally.lost.append(f"after all kills: {different}")
 
 
-@campaign("fsync", "4", "fsync fails, at every place of a save", "faults", 36, 2)
+@campaign("fsync", "4", "fsync fails, at every place of a save", "faults", 36, 1)
 def fsync(tally: Tally, count: int, folder: Path, dice):
     """Each fsync from the save of step 2 to the next save fails once, with EIO.
 

@@ -45,7 +45,7 @@ class Slow(BaseException):
     """An input takes too long. No Exception, so that the code under test does not catch it."""
 
 
-@campaign("fuzz", "21", "near-valid input to everything that reads", "seconds", 600, 8)
+@campaign("fuzz", "21", "near-valid input to everything that reads", "seconds", 600, 5)
 def fuzz(tally: Tally, count: int, folder: Path, dice):
     """`count` seconds of it, of which every target has its share."""
     if os.name != "posix":

@@ -75,7 +75,7 @@ def refused(tally: Tally, name: str, result, holder: int):
         tally.through.append(f"{name}: does not name process {holder}: {result.stderr.strip()}")
 
 
-@campaign("signals", "7", "SIGTERM or SIGINT at a random moment of train.py", "signals", 100, 2)
+@campaign("signals", "7", "SIGTERM or SIGINT at a random moment of train.py", "signals", 100, 1)
 def signals(tally: Tally, count: int, folder: Path, dice):
     """A run that saves at every step and evaluates at every second is stopped and resumed.
 
@@ -123,7 +123,7 @@ def stop(tally: Tally, process, dice, limit: float, what: str):
     tally.counts[name] = max(took, tally.counts[name])
 
 
-@campaign("preparing", "7", "SIGTERM or SIGINT while data is prepared", "signals", 24, 2)
+@campaign("preparing", "7", "SIGTERM or SIGINT while data is prepared", "signals", 24, 1)
 def preparing(tally: Tally, count: int, folder: Path, dice):
     """The text is large: SentencePiece learns from it for many seconds, and takes some to encode.
 
