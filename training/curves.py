@@ -171,7 +171,8 @@ def rebuild(folder: Path, records: list[dict]) -> list[Path]:
             content = event.SerializeToString()
             if values and content not in seen:  # twice: an earlier rebuild was interrupted
                 seen.add(content)
-                board.add_event(Event(summary=Summary(value=values), **when(event)))
+                kept = Summary(value=values)
+                board.add_event(Event(summary=kept, step=event.step, wall_time=event.wall_time))
     for (tag, step), value in recorded(records).items():
         point = Summary(value=[Summary.Value(tag=tag, simple_value=value)])
         board.add_event(Event(summary=point, step=step, wall_time=times.get(step, 0)))
@@ -195,11 +196,6 @@ def histograms_of(folder: Path, step: int) -> list[Event]:
         for event in events
         if event.step == step and any(value.HasField("histo") for value in event.summary.value)
     ]
-
-
-def when(event: Event) -> dict:
-    """Where an event stands."""
-    return {"step": event.step, "wall_time": event.wall_time}
 
 
 def intact(path: Path) -> Iterator[Event]:

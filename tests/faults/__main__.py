@@ -28,7 +28,12 @@ def load() -> dict[str, Campaign]:
     """All campaigns, by name, in the order of the promises they try."""
     for module in pkgutil.iter_modules(tests.faults.__path__):
         if module.name != "__main__":
-            importlib.import_module(f"tests.faults.{module.name}")
+            try:
+                importlib.import_module(f"tests.faults.{module.name}")
+            except ModuleNotFoundError as error:
+                raise UserError(
+                    f"{error.name} is not installed: pip install -e '.[dev,report]'"
+                ) from None
     return dict(sorted(CAMPAIGNS.items(), key=lambda item: order(item[1].items)))
 
 
@@ -50,7 +55,7 @@ def row(campaign: Campaign, tally: Tally, seconds: float) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
+    parser = cli.Parser(
         prog="python -m tests.faults",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
