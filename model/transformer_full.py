@@ -10,14 +10,13 @@ Shapes: B sequences, T tokens, C = d_model, H heads of width D = C / H, S keys, 
 """
 
 import math
-from contextlib import nullcontext
 from dataclasses import asdict
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from model import generation, sampling
+from model.attention import attention
 from model.checkpoint import Checkpoint, check_fit
 from model.config import ModelConfig, UserError
 
@@ -42,15 +41,6 @@ def create_norm(config: ModelConfig) -> nn.Module:
     if config.norm == "rms":
         return nn.RMSNorm(config.d_model, eps=config.norm_eps, elementwise_affine=False)
     return nn.Identity()
-
-
-def attention(Q, K, V, mask, dropout, causal):
-    """softmax(Q K^T / sqrt(D)) V in each head, (B, H, T, D). Vaswani et al. (2017), equation 1."""
-    wide = Q.device.type == "cpu" and torch.is_autocast_enabled("cpu")
-    if wide:  # a CPU's backward pass is two to six times as fast in float32 as in bf16
-        Q, K, V = Q.float(), K.float(), V.float()
-    with torch.autocast("cpu", enabled=False) if wide else nullcontext():
-        return F.scaled_dot_product_attention(Q, K, V, mask, dropout, is_causal=causal)
 
 
 class MultiHeadAttention(nn.Module):

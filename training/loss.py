@@ -63,13 +63,16 @@ def linear_cross_entropy(x, weight, bias, targets, dtype, gradients) -> torch.Te
     loss = torch.zeros((), dtype=wide, device=x.device)
     for start in range(0, len(x), rows):
         chunk, target = narrow_x[start : start + rows], targets[start : start + rows, None]
-        log_p = F.linear(chunk, narrow_weight, narrow_bias).to(wide).log_softmax(-1)  # (rows, V)
-        loss -= log_p.gather(1, target).sum()
+        logits = F.linear(chunk, narrow_weight, narrow_bias).to(wide)  # (rows, V)
+        largest, wanted = logits.amax(-1), logits.gather(1, target).sum()
+        P = logits.softmax(-1)
+        # minus the log of the target's probability, by way of the largest one's, which is never 0;
+        # one exponential a logit, where log_softmax and then exp take two
+        loss += (largest - P.amax(-1).log()).sum() - wanted
         if gradients is None:
             continue
         dx, dweight, dbias = gradients
-        dlogits = log_p.exp_()
-        dlogits.scatter_add_(1, target, -torch.ones_like(target, dtype=wide))
+        dlogits = P.scatter_add_(1, target, -torch.ones_like(target, dtype=wide))
         if dbias is not None:
             dbias += dlogits.sum(0)
         dlogits = dlogits.to(dtype)
