@@ -113,3 +113,21 @@ def test_narrow_precisions_train_to_about_the_same_loss(make):
     for precision, loss in losses.items():
         assert loss == pytest.approx(losses["fp32"], rel=0.05), precision
     assert losses["bf16"] != losses["fp32"]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_recomputed_activations_change_no_bit_and_are_not_kept(make, precision):
+    kept, found = [], []
+    for recompute in (False, True):
+        t = make(precision, checkpoint_activations=recompute)
+        assert t.config.train.checkpoint_activations == recompute and t.model.training
+        sizes = []  # of what is kept for the backward pass outside of recomputed layers
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda x, sizes=sizes: sizes.append(x.nbytes) or x, lambda x: x
+        ):
+            step(t, 0)
+        kept.append(sum(sizes))
+        found.append([step(t, number).loss for number in range(1, 4)] + [weights(t)])
+    assert found[0][:-1] == found[1][:-1]
+    assert same(found[0][-1], found[1][-1])
+    assert kept[1] < kept[0] / 2

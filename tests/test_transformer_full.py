@@ -125,7 +125,7 @@ def test_changing_a_token_never_changes_logits_before_it(name):
     torch.manual_seed(0)
     config = SHAPES[name]
     model = TransformerDecoder.from_config(
-        ModelConfig(**{**vars(config), "vocab_size": 40, "d_model": 32}), torch.float64
+        ModelConfig(**{**vars(config), "vocab_size": 40, "d_model": 48}), torch.float64
     ).eval()
     T = min(12, config.max_len)
     ids = torch.randint(0, 40, (1, T))
@@ -142,7 +142,7 @@ def test_changing_a_token_never_changes_logits_before_it(name):
 @pytest.mark.parametrize("name", SHAPES)
 def test_cached_and_uncached_greedy_text_agree(name):
     torch.manual_seed(0)
-    shape = {**vars(SHAPES[name]), "vocab_size": 40, "d_model": 32, "init_std": 0.3}
+    shape = {**vars(SHAPES[name]), "vocab_size": 40, "d_model": 48, "init_std": 0.3}
     model = TransformerDecoder.from_config(ModelConfig(**shape), torch.float64).eval()
     ids = torch.randint(0, 40, (1, 5))
     cached = model.generate(ids[0].tolist(), start_id=None, end_id=None, max_len=10, temperature=0)

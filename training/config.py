@@ -74,6 +74,8 @@ class TrainConfig:
     """Examples an optimizer step learns from, over all micro-batches."""
     accumulation_steps: int = 1
     """Micro-batches a step's examples are cut into, to save memory."""
+    checkpoint_activations: bool = False
+    """Keep only each layer's input for the backward pass: less memory, more time, same numbers."""
     eval_interval: int = 250
     """Steps between evaluations, each with a checkpoint before it; 0: only at the end."""
     eval_examples: int = 0

@@ -5,11 +5,13 @@ import platform
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from safetensors.numpy import save as to_safetensors
+from torch.utils.checkpoint import checkpoint
 
 from data.batches import Batches, Examples
 from data.dataset import Dataset, prepare
@@ -115,6 +117,8 @@ def build(plan: Plan, report: Report) -> Training:
     if source:
         model.load_weights(source.tensors("model.safetensors"))
     model.to(device)
+    if config.train.checkpoint_activations:
+        recompute_layers(model)
     with cli.held():  # the first optimizer makes PyTorch load its compiler
         optimizers = create_optimizers(model, config.optimizer)
     scaler = torch.amp.GradScaler(device.type, enabled=precision.name == "fp16")
@@ -132,6 +136,15 @@ def build(plan: Plan, report: Report) -> Training:
     return Training(
         config, device, precision, dataset, batches, val, model, optimizers, scaler, progress
     )
+
+
+def recompute_layers(model: TransformerDecoder):
+    """Keeps only each layer's input for the backward pass, which computes the layer again.
+
+    Less memory and more time for the same numbers, those of dropout included. Chen et al. (2016).
+    """
+    for layer in model.layers:
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
 
 
 def given_tokenizer(plan: Plan):
