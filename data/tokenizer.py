@@ -23,6 +23,7 @@ SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can spell these, UTF-8 cannot 
 # makes room: U+2581 travels as ESCAPE + "b", and ESCAPE itself as ESCAPE + "e".
 SPACE, ESCAPE = "\u2581", "\ue000"
 
+LINES = 2048  # of a stream encoded at a time, so that few lists of ids are alive at once
 MAX_JSON_BYTES = 1 << 24  # more than every character there is would take
 
 
@@ -182,11 +183,14 @@ class SentencePieceTokenizer(Tokenizer):
 
         if not self._by_merges:
             return np.array(self.encode(text), np.int32)
-        rows = self._processor.encode(escape(text).split("\n"), num_threads=1)
-        newline = self._processor.encode("\n")
-        for row in rows[:-1]:
-            row += newline
-        return np.fromiter(chain.from_iterable(rows), np.int32)
+        lines, newline, parts = escape(text).split("\n"), self._processor.encode("\n"), []
+        for start in range(0, len(lines), LINES):
+            rows = self._processor.encode(lines[start : start + LINES], num_threads=1)
+            for row in rows:
+                row += newline
+            parts.append(np.fromiter(chain.from_iterable(rows), np.int32))
+        ids = np.concatenate(parts)
+        return ids[: len(ids) - len(newline)]  # the last line has no end
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         """Many texts at once, by this thread alone, which does not hold Python's lock meanwhile."""
