@@ -26,7 +26,8 @@ from data.prompts import are_pairs
 from data.sealed import hash_file, read_sealed, seal
 from data.sources import CACHE, Source, open_source
 from data.token_files import Split, open_split, write_documents, write_stream
-from data.tokenizer import CharTokenizer, load_tokenizer, train_sentencepiece
+from data.tokenizer import CharTokenizer, load_tokenizer
+from data.vocabulary import train_sentencepiece
 from model.config import UserError
 
 FORMAT = 1  # of the token ids: another one is other data, on which no older run can be resumed
@@ -114,9 +115,9 @@ def build(
     tokenizer=None,
 ):
     """Tokenizer, token files and manifest of a source, into an existing empty folder."""
-    is_stream = source.kind == "stream"
-    train, val = split_stream(source, config) if is_stream else split_documents(source, config)
-    tokenizer = tokenizer or make_tokenizer(config, source, train, report)
+    names = ["train", "val"] if source.val or config.val_fraction else ["train"]
+    readers = split_stream(source, config) if source.kind == "stream" else None
+    tokenizer = tokenizer or make_tokenizer(config, source, readers, report)
     tokenizer.save(folder)
     dtype = "<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4"
     manifest = {
@@ -129,15 +130,18 @@ def build(
         "held_out": [],
         "splits": {},
     }
-    write = write_stream if is_stream else write_documents
-    for name, texts in (("train", train), ("val", val)):
-        if texts is not None:
-            report(f"tokens: {name} split of {source.name}")
-            counts = write(texts(), tokenizer, folder / name, dtype)
-            manifest["splits"][name] = counts
+    report(f"tokens: {' and '.join(names)} split of {source.name}")
+    paths = {name: folder / name for name in names}
+    if readers:
+        for name, path in paths.items():
+            manifest["splits"][name] = write_stream(readers[name](), tokenizer, path, dtype)
+    else:
+        by_share = {}
+        documents = held_out_kept(split_documents(source, config), by_share)
+        manifest["splits"] = write_documents(documents, tokenizer, paths, dtype)
+        if source.kind == "pairs":
+            manifest["held_out"] = hold_out(by_share)
     check_not_empty(manifest["splits"], config, source)
-    if source.kind == "pairs" and val is not None:
-        manifest["held_out"] = hold_out(val())
     manifest["files"] = {path.name: hash_file(path) for path in sorted(folder.iterdir())}
     (folder / "manifest.json").write_bytes(seal(manifest))
 
@@ -157,10 +161,10 @@ def check_not_empty(splits: dict, config: DataConfig, source: Source):
 # Splitting ------------------------------------------------------------------------------------
 
 
-def split_stream(source: Source, config: DataConfig):
+def split_stream(source: Source, config: DataConfig) -> dict[str, Callable]:
     """Readers of the training part and of the last `val_fraction` of the characters."""
     if source.val or not config.val_fraction:
-        return source.train, source.val
+        return {"train": source.train, "val": source.val}
     total = sum(map(len, source.train()))
     cut = total - round(total * config.val_fraction)
 
@@ -174,22 +178,20 @@ def split_stream(source: Source, config: DataConfig):
             if seen >= end:
                 return
 
-    return lambda: part(0, cut), lambda: part(cut, total)
+    return {"train": lambda: part(0, cut), "val": lambda: part(cut, total)}
 
 
-def split_documents(source: Source, config: DataConfig):
-    """Readers of the documents on either side: the hash of the normalised prompt decides.
+def split_documents(source: Source, config: DataConfig) -> Iterator[tuple[str, str | tuple]]:
+    """Each document with its side, in one pass: the hash of the normalised prompt decides.
 
     So a prompt never stands on both sides, however often it occurs, and a document stays on its
     side when others are added.
     """
-    if source.val or not config.val_fraction:
-        return source.train, source.val
-    bound = config.val_fraction
-    return (
-        lambda: (d for d in source.train() if share(d) >= bound),
-        lambda: (d for d in source.train() if share(d) < bound),
-    )
+    bound = 0 if source.val else config.val_fraction
+    for document in source.train():
+        yield "val" if bound and share(document) < bound else "train", document
+    for document in source.val() if source.val else ():
+        yield "val", document
 
 
 def share(document) -> float:
@@ -197,16 +199,22 @@ def share(document) -> float:
     text = document if isinstance(document, str) else document[0] or document[1]
     normalised = " ".join(text.casefold().split())
     digest = hashlib.blake2b(normalised.encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") / 2**64
+    return int.from_bytes(digest, "little") * 2.0**-64
 
 
-def hold_out(pairs: Iterable[tuple[str, str]]) -> list[dict]:
+def held_out_kept(documents: Iterable[tuple], by_share: dict) -> Iterator[tuple]:
+    """The documents as they come; `by_share` gets what `hold_out` chooses from."""
+    for name, document in documents:
+        if name == "val":
+            by_share.setdefault(share(document), document)
+            if len(by_share) > 100 * HELD_OUT:  # memory does not grow with the split
+                for each in sorted(by_share)[HELD_OUT:]:
+                    del by_share[each]
+        yield name, document
+
+
+def hold_out(by_share: dict[float, tuple[str, str]]) -> list[dict]:
     """A few pairs with different prompts, spread over the split by their hash."""
-    by_share = {}
-    for pair in pairs:
-        by_share.setdefault(share(pair), pair)
-        if len(by_share) > 100 * HELD_OUT:  # memory does not grow with the split
-            by_share = dict(sorted(by_share.items())[:HELD_OUT])
     chosen = [pair for _, pair in sorted(by_share.items())[:HELD_OUT]]
     return [{"prompt": prompt, "completion": completion} for prompt, completion in chosen]
 
@@ -214,11 +222,15 @@ def hold_out(pairs: Iterable[tuple[str, str]]) -> list[dict]:
 # Tokenising -----------------------------------------------------------------------------------
 
 
-def make_tokenizer(config: DataConfig, source: Source, train, report: Report):
+def make_tokenizer(config: DataConfig, source: Source, readers: dict | None, report: Report):
     """Characters of the whole source, or a SentencePiece model of its training part."""
     if config.tokenizer in ("bpe", "unigram"):
         report(f"tokenizer: training SentencePiece {config.tokenizer} of {config.vocab_size:,}")
-        texts = train() if source.kind != "pairs" else chain.from_iterable(train())
+        if readers:
+            texts = readers["train"]()
+        else:
+            texts = (d for name, d in split_documents(source, config) if name == "train")
+            texts = chain.from_iterable(texts) if source.kind == "pairs" else texts
         return train_sentencepiece(texts, config.tokenizer, config.vocab_size, report)
     characters = set()
     readers = [source.train()] + ([source.val()] if source.val else [])

@@ -156,16 +156,18 @@ def _read_stream(path: Path) -> Iterator[str]:
 
 def _numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
     """(number from 1, line without its end); only \\n or \\r\\n ends a line."""
-    offset = 0
+    number = offset = 0
     with path.open("rb") as file:
-        for number, data in enumerate(file, 1):
+        while data := file.read(CHUNK) + file.readline():  # whole lines, many at once
             try:
-                line = data.decode("utf-8-sig" if number == 1 else "utf-8")
+                text = data.decode("utf-8" if offset else "utf-8-sig")
             except UnicodeDecodeError as error:
                 # error.object lacks the mark that utf-8-sig took off
                 taken = len(data) - len(error.object)
                 raise _not_utf8(path, offset + taken + error.start) from None
-            yield number, line.removesuffix("\n").removesuffix("\r")
+            for line in text.removesuffix("\n").split("\n"):
+                number += 1
+                yield number, line.removesuffix("\r")
             offset += len(data)
 
 

@@ -5,9 +5,13 @@ train.starts   documents only: int64, where each begins, and the end of the last
 train.prompts  documents only: int32, how many of its ids are prompt and <start>
 """
 
-from collections.abc import Iterable
+import gc
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from itertools import chain, islice
+from itertools import chain, cycle
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +19,8 @@ from tqdm import tqdm
 
 from model.config import UserError
 
-CHUNK = 4096  # documents tokenised at a time
+DOCUMENTS, CHARACTERS = 1 << 12, 1 << 18  # tokenised at a time: whichever is reached first
+PIECE = 1 << 20  # numbers checked at a time
 
 
 @dataclass(frozen=True)
@@ -44,44 +49,99 @@ class Split:
 
 def write_stream(texts: Iterable[str], tokenizer, path: Path, dtype: str) -> dict:
     """Writes the ids of one long text. Returns its counts."""
+
+    def encode(text: str):
+        return tokenizer.encode_array(text).astype(dtype), len(text.encode())
+
     tokens = size = 0
-    with open(f"{path}.ids", "wb") as file, progress("B") as bar:
-        for text in texts:
-            ids = tokenizer.encode_array(text).astype(dtype)
-            file.write(ids.tobytes())
-            n = len(text.encode())
+    with open(f"{path}.ids", "wb") as file, progress("B") as bar, uncollected():
+        for ids, n in in_order(encode, texts, tokenizer.threads):
+            file.write(ids)
             tokens, size = tokens + len(ids), size + n
             bar.update(n)
     return {"tokens": tokens, "bytes": size}
 
 
-def write_documents(documents: Iterable, tokenizer, path: Path, dtype: str) -> dict:
-    """Writes documents as `prompt <start> completion <end>`, lines as `<start> text <end>`."""
-    tokens = size = count = 0
-    documents = iter(documents)
-    with (
-        open(f"{path}.ids", "wb") as ids_file,
-        open(f"{path}.starts", "wb") as starts_file,
-        open(f"{path}.prompts", "wb") as prompts_file,
-        progress("") as bar,
-    ):
-        starts_file.write(np.zeros(1, "<i8").tobytes())
-        while chunk := list(islice(documents, CHUNK)):
-            pairs = [("", d) if isinstance(d, str) else d for d in chunk]
-            prompts = tokenizer.encode_batch([prompt for prompt, _ in pairs])
-            completions = tokenizer.encode_batch([completion for _, completion in pairs])
-            rows = [
-                [*p, tokenizer.start_id, *c, tokenizer.end_id]
-                for p, c in zip(prompts, completions, strict=True)
-            ]
-            ends = tokens + np.cumsum([len(row) for row in rows], dtype="<i8")
-            ids_file.write(np.fromiter(chain.from_iterable(rows), dtype).tobytes())
-            starts_file.write(ends.tobytes())
-            prompts_file.write(np.array([len(p) + 1 for p in prompts], "<i4").tobytes())
-            tokens, count = int(ends[-1]), count + len(rows)
-            size += sum(len(completion.encode()) for _, completion in pairs)
-            bar.update(len(rows))
-    return {"tokens": tokens, "documents": count, "bytes": size}
+def write_documents(documents: Iterable[tuple], tokenizer, paths: dict[str, Path], dtype: str):
+    """Writes documents as `prompt <start> completion <end>`, lines as `<start> text <end>`.
+
+    documents: (name of its split, document); paths: where each split goes. Returns the counts of
+    each split, {name: dict}.
+    """
+
+    def encode(block: tuple[str, list]):
+        name, pairs = block
+        rows = tokenizer.encode_batch([text for pair in pairs for text in pair])
+        for row, special in zip(rows, cycle((tokenizer.start_id, tokenizer.end_id))):
+            row.append(special)
+        lengths = np.fromiter(map(len, rows), "<i8").reshape(-1, 2)  # of prompts and completions
+        size = sum(len(completion.encode()) for _, completion in pairs)
+        return name, np.fromiter(chain.from_iterable(rows), dtype), lengths, size
+
+    counts = {name: {"tokens": 0, "documents": 0, "bytes": 0} for name in paths}
+    with ExitStack() as stack, progress("") as bar:
+        files = {
+            (name, what): stack.enter_context(open(f"{path}.{what}", "wb"))
+            for name, path in paths.items()
+            for what in ("ids", "starts", "prompts")
+        }
+        for name in paths:
+            files[name, "starts"].write(np.zeros(1, "<i8"))
+        stack.enter_context(uncollected())
+        for name, ids, lengths, size in in_order(encode, blocks(documents), tokenizer.threads):
+            count = counts[name]
+            files[name, "ids"].write(ids)
+            files[name, "starts"].write(count["tokens"] + lengths.sum(1).cumsum())
+            files[name, "prompts"].write(lengths[:, 0].astype("<i4"))
+            count["tokens"] += len(ids)
+            count["documents"] += len(lengths)
+            count["bytes"] += size
+            bar.update(len(lengths))
+    return counts
+
+
+def blocks(documents: Iterable[tuple]) -> Iterator[tuple[str, list]]:
+    """Documents of one split, as pairs, about as many as are worth a thread's while."""
+    waiting, room = {}, {}
+    for name, document in documents:
+        pair = ("", document) if isinstance(document, str) else document
+        block = waiting.setdefault(name, [])
+        block.append(pair)
+        room[name] = room.get(name, CHARACTERS) - len(pair[0]) - len(pair[1])
+        if room[name] <= 0 or len(block) == DOCUMENTS:
+            yield name, waiting.pop(name)
+            del room[name]
+    yield from waiting.items()
+
+
+def in_order(work: Callable, items: Iterable, threads: int) -> Iterator:
+    """work(item) of each, in their order; threads do it, and few are ahead: memory is bounded."""
+    if threads == 1:
+        yield from map(work, items)
+        return
+    with ThreadPoolExecutor(threads) as pool:
+        waiting = deque()
+        try:
+            for item in items:
+                waiting.append(pool.submit(work, item))
+                if len(waiting) > threads + 1:  # one is ready when a thread is
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:  # of a signal, say: what runs ends soon, the rest is not begun
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """No search for cycles meanwhile: among lists of ids it would take a tenth of the time."""
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collecting:
+            gc.enable()
 
 
 def progress(unit: str) -> tqdm:
@@ -95,17 +155,21 @@ def progress(unit: str) -> tqdm:
 def open_split(path: Path, counts: dict, dtype: np.dtype, vocab_size: int) -> Split:
     """One split's memory-mapped files. Raises UserError naming the file that is wrong."""
     ids = open_array(Path(f"{path}.ids"), dtype, counts["tokens"])
-    for start in range(0, len(ids), 1 << 24):
-        top = int(ids[start : start + (1 << 24)].max())
-        if top >= vocab_size:
-            raise UserError(f"{path}.ids: holds id {top}, the vocabulary has {vocab_size}")
+    with open(f"{path}.ids", "rb") as file:  # read, because what is mapped counts as this process's
+        while len(piece := np.fromfile(file, dtype, PIECE)):
+            if (top := int(piece.max())) >= vocab_size:
+                raise UserError(f"{path}.ids: holds id {top}, the vocabulary has {vocab_size}")
     if "documents" not in counts:
         return Split(ids, None, None, counts["bytes"])
     n = counts["documents"]
     starts = open_array(Path(f"{path}.starts"), np.dtype("<i8"), n + 1)
     prompts = open_array(Path(f"{path}.prompts"), np.dtype("<i4"), n)
-    lengths = np.diff(starts)
-    if starts[0] != 0 or starts[-1] != len(ids) or not ((prompts >= 1) & (prompts < lengths)).all():
+    fits = starts[0] == 0 and starts[-1] == len(ids)
+    for first in range(0, n, PIECE):
+        known = prompts[first : first + PIECE]
+        lengths = np.diff(starts[first : first + PIECE + 1])
+        fits = fits and ((known >= 1) & (known < lengths)).all()
+    if not fits:
         raise UserError(f"{path}.starts: does not fit {path}.ids")
     return Split(ids, starts, prompts, counts["bytes"])
 

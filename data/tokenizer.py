@@ -1,22 +1,17 @@
 """Text to ids and back, exactly: one token a character, or SentencePiece pieces.
 
 Imports the standard library only; NumPy and SentencePiece are loaded where they are needed, so that
-a model of characters can be read without either. `python -m data.tokenizer bpe 2048` is how
-`train_sentencepiece` trains in a process of its own: text on stdin, the model on stdout.
+a model of characters can be read without either.
 """
 
 import hashlib
-import io
 import json
 import os
 import re
-import subprocess
-import sys
-import threading
-import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 
 from model.config import UserError
@@ -28,8 +23,7 @@ SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can spell these, UTF-8 cannot 
 # makes room: U+2581 travels as ESCAPE + "b", and ESCAPE itself as ESCAPE + "e".
 SPACE, ESCAPE = "\u2581", "\ue000"
 
-SAMPLE_BYTES = 20_000_000  # of text that SentencePiece is trained on
-PIECE_CHARS = 1000  # at most 4,000 bytes: SentencePiece skips lines over 4,192
+LINES = 2048  # of a stream encoded at a time, so that few lists of ids are alive at once
 MAX_JSON_BYTES = 1 << 24  # more than every character there is would take
 
 
@@ -38,10 +32,17 @@ def clean_text(text: str) -> str:
     return SURROGATE.sub("\ufffd", text)
 
 
+def cores() -> int:
+    """How many cores this process may use."""
+    allowed = getattr(os, "sched_getaffinity", None)  # Linux
+    return len(allowed(0)) if allowed else os.cpu_count() or 1
+
+
 class Tokenizer(ABC):
     """What both tokenizers share: ids, files, and the fingerprint of these."""
 
     kind: str
+    threads = 1  # that may encode at once and gain by it
     vocab_size: int
     pad_id: int
     unk_id: int | None  # None: text with unknown characters is refused
@@ -143,6 +144,7 @@ class SentencePieceTokenizer(Tokenizer):
     """
 
     kind = "sentencepiece"
+    threads = min(cores(), 16)  # more would wait for Python's lock
     pad_id, unk_id, start_id, end_id = range(4)
 
     def __init__(self, model: bytes):
@@ -157,23 +159,42 @@ class SentencePieceTokenizer(Tokenizer):
             self.decode(range(self.vocab_size))  # each piece is text
             named = [self.token(i) for i in range(4)] == list(SPECIALS)
             exact = named and self.decode(self.encode(probe)) == probe
+            # BPE's scores are ranks, whole numbers; those of unigram are log probabilities
+            self._by_merges = all(
+                self._processor.get_score(i).is_integer() and "\n" not in self.token(i)
+                for i in range(self.vocab_size)
+            )
         except (RuntimeError, IndexError, ValueError):  # what SentencePiece raises for other bytes
             exact = False
         if not exact:
             raise UserError("this is not a SentencePiece model trained by this project")
 
     def encode(self, text: str) -> list[int]:
-        return self._processor.encode(_escape(text))
+        return self._processor.encode(escape(text))
 
     def encode_array(self, text: str):
-        """The same as an int32 array (T,)."""
+        """The same as an int32 array (T,), twice as fast for a long text.
+
+        No merge of BPE crosses a newline, which no piece holds, so lines are encoded one by one. A
+        unigram model is given all at once: it chooses by float32 sums, which round by what stood
+        before.
+        """
         import numpy as np
 
-        return np.array(self.encode(text), np.int32)
+        if not self._by_merges:
+            return np.array(self.encode(text), np.int32)
+        lines, newline, parts = escape(text).split("\n"), self._processor.encode("\n"), []
+        for start in range(0, len(lines), LINES):
+            rows = self._processor.encode(lines[start : start + LINES], num_threads=1)
+            for row in rows:
+                row += newline
+            parts.append(np.fromiter(chain.from_iterable(rows), np.int32))
+        ids = np.concatenate(parts)
+        return ids[: len(ids) - len(newline)]  # the last line has no end
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        """Many texts at once, on all cores."""
-        return self._processor.encode([_escape(t) for t in texts], num_threads=os.cpu_count() or 1)
+        """Many texts at once, by this thread alone, which does not hold Python's lock meanwhile."""
+        return self._processor.encode([escape(text) for text in texts], num_threads=1)
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids`; special tokens have none, bytes that are not UTF-8 give U+FFFD."""
@@ -190,7 +211,10 @@ class SentencePieceTokenizer(Tokenizer):
         return {"tokenizer.model": self._model}
 
 
-def _escape(text: str) -> str:
+def escape(text: str) -> str:
+    """`text` as SentencePiece is given it: with U+2581 apart from a space."""
+    if text.isascii():  # quickly told
+        return text
     return clean_text(text).replace(ESCAPE, f"{ESCAPE}e").replace(SPACE, f"{ESCAPE}b")
 
 
@@ -229,120 +253,3 @@ def _load_characters(path: Path) -> CharTokenizer:
     if tokenizer.characters != characters:
         raise ValueError('"characters" are not in order, each once')
     return tokenizer
-
-
-# Training -----------------------------------------------------------------------------------------
-
-
-def train_sentencepiece(
-    texts: Iterable[str],
-    model_type: str,
-    vocab_size: int,
-    report: Callable[[str], None] = print,
-) -> SentencePieceTokenizer:
-    """A "bpe" or "unigram" vocabulary for `texts`, of which it sees an even sample of 20 MB.
-
-    The same texts give the same model. SentencePiece does not return to Python, where signals are
-    answered, before it is done, so it runs in a process of its own, which is killed when this one
-    is interrupted. Raises UserError if the text is empty or does not support `vocab_size`.
-    """
-    started = time.monotonic()
-    sample = b"\n".join(_sample(texts, SAMPLE_BYTES))
-    if not sample:
-        raise UserError("there is no text to learn a vocabulary from: is the text empty?")
-    trained = subprocess.run(  # noqa: S603, the command is our own
-        [sys.executable, "-m", "data.tokenizer", model_type, str(vocab_size)],
-        input=sample,
-        capture_output=True,
-        cwd=Path(__file__).resolve().parent.parent,
-    )
-    if trained.returncode or not trained.stdout:
-        chatter = trained.stderr.decode("utf-8", "replace")
-        raise UserError(_explain(chatter, vocab_size, trained.returncode))
-    tokenizer = SentencePieceTokenizer(trained.stdout)
-    seconds = time.monotonic() - started
-    report(f"tokenizer: {tokenizer.vocab_size:,} pieces of {len(sample):,} bytes, {seconds:.1f} s")
-    return tokenizer
-
-
-def _sample(texts: Iterable[str], limit: int) -> list[bytes]:
-    """At most `limit` bytes of `texts`, spread evenly, in memory that does not grow with them.
-
-    It takes every piece until the limit is passed; then it drops every second one and goes on with
-    every second, and so on.
-    """
-    kept, size, stride = [], 0, 1
-    for number, piece in enumerate(_pieces(texts)):
-        if number % stride == 0:
-            kept.append(piece)
-            size += len(piece) + 1
-            if size > limit:
-                kept = kept[::2]
-                size = sum(len(piece) + 1 for piece in kept)
-                stride *= 2
-    return kept
-
-
-def _pieces(texts: Iterable[str]) -> Iterator[bytes]:
-    """Non-empty lines, cut where they are too long. So no piece holds a newline: it stays a byte.
-
-    U+2585 is what the trainer marks unknown characters with; it would skip a line that has one.
-    """
-    for text in texts:
-        for line in _escape(text).replace("\u2585", " ").split("\n"):
-            for start in range(0, len(line), PIECE_CHARS):
-                yield line[start : start + PIECE_CHARS].encode()
-
-
-def _explain(chatter: str, vocab_size: int, status: int) -> str:
-    """SentencePiece's failure as one line that names the key."""
-    if found := re.search(r"too high \(\d+\).* <= (\d+)", chatter):
-        fix = (
-            f"set it to at most {found[1]}, or " if int(found[1]) >= 300 else ""
-        )  # DataConfig's least
-        fix += 'choose data.tokenizer = "char"'
-        return f"data.vocab_size = {vocab_size} is more than the text supports: {fix}"
-    if found := re.search(r"smaller than required_chars. \d+ vs (\d+)", chatter):
-        fix = f"set it to at least {found[1]}"
-        return f"data.vocab_size = {vocab_size} is too small for the text: {fix}"
-    last = (chatter.strip().splitlines() or ["no message"])[-1][:200]
-    return f"SentencePiece could not train on this text (exit status {status}: {last})"
-
-
-def _train_from_stdin(model_type: str, vocab_size: str) -> None:
-    """The process that trains. It ends with its parent, even when that is killed."""
-    import sentencepiece
-
-    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(sys.stdin.buffer.read().split(b"\n")),
-        model_writer=model,
-        model_type=model_type,
-        vocab_size=int(vocab_size),
-        pad_id=0,
-        unk_id=1,
-        bos_id=2,
-        eos_id=3,
-        **dict(zip(("pad_piece", "unk_piece", "bos_piece", "eos_piece"), SPECIALS, strict=True)),
-        # exact round trips
-        normalization_rule_name="identity",
-        add_dummy_prefix=False,
-        remove_extra_whitespaces=False,
-        byte_fallback=True,
-        allow_whitespace_only_pieces=True,  # indentation
-        num_threads=4,  # fixed: sums over threads decide ties, so their number is in the result
-        shuffle_input_sentence=False,
-        minloglevel=2,
-    )
-    sys.stdout.buffer.write(model.getvalue())
-
-
-def _end_with(parent: int) -> None:
-    while os.getppid() == parent:  # always true on Windows
-        time.sleep(0.2)
-    os._exit(1)
-
-
-if __name__ == "__main__":
-    _train_from_stdin(*sys.argv[1:])

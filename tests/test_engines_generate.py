@@ -11,7 +11,8 @@ import pytest
 from safetensors.numpy import save as to_safetensors
 
 import generate
-from data.tokenizer import CharTokenizer, train_sentencepiece
+from data.tokenizer import CharTokenizer
+from data.vocabulary import train_sentencepiece
 from model.checkpoint import Checkpoint, list_steps
 from model.sampling import Sampling, explain
 from tests.helpers import ROOT, refused, run, write_config

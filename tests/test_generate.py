@@ -11,7 +11,8 @@ import torch
 from safetensors.numpy import save as to_safetensors
 
 import generate
-from data.tokenizer import CharTokenizer, train_sentencepiece
+from data.tokenizer import CharTokenizer
+from data.vocabulary import train_sentencepiece
 from model import generation
 from model.config import ModelConfig, UserError
 from model.sampling import Sampling

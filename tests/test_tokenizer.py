@@ -14,15 +14,15 @@ import sentencepiece
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from data import tokenizer as module
+from data import vocabulary as module
 from data.tokenizer import (
     SPECIALS,
     CharTokenizer,
     SentencePieceTokenizer,
     clean_text,
     load_tokenizer,
-    train_sentencepiece,
 )
+from data.vocabulary import train_sentencepiece
 from model.config import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -296,9 +296,9 @@ def test_nothing_to_train_on(texts):
 
 def test_pieces_to_train_on():
     texts = ["one\n\ntwo \u2581", "x" * 1500 + "\u2585", "é" * 1000]
-    pieces = list(module._pieces(texts))
-    assert pieces[:3] == [b"one", "two \ue000b".encode(), b"x" * 1000]
-    assert pieces[3:] == [b"x" * 500 + b" ", "é".encode() * 1000]
+    first, *others = module._pieces(texts)
+    assert first == ["one", "two \ue000b"]
+    assert others == [["x" * 1000, "x" * 500 + " "], ["é" * 1000]]
 
 
 def test_sample_is_even_and_bounded():
@@ -316,7 +316,7 @@ def test_signal_ends_training(tmp_path, number):
     """The trainer, a child, does not outlive its parent, which goes at once."""
     code = (
         "import random, subprocess, sys\n"
-        "from data import tokenizer\n"
+        "from data import vocabulary\n"
         "real = subprocess.Popen\n"
         "def popen(*a, **k):\n"
         "    child = real(*a, **k)\n"
@@ -325,7 +325,7 @@ def test_signal_ends_training(tmp_path, number):
         "subprocess.Popen = popen\n"
         "r = random.Random(0)\n"
         "words = (''.join(r.choices('abcdefghijklmnopqrstuvwxyz', k=9)) for _ in range(600_000))\n"
-        "tokenizer.train_sentencepiece(words, 'unigram', 20_000)\n"
+        "vocabulary.train_sentencepiece(words, 'unigram', 20_000)\n"
     )
     note = tmp_path / "pid"
     parent = subprocess.Popen([sys.executable, "-c", code, note], cwd=ROOT, stderr=subprocess.PIPE)

@@ -5,12 +5,15 @@ import os
 import statistics
 import time
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
 from model.config import UserError
-from training.config import TrainConfig
 from training.memory import keep_freed_memory
+
+if TYPE_CHECKING:  # it loads pydantic, which generating has no use for
+    from training.config import TrainConfig
 
 
 @dataclass(frozen=True)
@@ -77,7 +80,7 @@ def choose_precision(name: str, device: torch.device) -> tuple[Precision, str]:
     return PRECISIONS["fp32"], f"auto: what {device.type} does best"
 
 
-def set_up(config: TrainConfig, device: torch.device):
+def set_up(config: "TrainConfig", device: torch.device):
     """Threads and algorithms. One thread and two give different bits, so they are recorded."""
     if device.type == "cpu":
         keep_freed_memory()

@@ -8,6 +8,7 @@ from typing import Literal
 
 from model.checkpoint import Checkpoint
 from model.config import ModelConfig, UserError
+from training import cli
 
 Engine = Literal["torch", "numpy", "python"]
 WEIGHTS = "model.safetensors"
@@ -55,7 +56,8 @@ def decoder(engine: Engine) -> type:
         elif engine == "numpy":
             from model.transformer_lite import TransformerDecoderLite as Decoder
         else:
-            from model.transformer_full import TransformerDecoder as Decoder
+            with cli.held():
+                from model.transformer_full import TransformerDecoder as Decoder
     except ModuleNotFoundError as error:
         raise UserError(
             f"--engine {engine}: {error.name} is not installed: pip install {error.name}, or use "

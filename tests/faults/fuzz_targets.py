@@ -17,7 +17,8 @@ from data.config import DataConfig
 from data.dataset import build, open_dataset
 from data.prompts import prompt_ids
 from data.sources import open_source
-from data.tokenizer import CharTokenizer, clean_text, load_tokenizer, train_sentencepiece
+from data.tokenizer import CharTokenizer, clean_text, load_tokenizer
+from data.vocabulary import train_sentencepiece
 from model.config import UserError
 from tests.faults.fuzz_inputs import (
     ODD,

@@ -133,13 +133,13 @@ def preparing(tally: Tally, count: int, folder: Path, dice):
         raise Skip("needs /proc, to see what becomes of SentencePiece's process")
     words = ["".join(dice.choices("abcdefghijklmnopqrstuvwxyz", k=6)) for _ in range(60000)]
     with open(folder / "large.txt", "w") as text:
-        for _ in range(60000):
+        for _ in range(120000):
             text.write(" ".join(dice.choices(words, k=20)) + "\n")
     write_config(folder, folder / "large.txt")
     moments = (  # tokenizer, kind of text, from which line on, for how many seconds at most
         ("unigram", "stream", "tokenizer: training", 4),
-        ("bpe", "stream", "tokens: train", 2),
-        ("bpe", "lines", "tokens: train", 1.5),
+        ("bpe", "stream", "tokens: train", 0.8),
+        ("bpe", "lines", "tokens: train", 0.8),
         ("char", "lines", "reading", 1.2),
     )
     for number in range(count):
