@@ -114,7 +114,7 @@ def spread(runs: list[dict], key: str, form: str = ",.0f") -> str:
 
 def machine() -> dict:
     """Processor, cores, accelerator and versions."""
-    found = {"processor": processor(), "cores": len(os.sched_getaffinity(0))}
+    found = {"processor": processor(), "cores": cores()}
     found |= {"system": platform.system(), "python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -124,6 +124,12 @@ def machine() -> dict:
     if (torch := sys.modules.get("torch")) and torch.cuda.is_available():
         found["accelerator"] = torch.cuda.get_device_name()
     return found
+
+
+def cores() -> int:
+    """As many as this process may use."""
+    allowed = getattr(os, "sched_getaffinity", None)  # Linux alone has it
+    return len(allowed(0)) if allowed else os.cpu_count() or 1
 
 
 def processor() -> str:
