@@ -4,9 +4,8 @@
     logits = step(ids, cache)       # (B, 1) -> (B, V), as model(ids, cache=cache)[:, -1]
 
 With one token a row a step is bound by reading the weights, and by the calls between products. So
-the weights are laid out as oneDNN reads them fastest, Q, K and V are one product, and activations
-and residual sums are done while a product is written. Attention is in float32 in any case: its
-kernel is many times slower in bfloat16.
+the weights are laid out as oneDNN reads them fastest, and Q, K and V are one product. Attention is
+in float32 in any case: its kernel is many times slower in bfloat16.
 
 Shapes: B rows, L layers, H heads of width D, C = H D, S keys, V = vocab_size.
 """
@@ -14,9 +13,8 @@ Shapes: B rows, L layers, H heads of width D, C = H D, S keys, V = vocab_size.
 import torch
 import torch.nn.functional as F
 
-ROWS = (
-    16  # the layout that is asked for; it is the fastest from 1 row to 32 (a layout for 1 is not)
-)
+ROWS = 16  # whose layout is asked for: it is the fastest from 1 row to 32, that for 1 row is not
+product = torch.ops.mkldnn._linear_pointwise.default
 CACHE = torch.float32  # what a KVCache for a DecodeStep stores
 
 
@@ -38,22 +36,16 @@ def suits(model) -> bool:
 class Product:
     """x W^T + b of one linear layer, or of several side by side, from a packed copy of W."""
 
-    def __init__(self, *linears, activation: str = "none"):
-        weight, bias = linears[0].weight, linears[0].bias
+    def __init__(self, *linears):
+        weight, self.bias = linears[0].weight, linears[0].bias
         if len(linears) > 1:
             weight = torch.cat([linear.weight for linear in linears])
-            bias = None if bias is None else torch.cat([linear.bias for linear in linears])
+            self.bias = None if self.bias is None else torch.cat([m.bias for m in linears])
         self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), ROWS)
-        self.bias, self.activation = bias, activation
 
     def __call__(self, x):
-        return torch.ops.mkldnn._linear_pointwise(
-            x, self.weight, self.bias, self.activation, [], "tanh"
-        )
-
-    def plus(self, residual, x):
-        """residual + x W^T + b."""
-        return torch.ops.mkldnn._linear_pointwise.binary(x, residual, self.weight, self.bias, "add")
+        # oneDNN could add a residual or apply ReLU as well, but setting that up takes longer
+        return product(x, self.weight, self.bias, "none", [], "")
 
 
 class StepLayer:
@@ -61,27 +53,31 @@ class StepLayer:
 
     def __init__(self, layer):
         attention, feed_forward = layer.self_attn, layer.feed_forward
-        activation = "relu" if isinstance(feed_forward.activation, torch.nn.ReLU) else "gelu"
         self.norm_first, self.n_heads = layer.norm_first, attention.n_heads
         self.qkv = Product(attention.W_q, attention.W_k, attention.W_v)
         self.out = Product(attention.W_o)
-        self.up = Product(feed_forward.linear1, activation=activation)
-        self.down = Product(feed_forward.linear2)
+        self.up, self.down = Product(feed_forward.linear1), Product(feed_forward.linear2)
+        relu = isinstance(feed_forward.activation, torch.nn.ReLU)
+        self.activation = torch.relu_ if relu else feed_forward.activation.forward
         self.norm1, self.norm2 = layer.norm1.forward, layer.norm2.forward
 
     def attend(self, x, mask, cache):
-        """What the output projection of attention reads: (B, C) -> (B, C)."""
+        """Attention and its output projection: (B, C) -> (B, C)."""
         qkv = self.qkv(x).to(CACHE).view(len(x), 3, self.n_heads, 1, -1)
         Q, K, V = qkv.unbind(1)  # (B, H, 1, D)
         K, V = cache.extend(K, V)  # (B, H, S, D)
-        return F.scaled_dot_product_attention(Q, K, V, mask).reshape(x.shape).type_as(x)
+        y = F.scaled_dot_product_attention(Q, K, V, mask)
+        return self.out(y.reshape(x.shape).type_as(x))
+
+    def feed_forward(self, x):
+        return self.down(self.activation(self.up(x)))
 
     def __call__(self, x, mask, cache):
         if self.norm_first:
-            x = self.out.plus(x, self.attend(self.norm1(x), mask, cache))
-            return self.down.plus(x, self.up(self.norm2(x)))
-        x = self.norm1(self.out.plus(x, self.attend(x, mask, cache)))
-        return self.norm2(self.down.plus(x, self.up(x)))
+            x = self.attend(self.norm1(x), mask, cache).add_(x)
+            return self.feed_forward(self.norm2(x)).add_(x)
+        x = self.norm1(self.attend(x, mask, cache).add_(x))
+        return self.norm2(self.feed_forward(x).add_(x))
 
 
 class DecodeStep:
