@@ -23,6 +23,7 @@ from model.sampling import Sampling, uniform, window
 
 PAYS = 8  # new tokens from which it pays to lay out the weights anew: it costs a few steps
 MORE = 14  # logits that are looked at beyond the k of top-k: these may tie
+LARGE = 2**16  # logits up to which all rows are weighed at once: more leave the processor's cache
 PREFIX = 1024  # logits among which top-p looks for its border before it sorts them all
 
 
@@ -202,6 +203,10 @@ def choose_rows(logits: torch.Tensor, rules: Sampling, numbers: list[float]) -> 
         largest, ids = logits.max(-1)  # the lowest id of equal ones
         check_finite(largest)
         return ids.tolist()
+    V = logits.shape[-1]
+    if len(logits) > 1 and logits.numel() > LARGE and not 0 < rules.top_k < V:
+        one_by_one = zip(logits.cpu().split(1), numbers, strict=True)
+        return [choose_rows(row, rules, [number])[0] for row, number in one_by_one]
     ids, weights = candidates(logits, rules)
     reached = weights.cumsum(-1)
     thresholds = torch.tensor(numbers, dtype=torch.float64)[:, None] * reached[:, -1:]
@@ -230,7 +235,8 @@ def candidates(logits: torch.Tensor, rules: Sampling) -> tuple[torch.Tensor, tor
     check_finite(largest)
     weights = weigh(values, largest, rules.temperature)
     if rules.top_p < 1:
-        weights.masked_fill_(beyond_top_p(values, largest, weights, rules), 0.0)
+        # not masked_fill_, which branches at each number
+        weights = torch.where(beyond_top_p(values, largest, weights, rules), 0.0, weights)
     return ids, weights
 
 
