@@ -204,7 +204,8 @@ def choose_rows(logits: torch.Tensor, rules: Sampling, numbers: list[float]) -> 
         check_finite(largest)
         return ids.tolist()
     V = logits.shape[-1]
-    if len(logits) > 1 and logits.numel() > LARGE and not 0 < rules.top_k < V:
+    many = logits.numel() > (LARGE if rules.top_p == 1 else PREFIX)
+    if len(logits) > 1 and many and not 0 < rules.top_k < V:
         one_by_one = zip(logits.cpu().split(1), numbers, strict=True)
         return [choose_rows(row, rules, [number])[0] for row, number in one_by_one]
     ids, weights = candidates(logits, rules)
@@ -233,10 +234,14 @@ def candidates(logits: torch.Tensor, rules: Sampling) -> tuple[torch.Tensor, tor
         values, ids = logits.cpu(), torch.arange(V).expand_as(logits)
     largest = values.amax(-1, keepdim=True)
     check_finite(largest)
+    if rules.top_p < 1 and len(values) == 1 and values.numel() > PREFIX:
+        few = within_prefix(values, largest, rules)
+        if few is not None:
+            return few
     weights = weigh(values, largest, rules.temperature)
     if rules.top_p < 1:
         # not masked_fill_, which branches at each number
-        weights = torch.where(beyond_top_p(values, largest, weights, rules), 0.0, weights)
+        weights = torch.where(beyond_top_p(values, largest, rules), 0.0, weights)
     return ids, weights
 
 
@@ -263,36 +268,48 @@ def weigh(values: torch.Tensor, largest: torch.Tensor, temperature: float) -> to
     return exact.div_(temperature).exp_()
 
 
-def beyond_top_p(values, largest, weights, rules: Sampling) -> torch.Tensor:
-    """Which of `values` (B, N) top-p drops, as a mask; `weights` are theirs.
+def within_prefix(values, largest, rules: Sampling):
+    """What `candidates` returns, from a few of a row's largest logits, where top-p needs no more.
 
-    No more is sorted than a few of the largest, where these hold top_p of all weight. Their share
-    is of a sum in another order, so all are sorted where its rounding could move the border.
+    None where these do not hold top_p of all weight, or where that depends on rounding: the whole
+    weight is summed in float32 here, as good as 1 in 2^15.
     """
-    comparable = values.float() if values.dtype == torch.bfloat16 else values  # for NumPy
-    N = values.shape[-1]
-    for n in (PREFIX, N) if N > PREFIX else (N,):
-        ranked = largest_sorted(comparable, n)
-        reached = weigh(ranked, largest, rules.temperature).cumsum(-1)
-        total, slack = (
-            (weights.sum(-1, keepdim=True), N * 2**-50) if n < N else (reached[:, -1:], 0)
-        )
-        border = rules.top_p * total
-        last = torch.searchsorted(reached, border * (1 - slack))  # (B, 1): of those that are kept
-        if (last < n).all() and last.equal(torch.searchsorted(reached, border * (1 + slack))):
-            break
-    least = ranked.gather(-1, last)
-    dropped = comparable < least
-    surplus = N - dropped.sum(-1, keepdim=True) - (last + 1)
+    array = plain(values)
+    least = np.partition(array, -PREFIX)[:, -PREFIX:].min()
+    ids = torch.from_numpy(np.flatnonzero(array >= least))[None]
+    head = values[:, ids[0]]
+    rough = (values.float() - largest.float()) / rules.temperature
+    total = rough.exp_().sum(-1, keepdim=True, dtype=torch.float64)
+    dropped = beyond_top_p(head, largest, rules, total, slack=2**-15)
+    if dropped is None:
+        return None
+    return ids, torch.where(dropped, 0.0, weigh(head, largest, rules.temperature))
+
+
+def beyond_top_p(values, largest, rules: Sampling, total=None, slack=0.0) -> torch.Tensor | None:
+    """Which of `values` (B, N) top-p drops, as a mask.
+
+    total, slack: the weight (B, 1) of all, where `values` are but the largest of them, and what
+    share of it may be wrong. None is returned where `values` or the slack do not allow an answer.
+    """
+    array = plain(values)
+    ranked = torch.from_numpy(np.sort(array)).flip(-1)  # NumPy sorts many times faster
+    reached = weigh(ranked, largest, rules.temperature).cumsum(-1)
+    border = rules.top_p * (reached[:, -1:] if total is None else total)
+    last = torch.searchsorted(reached, border * (1 - slack))  # (B, 1): of those that are kept
+    if total is not None:
+        latest = torch.searchsorted(reached, border * (1 + slack))
+        if not last.equal(latest) or (last == reached.shape[-1]).any():
+            return None
+    values, least = torch.from_numpy(array), ranked.gather(-1, last)
+    dropped = values < least
+    surplus = (~dropped).sum(-1, keepdim=True) - (last + 1)
     if surplus.any():  # of equal ones the lowest ids are kept
-        tied = comparable == least
+        tied = values == least
         dropped |= tied & (tied.cumsum(-1) > tied.sum(-1, keepdim=True) - surplus)
     return dropped
 
 
-def largest_sorted(values: torch.Tensor, n: int) -> torch.Tensor:
-    """The n largest of each row, descending. NumPy sorts plain numbers many times faster."""
-    array, N = values.numpy(), values.shape[-1]
-    if n < N:
-        array = np.partition(array, N - n)[:, N - n :]
-    return torch.from_numpy(np.sort(array)).flip(-1)
+def plain(values: torch.Tensor) -> np.ndarray:
+    """As an array; NumPy has no bfloat16."""
+    return (values.float() if values.dtype in (torch.bfloat16, torch.float16) else values).numpy()

@@ -164,38 +164,37 @@ def test_many_equal_logits_in_narrow_floats(dtype):
         assert max(len(keep(row.tolist(), Sampling(top_k=50))) for row in logits) > 50
 
 
-LARGE = {  # name: (logits of a large vocabulary, top_p, how many are sorted, one after the other)
-    "peaked": (lambda dice: torch.randn(3, 5000, generator=dice) * 4, 0.9, [PREFIX]),
-    "flat": (lambda dice: torch.randn(3, 5000, generator=dice) * 0.1, 0.9, [PREFIX, 5000]),
+LARGE = {  # name: (logits of a large vocabulary, top_p, whether all must be sorted)
+    "peaked": (lambda dice: torch.randn(3, 5000, generator=dice) * 4, 0.9, False),
+    "flat": (lambda dice: torch.randn(3, 5000, generator=dice) * 0.1, 0.9, True),
     "a wide tie at the border": (
-        lambda dice: torch.randint(-9, 9, (3, 5000), generator=dice) * 1.5, 0.5, [PREFIX],
+        lambda dice: torch.randint(-9, 9, (3, 5000), generator=dice) * 1.5, 0.5, False,
     ),
     "a tie wider than the prefix": (
-        lambda dice: torch.randint(-9, 0, (3, 5000), generator=dice) * 1.0, 0.9, [PREFIX, 5000],
+        lambda dice: torch.randint(-2, 0, (3, 5000), generator=dice) * 1.0, 0.9, True,
     ),
     # 512 of 2,048 hold a quarter exactly: which side of the border, only the whole sum can say
-    "all equal": (lambda dice: torch.full((3, 2048), 0.7), 0.25, [PREFIX, 2048]),
-    "narrow": (lambda dice: (torch.randn(3, 5000, generator=dice) * 4).bfloat16(), 0.8, [PREFIX]),
+    "all equal": (lambda dice: torch.full((3, 2048), 0.7), 0.25, True),
+    "narrow": (lambda dice: (torch.randn(3, 5000, generator=dice) * 4).bfloat16(), 0.8, False),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("make, top_p, sorted_of", LARGE.values(), ids=LARGE)
-def test_top_p_of_a_large_vocabulary_sorts_it_only_where_it_must(
-    make, top_p, sorted_of, monkeypatch
-):
-    asked = []
-    largest_sorted = generation.largest_sorted
+@pytest.mark.parametrize("make, top_p, whole", LARGE.values(), ids=LARGE)
+def test_top_p_of_a_large_vocabulary_sorts_it_only_where_it_must(make, top_p, whole, monkeypatch):
+    sizes, beyond = [], generation.beyond_top_p
     monkeypatch.setattr(
-        generation, "largest_sorted", lambda v, n: asked.append(n) or largest_sorted(v, n)
+        generation,
+        "beyond_top_p",
+        lambda v, *a, **k: sizes.append(v.shape[-1]) or beyond(v, *a, **k),
     )
     logits = make(torch.Generator().manual_seed(3))
     for temperature in 0.8, 1.0:
         rules = Sampling(temperature, top_p=top_p)
-        ids, weights = candidates(logits, rules)
-        assert asked == sorted_of
-        for row, i, w in zip(logits, ids, weights, strict=True):
-            assert i[w > 0].tolist() == keep(row.tolist(), rules)
-        asked.clear()
+        for row in logits.split(1):
+            ids, weights = candidates(row, rules)
+            assert (sizes[-1] == row.numel()) == whole
+            assert ids[weights > 0].tolist() == keep(row[0].tolist(), rules)
+    assert min(sizes) >= PREFIX
     numbers = [0.0, 0.5, 1 - 2**-53]
     expected = [choose(row.tolist(), rules, n) for row, n in zip(logits, numbers, strict=True)]
     assert choose_rows(logits, rules, numbers) == expected
