@@ -10,12 +10,21 @@ Shapes: B rows, T tokens, L layers, H heads of width D, S places in the cache, V
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
+import numpy as np
 import torch
 
+from model import decode_step
 from model.config import UserError
+from model.decode_step import DecodeStep
 from model.decoding import check, number_samples
 from model.sampling import Sampling, uniform, window
+
+PAYS = 8  # new tokens from which it pays to lay out the weights anew: it costs a few steps
+MORE = 14  # logits that are looked at beyond the k of top-k: these may tie
+LARGE = 2**16  # logits up to which all rows are weighed at once: more leave the processor's cache
+PREFIX = 1024  # logits among which top-p looks for its border before it sorts them all
 
 
 class KVCache:
@@ -27,12 +36,12 @@ class KVCache:
     was padding.
     """
 
-    def __init__(self, model, rows: int, places: int):
+    def __init__(self, model, rows: int, places: int, dtype: torch.dtype | None = None):
         config, like = model.config, model.embed.weight
         width = config.d_model // config.n_heads
         shape = (config.n_layers, rows, config.n_heads, places, width)  # (L, B, H, S, D)
         # zeros, because attention multiplies also what it masks, and 0 times NaN is NaN
-        self.keys = torch.zeros(shape, dtype=like.dtype, device=like.device)
+        self.keys = torch.zeros(shape, dtype=dtype or like.dtype, device=like.device)
         self.values = torch.zeros_like(self.keys)
         self.lengths = [0] * rows
         self.layers = [LayerCache(self, i) for i in range(config.n_layers)]
@@ -55,6 +64,8 @@ class KVCache:
         self.lengths = [n + T for n in self.lengths]
         self.seen_keys = self.keys[:, :B, :, : last + T].unbind()  # L times (B, H, S, D)
         self.seen_values = self.values[:, :B, :, : last + T].unbind()
+        self.new_keys = self.keys[:, :B, :, last : last + T].unbind()  # L times (B, H, T, D)
+        self.new_values = self.values[:, :B, :, last : last + T].unbind()
         if first == last:  # the new tokens are the last ones of every row: no mask
             self.mask = self.places = None
             return table[last : last + T]
@@ -82,14 +93,15 @@ class LayerCache:
 
     def extend(self, K, V):
         """Stores K and V (B, H, T, D) at the places taken; all that is stored: (B, H, S, D)."""
-        keys, values = self.cache.seen_keys[self.layer], self.cache.seen_values[self.layer]
-        if self.cache.places is None:
-            keys[:, :, -K.shape[2] :] = K
-            values[:, :, -K.shape[2] :] = V
+        cache, layer = self.cache, self.layer
+        keys, values = cache.seen_keys[layer], cache.seen_values[layer]
+        if cache.places is None:
+            cache.new_keys[layer].copy_(K)
+            cache.new_values[layer].copy_(V)
         else:
-            keys[self.cache.places] = K[:, :, 0].type_as(keys)  # autocast may narrow what comes
-            values[self.cache.places] = V[:, :, 0].type_as(values)
-        return keys, values
+            keys[cache.places] = K[:, :, 0].type_as(keys)
+            values[cache.places] = V[:, :, 0].type_as(values)
+        return keys.type_as(K), values.type_as(V)  # a cache may be wider than what comes
 
 
 @torch.inference_mode()
@@ -119,7 +131,10 @@ def generate(
     samples = number_samples(prompts) if samples is None else samples
     rows = list(range(len(texts)))  # rows[b]: the prompt that row b of the cache goes on with
     longest = max(map(len, texts), default=0) + rules.max_new_tokens
-    cache = KVCache(model, len(rows), min(model.max_len, longest - 1))  # the last is never read
+    quick = rules.max_new_tokens >= PAYS and decode_step.suits(model)
+    places = min(model.max_len, longest - 1)  # the last token is never read
+    cache = KVCache(model, len(rows), places, decode_step.CACHE if quick else None)
+    step = DecodeStep(model) if quick and rows else partial(plain_step, model)
 
     def finished(row: int, token: int) -> bool:
         if token == end_id:
@@ -132,7 +147,7 @@ def generate(
     model.eval()
     try:
         while rows:
-            logits = next_logits(model, cache, [texts[row] for row in rows])
+            logits = next_logits(model, step, cache, [texts[row] for row in rows])
             numbers = [uniform(seed, samples[row], len(texts[row])) for row in rows]
             tokens = choose_rows(logits, rules, numbers)
             if on_logits is not None:
@@ -148,22 +163,29 @@ def generate(
     return [text[len(prompt) :] for text, prompt in zip(texts, prompts, strict=True)]
 
 
-def next_logits(model, cache: KVCache, texts: list[list[int]]) -> torch.Tensor:
+def plain_step(model, ids, cache: KVCache) -> torch.Tensor:
+    """What a DecodeStep gives, by the module itself: on every device, in every precision."""
+    return model(ids, cache=cache)[:, -1]
+
+
+def next_logits(model, step, cache: KVCache, texts: list[list[int]]) -> torch.Tensor:
     """Logits (B, V) after each text, of which the cache holds all but the last token, or should."""
     seen = [window(len(text), model.max_len) for text in texts]
     stale = [b for b, n in enumerate(cache.lengths) if n != seen[b] - 1]  # new, or its window moved
     if stale:
         prefill(model, cache, stale, [texts[b][-seen[b] : -1] for b in stale])
     newest = torch.tensor([text[-1:] for text in texts], device=cache.keys.device)  # (B, 1)
-    return model(newest, cache=cache)[:, -1]
+    return step(newest, cache)
 
 
 def prefill(model, cache: KVCache, rows: list[int], texts: list[list[int]]):
     """Reads whole texts into `rows` of the cache, whatever they held: each from place 0."""
     lengths = [len(text) for text in texts]
     T = max(lengths)
-    # A part of the rows is read into a cache of its own. All of them need no second one.
-    own = cache if len(rows) == len(cache.lengths) else KVCache(model, len(rows), T)
+    # a part of the rows is read into a cache of its own; all of them need no second one
+    own = cache
+    if len(rows) < len(cache.lengths):
+        own = KVCache(model, len(rows), T, cache.keys.dtype)
     if T > 0:
         ids = [text + [0] * (T - len(text)) for text in texts]  # no token sees what is on its right
         own.lengths = [0] * len(rows)
@@ -177,10 +199,15 @@ def prefill(model, cache: KVCache, rows: list[int], texts: list[list[int]]):
 
 def choose_rows(logits: torch.Tensor, rules: Sampling, numbers: list[float]) -> list[int]:
     """`sampling.choose` for each row of logits (B, V), with one number a row."""
-    if not logits.amax(-1).isfinite().all():  # NaN counts as the largest
-        raise UserError("the logits are not finite: the weights are of a run that diverged")
     if rules.deterministic:
-        return logits.argmax(-1).tolist()  # the lowest id of equal ones
+        largest, ids = logits.max(-1)  # the lowest id of equal ones
+        check_finite(largest)
+        return ids.tolist()
+    V = logits.shape[-1]
+    many = logits.numel() > (LARGE if rules.top_p == 1 else PREFIX)
+    if len(logits) > 1 and many and not 0 < rules.top_k < V:
+        one_by_one = zip(logits.cpu().split(1), numbers, strict=True)
+        return [choose_rows(row, rules, [number])[0] for row, number in one_by_one]
     ids, weights = candidates(logits, rules)
     reached = weights.cumsum(-1)
     thresholds = torch.tensor(numbers, dtype=torch.float64)[:, None] * reached[:, -1:]
@@ -188,34 +215,101 @@ def choose_rows(logits: torch.Tensor, rules: Sampling, numbers: list[float]) -> 
     return ids.gather(-1, chosen).flatten().tolist()
 
 
+def check_finite(largest: torch.Tensor):
+    """Raises UserError if the largest logit of a row, NaN counting as such, is no number."""
+    if not largest.isfinite().all():
+        raise UserError("the logits are not finite: the weights are of a run that diverged")
+
+
 def candidates(logits: torch.Tensor, rules: Sampling) -> tuple[torch.Tensor, torch.Tensor]:
     """Ids (B, N), ascending, and their weights, float64: softmax without its divisor, 0 if dropped.
 
-    N is V, or with top-k the most that are kept in a row. All but top-k is done on the CPU, where
-    sums have one order (CUDA's have none, mps lacks float64), so each device chooses the same.
+    N is V, or with top-k about as many as are kept. All but top-k is done on the CPU, where sums
+    have one order (CUDA's have none, mps lacks float64), so each device chooses the same.
     """
     V = logits.shape[-1]
     if 0 < rules.top_k < V:
-        values, ids = logits.topk(rules.top_k)
-        least = values[:, -1:].cpu()
-        N = int((logits >= values[:, -1:]).sum(-1).max())
-        if N > rules.top_k:  # others tie with the last one
-            values, ids = logits.topk(N)
-        ids, by_id = ids.cpu().sort()
-        values = values.cpu().gather(-1, by_id)
-        dropped = values < least
+        values, ids = most_probable(logits, rules.top_k)
     else:
-        ids = torch.arange(V).expand_as(logits)
-        values, dropped = logits.cpu(), None
-    exact = values.double()
-    weights = ((exact - exact.amax(-1, keepdim=True)) / rules.temperature).exp()
-    if dropped is not None:
-        weights.masked_fill_(dropped, 0.0)
+        values, ids = logits.cpu(), torch.arange(V).expand_as(logits)
+    largest = values.amax(-1, keepdim=True)
+    check_finite(largest)
+    if rules.top_p < 1 and len(values) == 1 and values.numel() > PREFIX:
+        few = within_prefix(values, largest, rules)
+        if few is not None:
+            return few
+    weights = weigh(values, largest, rules.temperature)
     if rules.top_p < 1:
-        order = values.sort(descending=True, stable=True).indices
-        ranked = weights.gather(-1, order)
-        reached = ranked.cumsum(-1)
-        beyond = reached[:, :-1] >= rules.top_p * reached[:, -1:]  # before all but the first
-        ranked[:, 1:].masked_fill_(beyond, 0.0)
-        weights.scatter_(-1, order, ranked)
+        # not masked_fill_, which branches at each number
+        weights = torch.where(beyond_top_p(values, largest, rules), 0.0, weights)
     return ids, weights
+
+
+def most_probable(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits and ids, ascending, of a row's k largest and of all that tie with the last of them.
+
+    Both (B, N), on the CPU, where N is at least what any row needs; what it does not is -inf.
+    """
+    N = min(k + MORE, logits.shape[-1])
+    values, ids = logits.topk(N)
+    least = values[:, k - 1 : k]
+    if (values[:, -1:] == least).any():  # perhaps still others tie
+        N = int((logits >= least).sum(-1).max())
+        values, ids = logits.topk(N)
+    ids, by_id = ids.cpu().sort()
+    values = values.cpu().gather(-1, by_id)
+    return values.masked_fill_(values < least.cpu(), -torch.inf), ids
+
+
+def weigh(values: torch.Tensor, largest: torch.Tensor, temperature: float) -> torch.Tensor:
+    """exp((values - largest) / temperature) in float64."""
+    exact = values.double()
+    exact = exact.sub_(largest) if exact is not values else exact - largest
+    return exact.div_(temperature).exp_()
+
+
+def within_prefix(values, largest, rules: Sampling):
+    """What `candidates` returns, from a few of a row's largest logits, where top-p needs no more.
+
+    None where these do not hold top_p of all weight, or where that depends on rounding: the whole
+    weight is summed in float32 here, as good as 1 in 2^15.
+    """
+    array = plain(values)
+    least = np.partition(array, -PREFIX)[:, -PREFIX:].min()
+    ids = torch.from_numpy(np.flatnonzero(array >= least))[None]
+    head = values[:, ids[0]]
+    rough = (values.float() - largest.float()) / rules.temperature
+    total = rough.exp_().sum(-1, keepdim=True, dtype=torch.float64)
+    dropped = beyond_top_p(head, largest, rules, total, slack=2**-15)
+    if dropped is None:
+        return None
+    return ids, torch.where(dropped, 0.0, weigh(head, largest, rules.temperature))
+
+
+def beyond_top_p(values, largest, rules: Sampling, total=None, slack=0.0) -> torch.Tensor | None:
+    """Which of `values` (B, N) top-p drops, as a mask.
+
+    total, slack: the weight (B, 1) of all, where `values` are but the largest of them, and what
+    share of it may be wrong. None is returned where `values` or the slack do not allow an answer.
+    """
+    array = plain(values)
+    ranked = torch.from_numpy(np.sort(array)).flip(-1)  # NumPy sorts many times faster
+    reached = weigh(ranked, largest, rules.temperature).cumsum(-1)
+    border = rules.top_p * (reached[:, -1:] if total is None else total)
+    last = torch.searchsorted(reached, border * (1 - slack))  # (B, 1): of those that are kept
+    if total is not None:
+        latest = torch.searchsorted(reached, border * (1 + slack))
+        if not last.equal(latest) or (last == reached.shape[-1]).any():
+            return None
+    values, least = torch.from_numpy(array), ranked.gather(-1, last)
+    dropped = values < least
+    surplus = (~dropped).sum(-1, keepdim=True) - (last + 1)
+    if surplus.any():  # of equal ones the lowest ids are kept
+        tied = values == least
+        dropped |= tied & (tied.cumsum(-1) > tied.sum(-1, keepdim=True) - surplus)
+    return dropped
+
+
+def plain(values: torch.Tensor) -> np.ndarray:
+    """As an array; NumPy has no bfloat16."""
+    return (values.float() if values.dtype in (torch.bfloat16, torch.float16) else values).numpy()

@@ -14,8 +14,9 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
+from model import generation
 from model.config import UserError
-from model.generation import candidates, choose_rows
+from model.generation import PREFIX, candidates, choose_rows
 from model.sampling import Sampling, choose, explain, keep, uniform, window
 
 # multiples of 1/4, so that equal logits are frequent
@@ -161,6 +162,53 @@ def test_many_equal_logits_in_narrow_floats(dtype):
     assert choose_rows(logits, rules, numbers) == expected
     if dtype == torch.bfloat16:
         assert max(len(keep(row.tolist(), Sampling(top_k=50))) for row in logits) > 50
+
+
+LARGE = {  # name: (logits of a large vocabulary, top_p, whether all must be sorted)
+    "peaked": (lambda dice: torch.randn(3, 5000, generator=dice) * 4, 0.9, False),
+    "flat": (lambda dice: torch.randn(3, 5000, generator=dice) * 0.1, 0.9, True),
+    "a wide tie at the border": (
+        lambda dice: torch.randint(-9, 9, (3, 5000), generator=dice) * 1.5, 0.5, False,
+    ),
+    "a tie wider than the prefix": (
+        lambda dice: torch.randint(-2, 0, (3, 5000), generator=dice) * 1.0, 0.9, True,
+    ),
+    # 512 of 2,048 hold a quarter exactly: which side of the border, only the whole sum can say
+    "all equal": (lambda dice: torch.full((3, 2048), 0.7), 0.25, True),
+    "narrow": (lambda dice: (torch.randn(3, 5000, generator=dice) * 4).bfloat16(), 0.8, False),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("make, top_p, whole", LARGE.values(), ids=LARGE)
+def test_top_p_of_a_large_vocabulary_sorts_it_only_where_it_must(make, top_p, whole, monkeypatch):
+    sizes, beyond = [], generation.beyond_top_p
+    monkeypatch.setattr(
+        generation,
+        "beyond_top_p",
+        lambda v, *a, **k: sizes.append(v.shape[-1]) or beyond(v, *a, **k),
+    )
+    logits = make(torch.Generator().manual_seed(3))
+    for temperature in 0.8, 1.0:
+        rules = Sampling(temperature, top_p=top_p)
+        for row in logits.split(1):
+            ids, weights = candidates(row, rules)
+            assert (sizes[-1] == row.numel()) == whole
+            assert ids[weights > 0].tolist() == keep(row[0].tolist(), rules)
+    assert min(sizes) >= PREFIX
+    numbers = [0.0, 0.5, 1 - 2**-53]
+    expected = [choose(row.tolist(), rules, n) for row, n in zip(logits, numbers, strict=True)]
+    assert choose_rows(logits, rules, numbers) == expected
+
+
+@pytest.mark.parametrize("tied", [2, 20, 900])
+def test_all_that_tie_with_the_last_of_top_k_stay(tied):
+    logits = torch.arange(1000.0).flip(0).repeat(2, 1)  # the second row without ties
+    logits[0, 30 : 30 + tied] = logits[0, 30]
+    rules = Sampling(1e4, top_k=31)
+    ids, weights = candidates(logits, rules)
+    for row, i, w in zip(logits, ids, weights, strict=True):
+        assert i[w > 0].tolist() == keep(row.tolist(), rules)
+    assert (weights > 0).sum(-1).tolist() == [30 + tied, 31]
 
 
 @pytest.mark.parametrize("rules", [Sampling(greedy=True), Sampling(temperature=0, top_k=3)])
