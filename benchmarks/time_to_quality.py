@@ -83,8 +83,6 @@ def nanogpt(checkout: Path, seed: int, path: str) -> dict:
 
 def create(checkout: Path, vocab_size: int):
     """The model of its recipe for a CPU, and the optimizer as it configures it."""
-    if not (checkout / "model.py").is_file():
-        raise UserError(f"--nanogpt {checkout}: no model.py in it: give a checkout of nanoGPT")
     spec = importlib.util.spec_from_file_location("nanogpt_model", checkout / "model.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules["nanogpt_model"] = module
@@ -196,13 +194,16 @@ def main():
         checkout, seed, path = arguments.side
         print(json.dumps(nanogpt(Path(checkout), int(seed), path)))
         return 0
+    checkout = Path(arguments.nanogpt).resolve() if arguments.nanogpt else None
+    if checkout and not (checkout / "model.py").is_file():
+        raise UserError(f"--nanogpt {checkout}: no model.py in it: give a checkout of nanoGPT")
     # a path is meant from where the command was typed
     path = str(Path(arguments.data).resolve()) if arguments.data else ""
     splits(path)  # prepared once, so that no run's time has it
     runs, peer = [], []
     for number in range(arguments.rounds):
-        if arguments.nanogpt:
-            checkout, seed = Path(arguments.nanogpt).resolve(), number + 1
+        if checkout:
+            seed = number + 1
             peer.append(whole(worker, "time_to_quality", checkout, seed, path) | {"seed": seed})
         for seed in arguments.seeds[number :: arguments.rounds]:
             print(f"round {number + 1}: seed {seed}", file=sys.stderr, flush=True)
