@@ -21,7 +21,12 @@ FILES = {  # of each engine: names, or patterns
     "unfused": (*MICRO, "model/scalar_written_out.py"),
     "python": MICRO,
     "numpy": ("model/transformer_lite.py", "torchlite/*.py", DECODING),
-    "torch": ("model/transformer_full.py", "model/generation.py", "model/decode_step.py"),
+    "torch": (
+        "model/transformer_full.py",
+        "model/narrow_attention.py",
+        "model/generation.py",
+        "model/decode_step.py",
+    ),
 }
 NEEDS = {"unfused": (), "python": (), "numpy": ("numpy",), "torch": ("torch",)}
 SILENT = {

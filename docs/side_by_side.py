@@ -7,7 +7,7 @@ The words are those of docs/side_by_side.in.md. A line of it may stand for code:
 
     {{model/transformer_lite.py:attention}}                a function, class or method
     {{model/scalar_tape.py:Vector.mix, Vector.softmax}}    several of a file in one block
-    {{model/transformer_full.py:attention | Q.float()}}    statements with this in their first line
+    {{model/transformer_full.py:attention | F.scaled}}    statements with this in their first line
     {{table}}                                              where all the code above it comes from
 """
 

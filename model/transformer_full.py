@@ -13,12 +13,13 @@ import math
 from dataclasses import asdict
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from model import generation, sampling
-from model.attention import attention
 from model.checkpoint import Checkpoint, check_fit
 from model.config import ModelConfig, UserError
+from model.narrow_attention import narrow_attention
 
 
 def create_positional_encoding(max_len: int, d_model: int) -> torch.Tensor:
@@ -41,6 +42,13 @@ def create_norm(config: ModelConfig) -> nn.Module:
     if config.norm == "rms":
         return nn.RMSNorm(config.d_model, eps=config.norm_eps, elementwise_affine=False)
     return nn.Identity()
+
+
+def attention(Q, K, V, mask, dropout, causal):
+    """softmax(Q K^T / sqrt(D)) V in each head, (B, H, T, D). Vaswani et al. (2017), equation 1."""
+    if Q.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
+        return narrow_attention(Q, K, V, mask, dropout, causal)  # the same, faster there
+    return F.scaled_dot_product_attention(Q, K, V, mask, dropout, is_causal=causal)
 
 
 class MultiHeadAttention(nn.Module):

@@ -1,9 +1,8 @@
-"""softmax(Q K^T / sqrt(D)) V, by the fastest way for where it runs.
+"""softmax(Q K^T / sqrt(D)) V of training in bf16 or fp16 on a CPU, two to three times as fast.
 
-`attention` is PyTorch's own `scaled_dot_product_attention` but in one case: bf16 or fp16 training
-on a CPU. There PyTorch's kernel has its products in float32, which a CPU with bf16 instructions
-computes at a quarter of the speed, or a slow backward pass. So it is written out here, as batched
-matrix products in the narrow type around a softmax in float32: two to three times as fast.
+PyTorch's own kernel has its products in float32, which a CPU with bf16 instructions computes at a
+quarter of the speed, or else a slow backward pass. So it is written out here, as batched matrix
+products in the narrow type around a softmax in float32. With a mask or dropout PyTorch's is used.
 
 Shapes: B sequences, H heads of width D, T tokens; N = B H.
 """
@@ -17,15 +16,13 @@ BLOCK = 128  # queries at a time: keys after the last of them are not looked at
 SCORES = 2**19  # numbers at a time, for a CPU's caches
 
 
-def attention(Q, K, V, mask, dropout, causal):
-    """In each head, (B, H, T, D). Vaswani et al. (2017), equation 1."""
-    if Q.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
-        if causal and not dropout:
-            return NarrowAttention.apply(Q, K, V)
-        with torch.autocast("cpu", enabled=False):
-            Q, K, V = Q.float(), K.float(), V.float()
-            return F.scaled_dot_product_attention(Q, K, V, mask, dropout, is_causal=causal)
-    return F.scaled_dot_product_attention(Q, K, V, mask, dropout, is_causal=causal)
+def narrow_attention(Q, K, V, mask, dropout, causal):
+    """What `scaled_dot_product_attention` gives, for (B, H, T, D) on a CPU under autocast."""
+    if causal and not dropout:
+        return NarrowAttention.apply(Q, K, V)
+    with torch.autocast("cpu", enabled=False):
+        Q, K, V = Q.float(), K.float(), V.float()
+        return F.scaled_dot_product_attention(Q, K, V, mask, dropout, is_causal=causal)
 
 
 class NarrowAttention(torch.autograd.Function):

@@ -4,8 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from model import attention as room
-from model.attention import NarrowAttention, attention
+from model import narrow_attention as room
+from model.narrow_attention import NarrowAttention
+from model.transformer_full import attention
 
 
 def heads(B, H, T, D, dtype, seed=0):
