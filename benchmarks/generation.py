@@ -25,6 +25,7 @@ from model.sampling import Sampling
 from model.transformer_full import TransformerDecoder
 from training import cli
 from training.config import load
+from training.memory import keep_freed_memory
 
 VOCABULARY, PROMPT, NEW, TOP_K, MAX_LEN = 9000, 16, 128, 50, 256
 BATCHES = (1, 16)
@@ -53,6 +54,7 @@ def shape():
 
 def ours(precision: str):
     """Our decoder with random weights, and a function that writes after prompts."""
+    keep_freed_memory()  # as generate.py does
     torch.manual_seed(0)
     model = TransformerDecoder.from_config(shape()).to(DTYPES[precision]).eval()
     rules = Sampling(top_k=TOP_K, max_new_tokens=NEW)

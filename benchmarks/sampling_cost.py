@@ -15,12 +15,14 @@ import time
 import torch
 
 from benchmarks.harness import Result, in_turns, median, parser
+from model.choosing import choose_rows
 from model.config import ModelConfig
 from model.decode_step import CACHE, DecodeStep
-from model.generation import KVCache, choose_rows
+from model.generation import KVCache
 from model.sampling import Sampling
 from model.transformer_full import TransformerDecoder
 from training import cli
+from training.memory import keep_freed_memory
 
 SHAPE = ModelConfig(
     50304, 768, 12, 12, 3072, 1024, 0.0, positions="learned", norm_first=True, final_norm=True,
@@ -41,6 +43,7 @@ BAR = 0.10  # of a step
 def measure(precision: str, batch: int) -> dict:
     """Milliseconds of a step, and of a choice by kind of logits and rules: medians."""
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+    keep_freed_memory()  # as generate.py does
     torch.manual_seed(0)
     model = TransformerDecoder.from_config(SHAPE).to(dtype).eval()
     step, cache = DecodeStep(model), KVCache(model, batch, PLACE + 1, CACHE)

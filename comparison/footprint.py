@@ -25,6 +25,7 @@ FILES = {  # of each engine: names, or patterns
         "model/transformer_full.py",
         "model/narrow_attention.py",
         "model/generation.py",
+        "model/choosing.py",
         "model/decode_step.py",
     ),
 }

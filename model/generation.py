@@ -12,19 +12,15 @@ Shapes: B rows, T tokens, L layers, H heads of width D, S places in the cache, V
 from collections.abc import Callable, Sequence
 from functools import partial
 
-import numpy as np
 import torch
 
 from model import decode_step
-from model.config import UserError
+from model.choosing import choose_rows
 from model.decode_step import DecodeStep
 from model.decoding import check, number_samples
 from model.sampling import Sampling, uniform, window
 
 PAYS = 8  # new tokens from which it pays to lay out the weights anew: it costs a few steps
-MORE = 14  # logits that are looked at beyond the k of top-k: these may tie
-LARGE = 2**16  # logits up to which all rows are weighed at once: more leave the processor's cache
-PREFIX = 1024  # logits of a row among which top-p looks for its border before it sorts them all
 
 
 class KVCache:
@@ -195,126 +191,3 @@ def prefill(model, cache: KVCache, rows: list[int], texts: list[list[int]]):
         cache.values[:, rows, :, :T] = own.values
     for row, length in zip(rows, lengths, strict=True):
         cache.lengths[row] = length
-
-
-def choose_rows(logits: torch.Tensor, rules: Sampling, numbers: list[float]) -> list[int]:
-    """`sampling.choose` for each row of logits (B, V), with one number a row."""
-    if rules.deterministic:
-        largest, ids = logits.max(-1)  # the lowest id of equal ones
-        check_finite(largest)
-        return ids.tolist()
-    all_are_weighed = rules.top_p == 1 and not 0 < rules.top_k < logits.shape[-1]
-    if all_are_weighed and len(logits) > 1 and logits.numel() > LARGE:
-        one_by_one = zip(logits.cpu().split(1), numbers, strict=True)
-        return [choose_rows(row, rules, [number])[0] for row, number in one_by_one]
-    ids, weights = candidates(logits, rules)
-    reached = weights.cumsum(-1)
-    thresholds = torch.tensor(numbers, dtype=torch.float64)[:, None] * reached[:, -1:]
-    chosen = torch.searchsorted(reached, thresholds, right=True)
-    return ids.gather(-1, chosen).flatten().tolist()
-
-
-def check_finite(largest: torch.Tensor):
-    """Raises UserError if the largest logit of a row, NaN counting as such, is no number."""
-    if not largest.isfinite().all():
-        raise UserError("the logits are not finite: the weights are of a run that diverged")
-
-
-def candidates(logits: torch.Tensor, rules: Sampling) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids (B, N), ascending, and their weights, float64: softmax without its divisor, 0 if dropped.
-
-    N is V, or with top-k about as many as are kept. All but top-k is done on the CPU, where sums
-    have one order (CUDA's have none, mps lacks float64), so each device chooses the same.
-    """
-    V = logits.shape[-1]
-    if 0 < rules.top_k < V:
-        values, ids = most_probable(logits, rules.top_k)
-    else:
-        values, ids = logits.cpu(), torch.arange(V).expand_as(logits)
-    largest = values.amax(-1, keepdim=True)
-    check_finite(largest)
-    if rules.top_p < 1 and values.shape[-1] > PREFIX:
-        few = within_prefix(values, largest, rules)
-        if few is not None:
-            return few
-    weights = weigh(values, largest, rules.temperature)
-    if rules.top_p < 1:
-        # not masked_fill_, which branches at each number
-        weights = torch.where(beyond_top_p(values, largest, rules), 0.0, weights)
-    return ids, weights
-
-
-def most_probable(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits and ids, ascending, of a row's k largest and of all that tie with the last of them.
-
-    Both (B, N), on the CPU, where N is at least what any row needs; what it does not is -inf.
-    """
-    N = min(k + MORE, logits.shape[-1])
-    values, ids = logits.topk(N)
-    least = values[:, k - 1 : k]
-    if (values[:, -1:] == least).any():  # perhaps still others tie
-        N = int((logits >= least).sum(-1).max())
-        values, ids = logits.topk(N)
-    ids, by_id = ids.cpu().sort()
-    values = values.cpu().gather(-1, by_id)
-    return values.masked_fill_(values < least.cpu(), -torch.inf), ids
-
-
-def weigh(values: torch.Tensor, largest: torch.Tensor, temperature: float) -> torch.Tensor:
-    """exp((values - largest) / temperature) in float64, on the CPU."""
-    exact = values.double()
-    exact = exact.sub_(largest) if exact is not values else exact - largest
-    exact = exact.div_(temperature).numpy()
-    return torch.from_numpy(np.exp(exact, out=exact))  # NumPy's is twice as fast
-
-
-def within_prefix(values, largest, rules: Sampling):
-    """What `candidates` returns, from the PREFIX largest logits of each row and their ties.
-
-    None where these do not hold top_p of all weight, or where that depends on rounding: the whole
-    weight is summed of float32 numbers here, as good as 1 in 2^15.
-    """
-    array, B = plain(values), len(values)
-    least = np.partition(array, -PREFIX)[:, -PREFIX:].min(-1, keepdims=True)
-    rows, columns = np.divmod(np.flatnonzero(array >= least), array.shape[-1])
-    counts = np.bincount(rows)
-    places = np.arange(len(rows)) - np.repeat(counts.cumsum() - counts, counts)
-    ids = np.zeros((B, counts.max()), np.int64)
-    head = np.full(ids.shape, -np.inf, array.dtype)  # shorter rows end in what weighs nothing
-    ids[rows, places], head[rows, places] = columns, array[rows, columns]
-    ids, head = torch.from_numpy(ids), torch.from_numpy(head)
-    rough = torch.from_numpy(array - plain(largest)).div_(rules.temperature).exp_()
-    total = rough.sum(-1, keepdim=True, dtype=torch.float64)
-    dropped = beyond_top_p(head, largest, rules, total, slack=2**-15)
-    if dropped is None:
-        return None
-    return ids, torch.where(dropped, 0.0, weigh(head, largest, rules.temperature))
-
-
-def beyond_top_p(values, largest, rules: Sampling, total=None, slack=0.0) -> torch.Tensor | None:
-    """Which of `values` (B, N) top-p drops, as a mask.
-
-    total, slack: the weight (B, 1) of all, where `values` are but the largest of them, and what
-    share of it may be wrong. None is returned where `values` or the slack do not allow an answer.
-    """
-    array = plain(values)
-    ranked = torch.from_numpy(np.sort(array)).flip(-1)  # NumPy sorts many times faster
-    reached = weigh(ranked, largest, rules.temperature).cumsum(-1)
-    border = rules.top_p * (reached[:, -1:] if total is None else total)
-    last = torch.searchsorted(reached, border * (1 - slack))  # (B, 1): of those that are kept
-    if total is not None:
-        latest = torch.searchsorted(reached, border * (1 + slack))
-        if not last.equal(latest) or (last == reached.shape[-1]).any():
-            return None
-    values, least = torch.from_numpy(array), ranked.gather(-1, last)
-    dropped = values < least
-    surplus = (~dropped).sum(-1, keepdim=True) - (last + 1)
-    if surplus.any():  # of equal ones the lowest ids are kept
-        tied = values == least
-        dropped |= tied & (tied.cumsum(-1) > tied.sum(-1, keepdim=True) - surplus)
-    return dropped
-
-
-def plain(values: torch.Tensor) -> np.ndarray:
-    """As an array; NumPy has no bfloat16."""
-    return (values.float() if values.dtype in (torch.bfloat16, torch.float16) else values).numpy()

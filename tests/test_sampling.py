@@ -14,9 +14,9 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from model import generation
+from model import choosing
+from model.choosing import candidates, choose_rows, weigh
 from model.config import UserError
-from model.generation import PREFIX, candidates, choose_rows
 from model.sampling import Sampling, choose, explain, keep, uniform, window
 
 # multiples of 1/4, so that equal logits are frequent
@@ -170,10 +170,9 @@ LARGE = {  # name: (logits of a large vocabulary, top_p, whether all must be sor
     "a wide tie at the border": (
         lambda dice: torch.randint(-9, 9, (3, 5000), generator=dice) * 1.5, 0.5, False,
     ),
-    "a tie wider than the prefix": (
+    "a tie of half of them": (
         lambda dice: torch.randint(-2, 0, (3, 5000), generator=dice) * 1.0, 0.9, True,
     ),
-    # 512 of 2,048 hold a quarter exactly: which side of the border, only the whole sum can say
     "all equal": (lambda dice: torch.full((3, 2048), 0.7), 0.25, True),
     "narrow": (lambda dice: (torch.randn(3, 5000, generator=dice) * 4).bfloat16(), 0.8, False),
 }  # fmt: skip
@@ -181,9 +180,9 @@ LARGE = {  # name: (logits of a large vocabulary, top_p, whether all must be sor
 
 @pytest.mark.parametrize("make, top_p, whole", LARGE.values(), ids=LARGE)
 def test_top_p_of_a_large_vocabulary_sorts_it_only_where_it_must(make, top_p, whole, monkeypatch):
-    sizes, beyond = [], generation.beyond_top_p
+    sizes, beyond = [], choosing.beyond_top_p
     monkeypatch.setattr(
-        generation,
+        choosing,
         "beyond_top_p",
         lambda v, *a, **k: sizes.append(v.shape[-1]) or beyond(v, *a, **k),
     )
@@ -194,10 +193,29 @@ def test_top_p_of_a_large_vocabulary_sorts_it_only_where_it_must(make, top_p, wh
             ids, weights = candidates(row, rules)
             assert (sizes[-1] == row.numel()) == whole
             assert ids[weights > 0].tolist() == keep(row[0].tolist(), rules)
-    assert min(sizes) >= PREFIX
     numbers = [0.0, 0.5, 1 - 2**-53]
     expected = [choose(row.tolist(), rules, n) for row, n in zip(logits, numbers, strict=True)]
     assert choose_rows(logits, rules, numbers) == expected
+
+
+@pytest.mark.parametrize("scale", [0.01, 1.0, 8.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_a_draw_among_all_of_a_large_vocabulary(scale, dtype, monkeypatch):
+    """Also where the number is as near to a border as float64 can tell: then that decides."""
+    again, drawn = [], choosing.drawn
+    monkeypatch.setattr(choosing, "drawn", lambda *a: again.append(len(a[0])) or drawn(*a))
+    dice = torch.Generator().manual_seed(5)
+    logits = (torch.randn(40, 3001, generator=dice, dtype=torch.float64) * scale).to(dtype)
+    rules = Sampling(0.7)
+    numbers = [uniform(2, row, 0) for row in range(40)]
+    for row in range(0, 40, 2):
+        weights = weigh(logits[row : row + 1], logits[row : row + 1].amax(-1, True), 0.7)
+        reached = weights.cumsum(-1)[0]
+        numbers[row] = float(reached[70 * row] / reached[-1]) + 1e-12 * (row % 4 - 1)
+    numbers[1], numbers[3] = 0.0, 1 - 2**-53
+    expected = [choose(row.tolist(), rules, n) for row, n in zip(logits, numbers, strict=True)]
+    assert choose_rows(logits, rules, numbers) == expected
+    assert again == [40] if dtype == torch.float64 else 20 <= len(again) <= 40
 
 
 @pytest.mark.parametrize("tied", [2, 20, 900])

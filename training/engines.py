@@ -9,6 +9,7 @@ from typing import Literal
 from model.checkpoint import Checkpoint
 from model.config import ModelConfig, UserError
 from training import cli
+from training.memory import keep_freed_memory
 
 Engine = Literal["torch", "numpy", "python"]
 WEIGHTS = "model.safetensors"
@@ -38,6 +39,7 @@ def load_model(engine: Engine, config: ModelConfig, weights: dict, device: str, 
         dtype = {"fp32": "float32", "fp64": "float64"}[precision]
         model = decoder(engine).from_config(config, dtype)
     else:
+        keep_freed_memory()  # which each token would have cleared anew
         kind = decoder(engine)  # first, because it says what is missing
         from training.device import choose_device, choose_precision
 

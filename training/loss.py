@@ -82,5 +82,8 @@ def linear_cross_entropy(x, weight, bias, targets, dtype, gradients) -> torch.Te
 
 
 def chunk_rows(device: torch.device, vocab_size: int) -> int:
-    """Rows whose logits a CPU's caches hold; on a GPU, few enough for its memory."""
-    return max(1, (2**22 if device.type == "cpu" else 2**28) // vocab_size)
+    """Rows whose logits a CPU's caches hold; on a GPU, few enough for its memory.
+
+    But at least 256: each chunk adds to the gradient of the whole output matrix.
+    """
+    return max(256, (2**22 if device.type == "cpu" else 2**28) // vocab_size)
