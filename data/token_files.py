@@ -5,6 +5,8 @@ train.starts   documents only: int64, where each begins, and the end of the last
 train.prompts  documents only: int32, how many of its ids are prompt and <start>
 """
 
+import contextlib
+import ctypes
 import gc
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -20,6 +22,7 @@ from tqdm import tqdm
 from model.config import UserError
 
 DOCUMENTS, CHARACTERS = 1 << 12, 1 << 18  # tokenised at a time: whichever is reached first
+TRIM = 32  # pieces of work after which freed memory is given back
 PIECE = 1 << 20  # numbers checked at a time
 
 
@@ -122,14 +125,25 @@ def in_order(work: Callable, items: Iterable, threads: int) -> Iterator:
     with ThreadPoolExecutor(threads) as pool:
         waiting = deque()
         try:
-            for item in items:
+            for number, item in enumerate(items):
                 waiting.append(pool.submit(work, item))
                 if len(waiting) > threads + 1:  # one is ready when a thread is
                     yield waiting.popleft().result()
+                    if number % TRIM == 0:
+                        give_back_freed_memory()
             while waiting:
                 yield waiting.popleft().result()
         finally:  # of a signal, say: what runs ends soon, the rest is not begun
             pool.shutdown(wait=False, cancel_futures=True)
+
+
+def give_back_freed_memory():
+    """Lets glibc return what is free to the kernel: threads leave holes, a megabyte for each read.
+
+    Elsewhere than on Linux with glibc this does nothing.
+    """
+    with contextlib.suppress(AttributeError, OSError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 @contextmanager
