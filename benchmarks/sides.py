@@ -58,17 +58,20 @@ def make(side: str, shape: ModelConfig, length: int, device, checkout: str = "",
     return peer({"gpt2": gpt2, "encoder": Encoder}[kind](shape, length), precision, device)
 
 
-def ours(shape: ModelConfig, precision_name: str, device, recompute=False, accumulation=1):
-    """The decoder with the parts of train.py's loop; on CUDA compiled, as with --compile.
+def ours(
+    shape: ModelConfig, precision_name: str, device, recompute=False, accumulation=1, compiled=False
+):
+    """The decoder with the parts of train.py's loop.
 
-    recompute: as --train.checkpoint_activations. accumulation: micro-batches a step.
+    recompute: as --train.checkpoint_activations. accumulation: micro-batches a step. compiled: as
+    --compile, which on CUDA it always is.
     """
     precision, _ = choose_precision(precision_name, device)
     model = TransformerDecoder.from_config(shape, precision.weights).to(device)
     if recompute:
         recompute_layers(model)
     optimizers = create_optimizers(model, OptimizerConfig())
-    hidden = torch.compile(model.hidden) if device.type == "cuda" else None
+    hidden = torch.compile(model.hidden) if compiled or device.type == "cuda" else None
 
     def step(ids, targets):
         for optimizer in optimizers:

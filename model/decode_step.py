@@ -14,7 +14,6 @@ import torch
 import torch.nn.functional as F
 
 ROWS = 16  # whose layout is asked for: it is the fastest from 1 row to 32, that for 1 row is not
-product = torch.ops.mkldnn._linear_pointwise.default
 CACHE = torch.float32  # what a KVCache for a DecodeStep stores
 
 
@@ -42,10 +41,11 @@ class Product:
             weight = torch.cat([linear.weight for linear in linears])
             self.bias = None if self.bias is None else torch.cat([m.bias for m in linears])
         self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), ROWS)
+        self.product = torch.ops.mkldnn._linear_pointwise.default  # here: not every build has it
 
     def __call__(self, x):
         # oneDNN could add a residual or apply ReLU as well, but setting that up takes longer
-        return product(x, self.weight, self.bias, "none", [], "")
+        return self.product(x, self.weight, self.bias, "none", [], "")
 
 
 class StepLayer:

@@ -1,13 +1,15 @@
-"""softmax(Q K^T / sqrt(D)) V of training in bf16 or fp16 on a CPU, two to three times as fast.
+"""softmax(Q K^T / sqrt(D)) V of training in bf16 on a CPU, two to three times as fast.
 
 PyTorch's own kernel has its products in float32, which a CPU with bf16 instructions computes at a
 quarter of the speed, or else a slow backward pass. So it is written out here, as batched matrix
-products in the narrow type around a softmax in float32. With a mask or dropout PyTorch's is used.
+products in bf16 around a softmax in float32. In fp16, without such instructions, and with a mask
+or dropout, PyTorch's kernel is used, in float32: narrow products are many times slower there.
 
 Shapes: B sequences, H heads of width D, T tokens; N = B H.
 """
 
 import math
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -16,9 +18,15 @@ BLOCK = 128  # queries at a time: keys after the last of them are not looked at
 SCORES = 2**19  # numbers at a time, for a CPU's caches
 
 
+@cache
+def cpu_has_bf16() -> bool:
+    """Whether this CPU has instructions for products in bf16."""
+    return getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
+
+
 def narrow_attention(Q, K, V, mask, dropout, causal):
     """What `scaled_dot_product_attention` gives, for (B, H, T, D) on a CPU under autocast."""
-    if causal and not dropout:
+    if causal and not dropout and Q.dtype == torch.bfloat16 and cpu_has_bf16():
         return NarrowAttention.apply(Q, K, V)
     with torch.autocast("cpu", enabled=False):
         Q, K, V = Q.float(), K.float(), V.float()
@@ -44,7 +52,7 @@ class NarrowAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dY):
         q, k, v = ctx.saved_tensors
-        dy, dq = dY.reshape(q.shape), torch.empty_like(q)
+        dy, dq = dY.reshape(q.shape).contiguous(), torch.empty_like(q)
         # several blocks of queries see a key: what they give is summed in the wide type
         dk, dv = (torch.zeros_like(k, dtype=wide(k)) for _ in range(2))
         for heads, queries, keys, P in blocks(q, k):

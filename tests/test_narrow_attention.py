@@ -68,16 +68,31 @@ def test_a_token_sees_nothing_after_it():
     assert torch.equal(NarrowAttention.apply(*inputs)[:, :, :140], before[:, :, :140])
 
 
-def test_which_is_taken():
-    """Ours under autocast on a CPU; PyTorch's else, and with a mask or dropout always."""
-    inputs, _ = heads(1, 2, 5, 4, torch.float32)
+@pytest.mark.parametrize("has_bf16", [True, False])
+def test_which_is_taken(has_bf16, monkeypatch):
+    """Ours in bf16 on a CPU that has it; else PyTorch's, and with a mask or dropout always."""
+    monkeypatch.setattr(room, "cpu_has_bf16", lambda: has_bf16)
     mask = torch.ones(5, 5, dtype=torch.bool)
 
-    def taken(*how):
-        return "NarrowAttention" in str(attention(*inputs, *how).grad_fn)
+    def taken(dtype, *how):
+        inputs, _ = heads(1, 2, 5, 4, dtype)
+        y = attention(*inputs, *how)
+        assert torch.isfinite(y).all()
+        return "NarrowAttention" in str(y.grad_fn)
 
-    assert not taken(None, 0.0, True)
+    assert not taken(torch.float32, None, 0.0, True)
+    with torch.autocast("cpu", torch.float16):
+        assert not taken(torch.float16, None, 0.0, True)
     with torch.autocast("cpu", torch.bfloat16):
-        assert taken(None, 0.0, True)
-        assert not taken(mask, 0.0, False)
-        assert not taken(None, 0.5, True)
+        assert taken(torch.bfloat16, None, 0.0, True) == has_bf16
+        assert not taken(torch.bfloat16, mask, 0.0, False)
+        assert not taken(torch.bfloat16, None, 0.5, True)
+
+
+def test_a_gradient_that_is_not_contiguous():
+    inputs, _ = heads(2, 2, 9, 8, torch.float64)
+    gradient = torch.ones((), dtype=torch.float64).expand(2, 2, 9, 8)
+    for ours, theirs in zip(
+        passes(NarrowAttention.apply, inputs, gradient), passes(own, inputs, gradient), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)

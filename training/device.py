@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from model.config import UserError
+from model.narrow_attention import cpu_has_bf16
 from training.memory import keep_freed_memory
 
 if TYPE_CHECKING:  # it loads pydantic, which generating has no use for
@@ -72,8 +73,7 @@ def choose_precision(name: str, device: torch.device) -> tuple[Precision, str]:
         if torch.cuda.is_bf16_supported(including_emulation=False):
             return PRECISIONS["bf16"], "auto: this GPU has bf16"
         return PRECISIONS["fp32"], "auto: this GPU has no bf16"
-    bf16_instructions = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
-    if device.type == "cpu" and bf16_instructions():
+    if device.type == "cpu" and cpu_has_bf16():
         return PRECISIONS["bf16"], "auto: this CPU has bf16 instructions"
     if device.type == "cpu":
         return PRECISIONS["fp32"], "auto: this CPU has no bf16 instructions"
