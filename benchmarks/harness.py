@@ -97,6 +97,8 @@ def worker(module: str, *arguments) -> dict:
     """The last line of `python -m benchmarks.MODULE --side ARGUMENTS`, a JSON object."""
     command = [sys.executable, "-m", f"benchmarks.{module}", "--side", *map(str, arguments)]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, cwd=ROOT)  # noqa: S603, ours
+    if done.returncode == 2:  # it has said what is wrong
+        sys.exit(2)
     if done.returncode:
         raise UserError(f"{shlex.join(command[1:])} failed with status {done.returncode}")
     return json.loads(done.stdout.splitlines()[-1])

@@ -90,8 +90,8 @@ def ours(
     return step
 
 
-def nanogpt(checkout: Path, shape: ModelConfig, length: int, device):
-    """nanoGPT's model and optimizer; mixed precision and compiled only where it does so."""
+def nanogpt_module(checkout: Path):
+    """nanoGPT's model.py, as it stands. Raises UserError where it does not."""
     file = checkout / "model.py"
     if not file.is_file():
         raise UserError(f"--nanogpt {checkout}: no model.py there; give a checkout of nanoGPT")
@@ -99,6 +99,12 @@ def nanogpt(checkout: Path, shape: ModelConfig, length: int, device):
     module = importlib.util.module_from_spec(spec)
     sys.modules["nanogpt_model"] = module
     spec.loader.exec_module(module)
+    return module
+
+
+def nanogpt(checkout: Path, shape: ModelConfig, length: int, device):
+    """nanoGPT's model and optimizer; mixed precision and compiled only where it does so."""
+    module = nanogpt_module(checkout)
     config = module.GPTConfig(
         block_size=length, vocab_size=shape.vocab_size, n_layer=shape.n_layers,
         n_head=shape.n_heads, n_embd=shape.d_model, dropout=0.0, bias=False,

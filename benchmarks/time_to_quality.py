@@ -9,7 +9,6 @@ in the same windows side by side.
 """
 
 import contextlib
-import importlib.util
 import json
 import math
 import statistics
@@ -83,10 +82,9 @@ def nanogpt(checkout: Path, seed: int, path: str) -> dict:
 
 def create(checkout: Path, vocab_size: int):
     """The model of its recipe for a CPU, and the optimizer as it configures it."""
-    spec = importlib.util.spec_from_file_location("nanogpt_model", checkout / "model.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["nanogpt_model"] = module
-    spec.loader.exec_module(module)
+    from benchmarks.sides import nanogpt_module  # here, because it loads PyTorch
+
+    module = nanogpt_module(checkout)
     shape = {"n_layer": 4, "n_head": 4, "n_embd": 128, "dropout": 0.0, "bias": False}
     with contextlib.redirect_stdout(sys.stderr):
         config = module.GPTConfig(block_size=CONTEXT, vocab_size=vocab_size, **shape)

@@ -11,7 +11,6 @@ and 12 C for each pair of layer and key a token, over the rate of an 8192-cubed 
 import json
 import sys
 import time
-from statistics import median
 
 import torch
 
@@ -20,7 +19,7 @@ from benchmarks.harness import median as middle
 from benchmarks.sides import MODELS, PEERS, make
 from model.transformer_full import TransformerDecoder
 from training import cli
-from training.device import choose_device, synchronize
+from training.device import PRECISIONS, choose_device, matmul_flops, synchronize
 
 BARS = {"4x128": 1.3, "full": 3.0}
 GPU_BARS = {"nanogpt": 1.2, "mfu": 0.5}
@@ -48,21 +47,9 @@ def measure(side: str, name: str, checkout: str, seconds: float, device_name: st
     if device.type == "cuda":
         with torch.device("meta"):
             flops = TransformerDecoder.from_config(shape).flops_per_token(length)
-        found["mfu"] = found["tokens_per_second"] * flops / product_rate(device)
+        rate = matmul_flops(device, PRECISIONS["bf16"], 8192)
+        found["mfu"] = found["tokens_per_second"] * flops / rate
     return found
-
-
-def product_rate(device, n: int = 8192) -> float:
-    """FLOP/s of a bf16 product of n-cubed: median of 20."""
-    a = torch.randn(n, n, device=device, dtype=torch.bfloat16)
-    seconds = []
-    for _ in range(25):
-        synchronize(device)
-        began = time.perf_counter()
-        a @ a
-        synchronize(device)
-        seconds.append(time.perf_counter() - began)
-    return 2 * n**3 / median(seconds[5:])
 
 
 def main():

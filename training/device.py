@@ -91,9 +91,9 @@ def set_up(config: "TrainConfig", device: torch.device):
         torch.use_deterministic_algorithms(True)
 
 
-def matmul_flops(device: torch.device, precision: Precision) -> float:
-    """FLOP/s of a large matrix product here, measured: what MFU is a share of. Median of 5."""
-    n = 4096 if device.type == "cuda" else 1024
+def matmul_flops(device: torch.device, precision: Precision, n: int = 0) -> float:
+    """FLOP/s of a large matrix product here, n-cubed: what MFU is a share of. Median of 5."""
+    n = n or (4096 if device.type == "cuda" else 1024)
     a = torch.ones(n, n, device=device, dtype=precision.products).normal_()
     seconds = []
     for _ in range(7):
