@@ -119,13 +119,18 @@ def nanogpt(checkout: Path, shape: ModelConfig, length: int, device):
     def step(ids, targets):
         with torch.autocast("cuda", torch.bfloat16, enabled=cuda):
             _, loss = run(ids, targets)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return loss.item()
+        return update(model, optimizer, loss)
 
     return step
+
+
+def update(model, optimizer, loss) -> float:
+    """What a peer's step does after its forward pass."""
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return loss.item()
 
 
 def peer(model, precision: str, device):
@@ -137,11 +142,7 @@ def peer(model, precision: str, device):
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
             logits = model(ids)
             loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return loss.item()
+        return update(model, optimizer, loss)
 
     return step
 

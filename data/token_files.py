@@ -5,13 +5,12 @@ train.starts   documents only: int64, where each begins, and the end of the last
 train.prompts  documents only: int32, how many of its ids are prompt and <start>
 """
 
-import contextlib
 import ctypes
 import gc
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from itertools import chain, cycle
 from pathlib import Path
@@ -142,7 +141,7 @@ def give_back_freed_memory():
 
     Elsewhere than on Linux with glibc this does nothing.
     """
-    with contextlib.suppress(AttributeError, OSError, TypeError):
+    with suppress(AttributeError, OSError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)
 
 

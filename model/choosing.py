@@ -18,6 +18,7 @@ MORE = 14  # logits that are looked at beyond the k of top-k: these may tie
 FEW = 1024  # tokens of a vocabulary that needs no short cuts
 BLOCK = 512  # tokens whose weights are summed first
 SKEW = 16  # how much heavier than the mean the tokens that top-p keeps are expected to be
+COLD = 1e-30  # a temperature that float32 may take for 0
 DOUBT = 2.0**-18  # share of all weight by which a sum of float32 numbers may be wrong
 
 
@@ -28,7 +29,8 @@ def choose_rows(logits: torch.Tensor, rules: Sampling, numbers: list[float]) -> 
         check_finite(largest)
         return ids.tolist()
     V = logits.shape[-1]
-    if rules.top_p == 1 and not 0 < rules.top_k < V and V > FEW and logits.dtype != torch.float64:
+    narrow = logits.dtype != torch.float64 and rules.temperature > COLD
+    if narrow and V > FEW and rules.top_p == 1 and not 0 < rules.top_k < V:
         return among_all(logits, rules, numbers)
     return drawn(logits, rules, numbers)
 
@@ -53,7 +55,6 @@ def among_all(logits: torch.Tensor, rules: Sampling, numbers: list[float]) -> li
     check_finite(largest)
     weights = torch.zeros(B, -(-V // BLOCK) * BLOCK)
     torch.sub(values.float(), largest.float(), out=weights[:, :V]).div_(rules.temperature).exp_()
-    weights[:, V:] = 0.0
     weights = weights.view(B, -1, BLOCK)
     reached = weights.sum(-1, dtype=torch.float64).cumsum(-1)  # up to the end of each block
     total = reached[:, -1:]

@@ -218,6 +218,15 @@ def test_a_draw_among_all_of_a_large_vocabulary(scale, dtype, monkeypatch):
     assert again == [40] if dtype == torch.float64 else 20 <= len(again) <= 40
 
 
+@pytest.mark.parametrize("temperature", [1e-300, 1e-45, 1e-20, 1e-3, 1e20, 1e300])
+@pytest.mark.parametrize("top_p", [1.0, 0.5])
+def test_any_temperature_over_a_large_vocabulary(temperature, top_p):
+    logits = torch.randn(4, 3000, generator=torch.Generator().manual_seed(6)) * 5
+    rules, numbers = Sampling(temperature, top_p=top_p), [0.0, 0.3, 0.7, 1 - 2**-53]
+    expected = [choose(row.tolist(), rules, n) for row, n in zip(logits, numbers, strict=True)]
+    assert choose_rows(logits, rules, numbers) == expected
+
+
 @pytest.mark.parametrize("tied", [2, 20, 900])
 def test_all_that_tie_with_the_last_of_top_k_stay(tied):
     logits = torch.arange(1000.0).flip(0).repeat(2, 1)  # the second row without ties
