@@ -25,14 +25,14 @@ from typing import Literal
 
 from tqdm import tqdm
 
-from comparison import report, sizes
+from common import cli
+from common.errors import UserError
+from comparison import generation_speed, report
 from comparison.job import Job, create
-from comparison.part import Part
+from comparison.results import Part
 from comparison.trainers import BUILT_ON, LABELS
-from model.config import UserError
-from training import cli
 from training.config import Config, load
-from training.run import check_run_name
+from training.run_folder import check_run_name
 
 DESCRIPTION = "Trains the same model in every engine, side by side, and writes a report."
 ROOT = Path(__file__).parent
@@ -208,14 +208,18 @@ def run_engine(job: Job, engine: str, steps: int) -> dict:
 def measure_sizes(asked: tuple[str, ...], found: list[dict]):
     """Adds to `found` how long untrained models of several sizes take to generate."""
     engines = [e for e in ("torch", "numpy", "python") if e in (asked or LABELS)]
-    pairs = [(size, engine) for size in sizes.SIZES for engine in engines]
+    pairs = [(size, engine) for size in generation_speed.SIZES for engine in engines]
     for size, engine in tqdm(pairs, desc="sizes", unit="model", ncols=100):
-        entry = {"size": size, "engine": engine, "parameters": sizes.parameters(size)}
-        if (engine, size) in sizes.LEFT_OUT:
-            found.append({**entry, "skipped": sizes.LEFT_OUT[engine, size]})
+        entry = {
+            "size": size,
+            "engine": engine,
+            "parameters": generation_speed.shape(size).num_parameters(),
+        }
+        if (engine, size) in generation_speed.LEFT_OUT:
+            found.append({**entry, "skipped": generation_speed.LEFT_OUT[engine, size]})
             continue
-        tokens = sizes.FEWER.get((engine, size), sizes.TOKENS)
-        command = [sys.executable, "-m", "comparison.sizes", engine, size, str(tokens)]
+        tokens = generation_speed.FEWER.get((engine, size), generation_speed.TOKENS)
+        command = [sys.executable, "-m", "comparison.generation_speed", engine, size, str(tokens)]
         done = subprocess.run(  # noqa: S603, our own program
             command, cwd=ROOT, capture_output=True, text=True, check=False
         )
@@ -228,7 +232,7 @@ def measure_sizes(asked: tuple[str, ...], found: list[dict]):
 
 def finish(folder: Path, parts: list[Part], measured: list[dict]):
     """Report, plots and TensorBoard runs of all that was finished."""
-    from comparison import board, plots  # here, because they take a while to load
+    from comparison import plots, tensorboard  # here, because they take a while to load
 
     for part in parts:
         for engine, result in part.results.items():
@@ -242,7 +246,7 @@ def finish(folder: Path, parts: list[Part], measured: list[dict]):
     except Exception as error:  # the report is worth more than its pictures
         print(f"no plots: {error}", file=sys.stderr)
     try:
-        board.write(folder, parts)
+        tensorboard.write(folder, parts)
     except Exception as error:
         print(f"nothing for TensorBoard: {error}", file=sys.stderr)
     report.write(folder, parts, measured)

@@ -22,13 +22,16 @@ from typing import Annotated, Literal
 
 import tyro
 
-from data.prompts import end_id, prompt_ids
-from data.tokenizer import ESCAPE, Tokenizer, clean_text, load_tokenizer
-from model.checkpoint import Checkpoint, newest_run, read_best
-from model.config import ModelConfig, UserError
-from model.sampling import MOST, Sampling
-from training import cli, engines
-from training.explain import Explained, in_colour
+from checkpoint.reader import Checkpoint, newest_run, read_best
+from common import cli
+from common.errors import UserError
+from data.prompt_format import end_id, prompt_ids
+from data.tokenizer import Tokenizer, clean_text, load_tokenizer
+from generation.explain import Explained, in_colour
+from generation.sampling import MAX_NEW_TOKENS, Sampling
+from generation.streaming import StreamedText
+from model import engines
+from model.config import ModelConfig, read_model_config
 
 DESCRIPTION = "Writes text with a trained model: after prompts, or freely without any."
 ROWS = 32  # texts written at a time by torch; the memory for their caches grows with it
@@ -71,8 +74,10 @@ class Arguments:
 
     def __post_init__(self):
         wrong = []
-        if not 0 <= self.num_samples <= MOST:
-            wrong.append(f"num_samples = {self.num_samples} must be 0 (as many as suit) to {MOST}")
+        if not 0 <= self.num_samples <= MAX_NEW_TOKENS:
+            wrong.append(
+                f"num_samples = {self.num_samples} must be 0 (as many as suit) to {MAX_NEW_TOKENS}"
+            )
         if "" in self.stop:
             wrong.append("stop: an empty string would end every text before it begins")
         if self.interactive and (self.prompt or self.prompt_file):
@@ -147,7 +152,7 @@ def open_source(arguments: Arguments) -> Source:
             f"--runs_dir {arguments.runs_dir}: no run with a checkpoint there; "
             "train one with python train.py, or name it with --checkpoint"
         )
-    checkpoint = Checkpoint.find(path, report=partial(print, file=sys.stderr, flush=True))
+    checkpoint = Checkpoint.find(path, log=partial(print, file=sys.stderr, flush=True))
     try:
         source = read_source(checkpoint, arguments.engine)
     except UserError:
@@ -171,7 +176,7 @@ def read_source(checkpoint: Checkpoint, engine: engines.Engine) -> Source:
         checkpoint,
         checkpoint.config["data"].get("kind", "stream"),
         load_tokenizer(checkpoint.path),
-        checkpoint.model_config(),
+        read_model_config(checkpoint),
         weights,
         checkpoint.state.get("held_out", []),
     )
@@ -210,44 +215,6 @@ def plan(source: Source, prompts: list[str], num_samples: int) -> list[Job]:
 # Writing ------------------------------------------------------------------------------------------
 
 
-class Continuation:
-    """The text of one row as its tokens come: whole characters, cut before a stop string."""
-
-    def __init__(self, tokenizer: Tokenizer, stops: tuple[str, ...]):
-        self.tokenizer, self.stops = tokenizer, stops
-        self.text = ""
-        self.stopped = False
-        self.pending: list[int] = []  # tokens that end inside a character
-        self.shown = 0
-
-    def add(self, token: int) -> bool:
-        """Takes a token; whether a stop string is complete."""
-        self.pending.append(token)
-        # U+FFFD: bytes of a character of which more may come; ESCAPE: half of an escaped one
-        if not self.tokenizer.decode(self.pending).endswith(("\ufffd", ESCAPE)):
-            self.flush()
-        return self.stopped
-
-    def flush(self):
-        """Makes text of the tokens held back."""
-        before = len(self.text)
-        self.text += self.tokenizer.decode(self.pending)
-        self.pending = []
-        found = [self.text.find(stop, max(0, before - len(stop))) for stop in self.stops]
-        if any(at >= 0 for at in found):
-            self.text = self.text[: min(at for at in found if at >= 0)]
-            self.stopped = True
-
-    def news(self, complete: bool = False) -> str:
-        """Text not returned yet; unless complete, without what may begin a stop string."""
-        end = len(self.text)
-        if not complete:
-            held = (n for s in self.stops for n in range(1, len(s)) if self.text.endswith(s[:n]))
-            end -= max(held, default=0)
-        start, self.shown = self.shown, max(self.shown, end)
-        return self.text[start:end]
-
-
 def write(arguments: Arguments, source: Source, model, jobs: list[Job]):
     """Generates and prints; a single text appears token by token."""
     generate = engines.generator(arguments.engine)
@@ -256,13 +223,13 @@ def write(arguments: Arguments, source: Source, model, jobs: list[Job]):
     size = ROWS if arguments.engine == "torch" else 1
     for first in range(0, len(jobs), size):
         batch = jobs[first : first + size]
-        texts = [Continuation(source.tokenizer, stops) for _ in batch]
+        texts = [StreamedText(source.tokenizer, stops) for _ in batch]
         explained = [Explained(source.tokenizer, rules) for _ in batch]
 
         def on_token(row: int, token: int, texts=texts) -> bool:
             stopped = texts[row].add(token)
             if alone:
-                show(texts[row].news())
+                show(texts[row].new_text())
             return stopped
 
         def on_logits(row: int, logits: list[float], token: int, explained=explained):
@@ -289,14 +256,14 @@ def write(arguments: Arguments, source: Source, model, jobs: list[Job]):
                 # non-ASCII characters escaped, so that it survives any terminal or pipe
                 print(json.dumps(answer), flush=True)
             elif alone:
-                show(text.news(complete=True) + "\n")
+                show(text.new_text(complete=True) + "\n")
             else:
                 show(layout(source.kind, jobs, first + i, text.text))
             if arguments.explain and not arguments.json:
                 print(explained[i].table(in_colour(sys.stdout)), flush=True)
 
 
-def as_json(job: Job, text: Continuation, tokens: int, arguments: Arguments) -> dict:
+def as_json(job: Job, text: StreamedText, tokens: int, arguments: Arguments) -> dict:
     """What is said of one text with --json."""
     ending = "length" if tokens == arguments.sampling.max_new_tokens else "end"
     answer = {"prompt": job.prompt, "sample": job.sample, "text": text.text, "tokens": tokens}

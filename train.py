@@ -2,72 +2,90 @@
 
 python train.py                                        configs/default.toml, about two minutes
 python train.py --config configs/mini.toml --device cuda --model.d_model 256
-python train.py --resume                               goes on with the newest run
+python train.py --resume                               continues the newest run
 python train.py --help
 """
 
 import sys
 from functools import partial
+from typing import TYPE_CHECKING
 
-from training import cli  # and nothing large, so that Ctrl-C is answered from the start
+from common import cli  # and nothing large, so that Ctrl-C is answered from the start
+from common.signals import StopRequest, defer_interrupts
 
-say = partial(print, flush=True)  # seen at once also where it goes into a pipe
+if TYPE_CHECKING:
+    from training.resume import RunSpec
+
+log = partial(print, flush=True)  # seen at once also where it goes into a pipe
 
 
 def main() -> int:
     """Decides what is to be done, and does it. Returns the exit status."""
-    from training.arguments import read_command_line
+    from training.command_line import read_command_line
 
-    plan = read_command_line(say)
-    return 0 if plan is None else train(plan)
+    spec = read_command_line(log)
+    return 0 if spec is None else train(spec)
 
 
-def train(plan) -> int:
+def train(spec: "RunSpec") -> int:
     """The loop. One pass more than there are steps: the last one only saves and evaluates."""
     # imported here, so that a mistake in the settings is told before PyTorch has loaded
-    with cli.held():
+    with defer_interrupts():
+        from data.batches import Prefetch
+        from training.checkpointer import Checkpointer
+        from training.nan_dump import explain_stop
         from training.optimizer import set_lr
         from training.recorder import Recorder
-        from training.run import locked
-        from training.schedule import lr_factor
-        from training.setup import Prefetch, build
-        from training.signals import StopRequest
-        from training.step import NonFinite, compiled, train_step
+        from training.run_folder import locked
+        from training.schedule import evaluation_due, lr_factor
+        from training.setup import build
+        from training.step import NonFiniteError, compile_loss, train_step
 
-    t = build(plan, say)
-    config, progress = t.config, t.progress
-    batches = Prefetch(t.batches, config.train.accumulation_steps)
-    hidden = t.model.hidden
+    state = build(spec, log)
+    config, progress = state.config, state.progress
+    batches = Prefetch(state.batches, config.train.accumulation_steps)
+    loss_module = state.loss_module
     if config.compile:
-        hidden = compiled(t, *batches(progress.step), say)
-    with locked(plan), StopRequest() as stop, Recorder(t, plan, stop) as recorder:
+        loss_module = compile_loss(state, *batches(progress.step), log)
+    with (
+        locked(spec.run, spec.continued),
+        StopRequest() as stop,
+        Recorder(state, spec, stop) as recorder,
+    ):
+        checkpointer = Checkpointer(state, spec, recorder.log, recorder.metrics.flush)
         try:
             for step in range(progress.step, config.max_steps + 1):
                 stopping = bool(stop.signal)  # once: a later signal waits for the next step
-                if stopping or recorder.save_due(step):
-                    recorder.save()  # before the evaluation, so that nothing is lost in it
-                done = recorder.evaluate() if recorder.evaluation_due(step) else True
-                if stopping or not done or step == config.max_steps:
+                if stopping or checkpointer.due(step):  # before the evaluation: nothing is lost
+                    with recorder.timer.pause():
+                        checkpointer.save()
+                if evaluation_due(config, step) and not recorder.evaluate(checkpointer):
+                    break  # a signal came in the middle of it
+                if stopping or step == config.max_steps:
                     break
 
-                lr = set_lr(t.optimizers, lr_factor(config.optimizer, step, config.horizon))
+                lr = set_lr(state.optimizers, lr_factor(config.optimizer, step, config.horizon))
                 recorder.begin_step()
-                with recorder.clock.part("data"):
+                with recorder.timer.part("data"):
                     micro_batches, targets = batches(step)
-                result = train_step(t, hidden, micro_batches, targets, step, recorder.clock)
+                result = train_step(
+                    state, loss_module, micro_batches, targets, step, recorder.timer
+                )
                 progress.step, progress.tokens = step + 1, progress.tokens + result.tokens
                 progress.skipped += not result.updated
                 recorder.end_step(result, lr)
-        except NonFinite as error:
-            print(f"train.py: {recorder.give_up(error, micro_batches, targets)}", file=sys.stderr)
+        except NonFiniteError as error:
+            recorder.bar.close()
+            told = explain_stop(state, spec.run, micro_batches, targets, str(error))
+            print(f"train.py: {told}", file=sys.stderr)
             return 1
         finally:
             batches.close()
         if not stop.signal:
-            recorder.finish()
-    if recorder.failed_save:
-        fix = "make room, and --resume goes on from the last one"
-        print(f"train.py: {recorder.failed_save}: {fix}", file=sys.stderr)
+            recorder.finish(checkpointer)
+    if checkpointer.failure:
+        fix = "make room, and --resume continues from the last one"
+        print(f"train.py: {checkpointer.failure}; {fix}", file=sys.stderr)
         return 1
     return 128 + stop.signal if stop.signal else 0
 

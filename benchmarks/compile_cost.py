@@ -17,8 +17,8 @@ import torch
 
 from benchmarks.harness import Result, in_turns, parser
 from benchmarks.harness import median as middle
-from benchmarks.sides import MODELS, make
-from training import cli
+from benchmarks.peers import MODELS, make
+from common import cli
 
 STEPS = {"4x128": 100, "full": 10}
 

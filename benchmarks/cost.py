@@ -18,12 +18,13 @@ import torch
 
 from benchmarks.harness import Result, in_turns, parser
 from benchmarks.harness import median as middle
-from benchmarks.sides import GPT
+from benchmarks.peers import GPT
+from common import cli
+from common.device import choose_device, choose_precision
+from model.loss import LossModule
 from model.transformer_full import TransformerDecoder
-from training import cli
 from training.config import TrainConfig
-from training.device import choose_device, choose_precision, set_up
-from training.loss import loss_sum
+from training.setup import configure_torch
 
 SIZES = {  # name: (layers, width); heads are 32 to 64 wide
     "0.1 M": (2, 64), "0.8 M": (4, 128), "3 M": (4, 256), "11 M": (6, 384), "25 M": (8, 512),
@@ -47,9 +48,10 @@ def measure(size: str, context: int) -> dict:
     """Microseconds a token; and what the fit needs to know."""
     device = choose_device("cpu")
     precision, _ = choose_precision("auto", device)
-    set_up(TrainConfig(), device)
+    configure_torch(TrainConfig(), device)
     shape = shape_of(size, context)
     model = TransformerDecoder.from_config(shape)
+    loss_module = LossModule(model)
     tokens = 1024 if size == "124 M" else 4096
     ids, targets = torch.randint(0, shape.vocab_size, (2, max(1, tokens // context), context))
     seconds = []
@@ -57,7 +59,7 @@ def measure(size: str, context: int) -> dict:
         model.zero_grad(set_to_none=True)
         began = time.perf_counter()
         with precision.autocast(device):
-            loss = loss_sum(model, ids, targets.flatten(), None)
+            loss = loss_module(ids, targets.flatten())
         loss.backward()
         seconds.append(time.perf_counter() - began)
     multiplied = sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear))

@@ -17,10 +17,11 @@ from pathlib import Path
 import torch
 
 from benchmarks.harness import ROOT, Result, in_turns, parser
-from model.generation import KVCache, generate
-from model.sampling import Sampling
+from common import cli
+from generation.batched import generate
+from generation.kv_cache import KVCache
+from generation.sampling import Sampling
 from model.transformer_full import TransformerDecoder
-from training import cli
 from training.config import load
 
 LONGEST, BUCKET, ROWS = 4096, 256, 16
@@ -58,7 +59,7 @@ def whole() -> dict:
         seconds = []
         for _ in range(3):
             began = time.perf_counter()
-            model(ids, positions=torch.tensor([length - 1]))
+            model(ids, target_indices=torch.tensor([length - 1]))
             seconds.append(time.perf_counter() - began)
         found.append(1000 * min(seconds))
     return {"ms": found}

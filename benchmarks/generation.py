@@ -19,13 +19,14 @@ import torch
 from torch.profiler import profile
 
 from benchmarks.harness import ROOT, Result, in_turns, median, parser, spread, worker
-from model.decode_step import DecodeStep, Product
-from model.generation import KVCache, generate
-from model.sampling import Sampling
+from common import cli
+from common.memory import keep_freed_memory
+from generation.batched import generate
+from generation.cpu_decoder import CPUDecoder, Product
+from generation.kv_cache import KVCache
+from generation.sampling import Sampling
 from model.transformer_full import TransformerDecoder
-from training import cli
 from training.config import load
-from training.memory import keep_freed_memory
 
 VOCABULARY, PROMPT, NEW, TOP_K, MAX_LEN = 9000, 16, 128, 50, 256
 BATCHES = (1, 16)
@@ -115,7 +116,7 @@ def bandwidth(nbytes: int) -> float:
 def limits(precision: str) -> dict:
     """What a step reads, how fast that can be read, and what the linear layers alone allow."""
     model, _ = ours(precision)
-    config, step = model.config, DecodeStep(model)
+    config, step = model.config, CPUDecoder(model)
     products = [p for layer in step.layers for p in vars(layer).values() if isinstance(p, Product)]
     products.append(step.output)
     weights = sum(m.weight.nbytes for m in model.modules() if isinstance(m, torch.nn.Linear))

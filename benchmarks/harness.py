@@ -18,8 +18,8 @@ from datetime import date
 from importlib import metadata
 from pathlib import Path
 
-from model.config import UserError
-from training import cli
+from common import cli
+from common.errors import UserError
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"

@@ -17,7 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from comparison.trainers import Adam, create, timed_step
-from model.config import IGNORED
+from model.config import IGNORE_INDEX
 from training.config import load
 
 CONFIG = Path(__file__).parent.parent / "configs" / "lite.toml"
@@ -41,7 +41,7 @@ def measure(engine: str) -> dict[str, float]:
     rows = []
     for _ in range(PAIRS):
         ids, after = ([dice.randrange(VOCABULARY) for _ in range(LENGTH)] for _ in range(2))
-        rows.append((ids, [IGNORED] * (LENGTH // 2) + after[LENGTH // 2 :]))
+        rows.append((ids, [IGNORE_INDEX] * (LENGTH // 2) + after[LENGTH // 2 :]))
     batch, times = trainer.batch(rows), []
     for _ in range(WARM_UP + STEPS):
         _, seconds = timed_step(trainer, batch, 1e-3)

@@ -14,11 +14,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from benchmarks.harness import ROOT, Result, in_turns, median, parser, spread
+from common import cli
 from data.batches import Batches, Examples
 from data.config import DataConfig
 from data.dataset import prepare
 from model.config import ModelConfig
-from training import cli
 from training.config import OptimizerConfig, TrainConfig, load
 
 DEFAULT, FULL = (load(ROOT / "configs" / name) for name in ("default.toml", "full.toml"))
@@ -60,18 +60,19 @@ def training(name: str, dataset, batches: Batches):
     """A function that loads a step's batches and trains on them. Returns the tokens."""
     import torch
 
+    from common.device import choose_device, choose_precision, to_device
+    from model.loss import LossModule
     from model.transformer_full import TransformerDecoder
-    from training.device import choose_device, choose_precision, set_up
-    from training.loss import loss_sum
     from training.optimizer import create_optimizers
-    from training.step import to_device
+    from training.setup import configure_torch
 
     device = choose_device("cpu")
-    set_up(TrainConfig(), device)
+    configure_torch(TrainConfig(), device)
     precision, _ = choose_precision("auto", device)
     shape, optimizer_config, _, _ = MODELS[name]
     shape = replace(shape, vocab_size=dataset.tokenizer.vocab_size)
     model = TransformerDecoder.from_config(shape, precision.weights)
+    loss_module = LossModule(model)
     optimizers = create_optimizers(model, optimizer_config)
 
     def step(number: int) -> int:
@@ -80,7 +81,7 @@ def training(name: str, dataset, batches: Batches):
             optimizer.zero_grad(set_to_none=True)
         for batch in micro_batches:
             with precision.autocast(device):
-                loss = loss_sum(model, *to_device(batch, device)) / targets
+                loss = loss_module(*to_device(batch.inputs, device)) / targets
             loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:

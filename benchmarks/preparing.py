@@ -19,13 +19,13 @@ from itertools import count, pairwise
 from pathlib import Path
 
 from benchmarks.harness import Result, in_turns, median, parser, spread, worker
+from common import cli
 from data.config import DataConfig
 from data.dataset import prepare
-from data.sources import CHUNK
+from data.readers import CHUNK
 from data.token_files import write_documents, write_stream
 from data.tokenizer import cores, load_tokenizer
-from data.vocabulary import train_sentencepiece
-from training import cli
+from data.train_tokenizer import train_sentencepiece
 
 KINDS = {"stream": "text.txt", "lines": "text.txt", "pairs": "pairs.jsonl"}
 SIDES = {

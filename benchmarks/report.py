@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from benchmarks.harness import RESULTS, ROOT, row, text_of
-from training import cli
+from common import cli
 
 DOCUMENT = ROOT / "docs" / "benchmarks.md"
 ORDER = (

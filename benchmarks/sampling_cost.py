@@ -15,14 +15,14 @@ import time
 import torch
 
 from benchmarks.harness import Result, in_turns, median, parser
-from model.choosing import choose_rows
+from common import cli
+from common.memory import keep_freed_memory
+from generation.cpu_decoder import CACHE, CPUDecoder
+from generation.kv_cache import KVCache
+from generation.sampling import Sampling
+from generation.torch_sampling import sample_tokens
 from model.config import ModelConfig
-from model.decode_step import CACHE, DecodeStep
-from model.generation import KVCache
-from model.sampling import Sampling
 from model.transformer_full import TransformerDecoder
-from training import cli
-from training.memory import keep_freed_memory
 
 SHAPE = ModelConfig(
     50304, 768, 12, 12, 3072, 1024, 0.0, positions="learned", norm_first=True, final_norm=True,
@@ -46,7 +46,7 @@ def measure(precision: str, batch: int) -> dict:
     keep_freed_memory()  # as generate.py does
     torch.manual_seed(0)
     model = TransformerDecoder.from_config(SHAPE).to(dtype).eval()
-    step, cache = DecodeStep(model), KVCache(model, batch, PLACE + 1, CACHE)
+    step, cache = CPUDecoder(model), KVCache(model, batch, PLACE + 1, CACHE)
     ids = torch.randint(0, SHAPE.vocab_size, (batch, 1))
     ranks = torch.rand(batch, SHAPE.vocab_size).argsort(-1) + 1.0
     peaked = (-1.5 * ranks.log()).to(dtype)
@@ -58,7 +58,7 @@ def measure(precision: str, batch: int) -> dict:
                 began = time.perf_counter()
                 flat = step(ids, cache)
                 middle = time.perf_counter()
-                choose_rows(peaked if kind == "peaked" else flat, rules, [0.5] * batch)
+                sample_tokens(peaked if kind == "peaked" else flat, rules, [0.5] * batch)
                 seconds.setdefault(f"{kind}: {name}", []).append(time.perf_counter() - middle)
                 seconds["step"].append(middle - began)
     warm = 2 * len(RULES) * 2

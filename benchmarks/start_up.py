@@ -17,8 +17,8 @@ import time
 from pathlib import Path
 
 from benchmarks.harness import ROOT, Result, in_turns, median, parser, spread
-from model.config import UserError
-from training import cli
+from common import cli
+from common.errors import UserError
 
 BAR = 2.5  # seconds
 LARGEST = 10

@@ -20,8 +20,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from benchmarks.harness import ROOT, Result, parser, worker
-from model.config import UserError
-from training import cli
+from common import cli
+from common.errors import UserError
 from training.config import Config, load
 
 CONFIG = ROOT / "configs" / "speedrun.toml"
@@ -82,7 +82,7 @@ def nanogpt(checkout: Path, seed: int, path: str) -> dict:
 
 def create(checkout: Path, vocab_size: int):
     """The model of its recipe for a CPU, and the optimizer as it configures it."""
-    from benchmarks.sides import nanogpt_module  # here, because it loads PyTorch
+    from benchmarks.peers import nanogpt_module  # here, because it loads PyTorch
 
     module = nanogpt_module(checkout)
     shape = {"n_layer": 4, "n_head": 4, "n_embd": 128, "dropout": 0.0, "bias": False}

@@ -15,10 +15,10 @@ import torch
 
 from benchmarks.harness import Result, in_turns, parser, spread
 from benchmarks.harness import median as middle
-from benchmarks.sides import MODELS, PEERS, make
-from training import cli
-from training.device import choose_device
-from training.memory import peak_memory
+from benchmarks.peers import MODELS, PEERS, make
+from common import cli
+from common.device import choose_device
+from common.memory import peak_memory
 
 STEPS = 8
 WAYS = {  # name: (side, recompute, accumulation)

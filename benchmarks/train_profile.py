@@ -17,13 +17,13 @@ from torch.profiler import profile
 
 from benchmarks.harness import Result, in_turns, parser
 from benchmarks.harness import median as middle
-from benchmarks.sides import CLIP, MODELS, make
+from benchmarks.peers import CLIP, MODELS, make
+from common import cli
+from common.device import PRECISIONS, choose_device, choose_precision, matmul_flops
 from model import transformer_full
-from training import cli
-from training.device import PRECISIONS, choose_device, choose_precision, matmul_flops
 
 KINDS = {  # the first that a name contains
-    "attention": ("scaled_dot_product", "NarrowAttention", "aten::bmm", "_softmax_backward_data"),
+    "attention": ("scaled_dot_product", "BF16Attention", "aten::bmm", "_softmax_backward_data"),
     "matrix products": ("aten::mm", "aten::addmm"),
     "casts and copies": ("aten::copy_",),
     "softmax": ("softmax", "nll_loss", "aten::exp", "amax", "gather", "scatter"),

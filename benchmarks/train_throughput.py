@@ -16,10 +16,10 @@ import torch
 
 from benchmarks.harness import Result, in_turns, parser, spread
 from benchmarks.harness import median as middle
-from benchmarks.sides import MODELS, PEERS, make
+from benchmarks.peers import MODELS, PEERS, make
+from common import cli
+from common.device import PRECISIONS, choose_device, matmul_flops, synchronize
 from model.transformer_full import TransformerDecoder
-from training import cli
-from training.device import PRECISIONS, choose_device, matmul_flops, synchronize
 
 BARS = {"4x128": 1.3, "full": 3.0}
 GPU_BARS = {"nanogpt": 1.2, "mfu": 0.5}

@@ -60,10 +60,10 @@ def not_finite(rows: list[list[float]], but: float = math.nan) -> tuple[int, int
 def operations(trainer, engine: str, numbers: list[float]) -> tuple[list[float], list[float]]:
     """softmax(numbers) and rms_norm(numbers), by the engine's own operations."""
     if BUILT_ON[engine] == "python":
-        from model.scalar_tape import Tape, Vector
-        from model.scalar_written_out import WrittenOut
+        from torchmicro.scalar import ScalarVector
+        from torchmicro.vector import Tape, Vector
 
-        x = (WrittenOut if engine == "unfused" else Vector)(numbers, Tape())
+        x = (ScalarVector if engine == "unfused" else Vector)(numbers, Tape())
         return list(x.softmax().data), list(x.rms_norm(1e-5).data)
     if engine == "numpy":
         from torchlite import functional as F
@@ -108,7 +108,7 @@ def graph(trainer, engine: str, batch) -> tuple[list[list[float]], list[list[flo
             )
             for module in trainer.model.modules()
         ]
-        trainer.hidden = trainer.model.hidden  # a compiled one has no modules to look into
+        trainer.loss_module = trainer.eager  # a compiled one has no hooks to call
         trainer.forward(batch)
         for hook in hooks:
             hook.remove()
@@ -138,10 +138,10 @@ def round_trip(trainer, engine: str, ids: list[int], folder: Path) -> float:
     file = folder / f"{engine}.safetensors"
     before = trainer.logits(ids)
     if BUILT_ON[engine] == "python":
-        from model import safetensors_reader
+        from checkpoint import safetensors_python
 
-        file.write_bytes(safetensors_reader.write(trainer.weights()))
-        read = safetensors_reader.read(file.read_bytes())
+        file.write_bytes(safetensors_python.write(trainer.weights()))
+        read = safetensors_python.read(file.read_bytes())
     else:
         from safetensors.numpy import load_file, save_file
 

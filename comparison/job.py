@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save
 
-from comparison.trainers import IGNORED
 from data.batches import Batches, Examples
 from data.dataset import Dataset, prepare
-from data.prompts import end_id, prompt_ids
+from data.prompt_format import end_id, prompt_ids
 from data.rng import key
+from model.config import IGNORE_INDEX
 from model.transformer_lite import TransformerDecoderLite
 from torchlite import nn
 from training.config import Config
@@ -77,12 +77,12 @@ def create(folder: Path, name: str, config: Config, steps: int, precision: str, 
 def rows(batch) -> list[tuple[list[int], list[int]]]:
     """(ids, targets) for each sequence, up to its last target: nothing after it has any effect."""
     B, T = batch.ids.shape
-    targets = np.full(B * T, IGNORED, np.int64)
-    targets[slice(None) if batch.positions is None else batch.positions] = batch.targets
+    targets = np.full(B * T, IGNORE_INDEX, np.int64)
+    targets[slice(None) if batch.target_indices is None else batch.target_indices] = batch.targets
     targets = targets.reshape(B, T)
     found = []
     for ids, predicted in zip(batch.ids, targets, strict=True):
-        n = int(np.flatnonzero(predicted != IGNORED)[-1]) + 1
+        n = int(np.flatnonzero(predicted != IGNORE_INDEX)[-1]) + 1
         found.append((ids[:n].tolist(), predicted[:n].tolist()))
     return found
 

@@ -11,8 +11,8 @@ from textwrap import fill
 
 import numpy as np
 
-from comparison.part import Part, step_s
-from comparison.text import figure as number
+from comparison.markdown import figure as number
+from comparison.results import Part, step_s
 from comparison.trainers import CONTROLS, LABELS
 
 COLOURS = {  # Okabe and Ito's, which people with any colour vision can tell apart

@@ -10,37 +10,40 @@ import math
 from collections.abc import Iterable
 from pathlib import Path
 
-from comparison import internals, proof, samples, shipped, text
-from comparison.part import Part, parts_of_a_step, step_s
-from comparison.text import NONE, count, duration, figure, plain, table
+from comparison import code_size, config_table, controls, markdown, samples
+from comparison.markdown import NONE, count, duration, figure, plain, table
+from comparison.results import Part, parts_of_a_step, step_s
 from comparison.trainers import BUILT_ON, LABELS
 
 TOKENS = 50  # for so many the table of sizes gives times
 
 
 def write(folder: Path, parts: list[Part], sizes: list[dict]) -> Path:
-    """Writes folder/report.md. `sizes`: what `comparison.sizes` printed, or "skipped": why."""
+    """Writes folder/report.md.
+
+    sizes: what `comparison.generation_speed` printed, or why it was skipped.
+    """
     blocks = ["# One decoder in several engines: what was measured"]
-    blocks += [*text.picture(folder, "overview"), "## What was compared", *compared(parts)]
+    blocks += [*markdown.picture(folder, "overview"), "## What was compared", *compared(parts)]
     for part in parts:
         name = part.job.name
         sections = {
             "results": results(part),
-            "losses": text.picture(folder, f"losses-{name}") + losses(part),
+            "losses": markdown.picture(folder, f"losses-{name}") + losses(part),
             "samples": samples.section(part),
-            "controls": proof.controls(part),
-            "correctness": proof.correctness(part),
+            "controls": controls.controls(part),
+            "correctness": controls.correctness(part),
             "an epoch, and a whole training": estimates(part),
         }
         for title, found in sections.items():
             blocks += [f"## {plain(name)}: {title}", *found] if found else []
-    pictures = text.picture(folder, "speed") + text.picture(folder, "memory")
+    pictures = markdown.picture(folder, "speed") + markdown.picture(folder, "memory")
     blocks += ["## Speed and memory", *pictures] if pictures else []
-    if engines := internals.columns(e for part in parts for e in part.proper):
-        blocks += ["## How the engines work", *internals.works(engines)]
-        blocks += ["## Code and dependencies", *internals.code(engines)]
+    if engines := code_size.columns(e for part in parts for e in part.proper):
+        blocks += ["## How the engines work", *code_size.how_they_work(engines)]
+        blocks += ["## Code and dependencies", *code_size.size_table(engines)]
     blocks += ["## Sizes", *by_size(sizes)] if sizes else []
-    blocks += ["## Shipped configurations", *shipped.section()]
+    blocks += ["## Shipped configurations", *config_table.section()]
     file = folder / "report.md"
     file.write_text("\n\n".join(blocks) + "\n", encoding="utf-8")
     return file
@@ -87,10 +90,10 @@ def summary(part: Part, result: dict) -> list[str]:
 def compared(parts: list[Part]) -> list[str]:
     """The machine, and what each part's engines were given."""
     devices = {r["device"] for p in parts for r in p.trained.values() if r.get("device")}
-    lines = [*text.machine(), *sorted(devices)]
+    lines = [*markdown.machine(), *sorted(devices)]
     rows = [["configuration", *(part.job.name for part in parts)]]
     for title, value in {
-        "d_model / heads / layers / d_ff / length": lambda job: shipped.dimensions(
+        "d_model / heads / layers / d_ff / length": lambda job: config_table.dimensions(
             job.config.model
         ),
         "parameters": lambda job: f"{job.parameters:,}",

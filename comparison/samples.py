@@ -6,8 +6,8 @@ section(part)    a section of `comparison.report`: a list of blocks, paragraphs 
 from collections.abc import Sequence
 
 from comparison.job import prompts
-from comparison.part import Part
-from comparison.text import NONE, count, figure, plain, table
+from comparison.markdown import NONE, count, figure, plain, table
+from comparison.results import Part
 from comparison.trainers import LABELS
 from data.token_files import Split
 

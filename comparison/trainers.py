@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from itertools import pairwise
 from random import Random
 
-from model.config import IGNORED, ModelConfig
-from training.engines import load_model
-from training.memory import keep_freed_memory
+from common.memory import keep_freed_memory
+from model.config import IGNORE_INDEX, ModelConfig
+from model.engines import load_model
 
 LABELS = {  # in the order of the report
     "unfused": "Python, a node for each + and *",
@@ -45,23 +45,23 @@ class Adam:
 
 
 class PythonTrainer:
-    """The plain-Python engine; `written_out` makes each + and * a node."""
+    """The plain-Python engine; `unfused` makes each + and * a node."""
 
-    def __init__(self, config: ModelConfig, weights, adam: Adam, written_out=False):
-        from model import scalar_tape
+    def __init__(self, config: ModelConfig, weights, adam: Adam, unfused=False):
         from model.transformer_micro import TransformerDecoderMicro
+        from torchmicro import optim, vector
 
-        self.model = TransformerDecoderMicro.from_config(config, written_out)
+        self.model = TransformerDecoderMicro.from_config(config, unfused)
         self.model.load_weights(weights)
-        self.mean = scalar_tape.mean
-        self.optimizer = scalar_tape.Adam(self.model.parameters(), adam.beta1, adam.beta2, adam.eps)
+        self.mean = vector.mean
+        self.optimizer = optim.Adam(self.model.parameters(), adam.beta1, adam.beta2, adam.eps)
         self.nodes = 0
 
     def batch(self, rows):
         """Rows as `forward` takes them: (ids, places, targets) each."""
         batch = []
         for ids, targets in rows:
-            places = [t for t, target in enumerate(targets) if target != IGNORED]
+            places = [t for t, target in enumerate(targets) if target != IGNORE_INDEX]
             batch.append((ids, places, [targets[t] for t in places]))
         return batch
 
@@ -69,7 +69,7 @@ class PythonTrainer:
         """The loss; what `backward` needs is kept."""
         losses = []
         for ids, places, targets in batch:
-            logits = self.model(ids, positions=places)
+            logits = self.model(ids, target_indices=places)
             losses += [x.cross_entropy(y) for x, y in zip(logits, targets, strict=True)]
         self.loss = self.mean(losses)
         self.nodes = len(self.model.tape)
@@ -118,7 +118,7 @@ class StackOrder(PythonTrainer):
     reverse = False  # push the inputs of a node in reverse
 
     def backward(self):
-        from model.scalar_tape import inputs_of
+        from torchmicro.vector import inputs_of
 
         records = {id(record[1]): record for record in self.model.tape.records}
         self.loss.grad = [1.0]
@@ -158,11 +158,11 @@ class NumpyTrainer:
         return padded(rows)
 
     def forward(self, batch) -> float:
-        ids, positions, targets = batch
+        ids, target_indices, targets = batch
         x = self.model.hidden(ids)  # (B, T, C)
         x = x.reshape(-1, x.shape[-1])
-        if len(positions) < len(x):
-            x = x[positions]
+        if len(target_indices) < len(x):
+            x = x[target_indices]
         output = self.model.output
         self.loss = self.F.linear_cross_entropy(x, output.weight, output.bias, targets)
         self.nodes = len(self.loss.tape)
@@ -195,16 +195,14 @@ class TorchTrainer:
     def __init__(self, config, weights, adam: Adam, precision: str, device: str, compiled=False):
         import torch
 
-        from training.device import choose_device, synchronize
-        from training.loss import loss_sum
+        from common.device import choose_device, synchronize
+        from model.loss import LossModule
 
         keep_freed_memory()
-        self.loss_sum = loss_sum
         self.torch, self.device = torch, choose_device(device)
         self.model = load_model("torch", config, weights, device, precision).train()
-        self.hidden = self.model.hidden
-        if compiled:
-            self.hidden = torch.compile(self.model.hidden, dynamic=True)
+        self.eager = LossModule(self.model)
+        self.loss_module = torch.compile(self.eager, dynamic=True) if compiled else self.eager
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(),
             betas=(adam.beta1, adam.beta2),
@@ -218,9 +216,10 @@ class TorchTrainer:
         return [self.torch.from_numpy(array).to(self.device) for array in padded(rows)]
 
     def forward(self, batch) -> float:
-        ids, positions, targets = batch
-        positions = positions if len(positions) < ids.numel() else None
-        total = self.loss_sum(self.model, ids, targets, positions, self.hidden)
+        ids, target_indices, targets = batch
+        total = self.loss_module(
+            ids, targets, target_indices if len(target_indices) < ids.numel() else None
+        )
         self.loss = total / len(targets)
         return self.loss.item()
 
@@ -272,20 +271,20 @@ def timed_step(trainer, batch, lr: float) -> tuple[float, list[float]]:
 
 
 def padded(rows):
-    """ids (B, T), positions (N,), targets (N,), int64: what `training/loss.py` takes as well."""
+    """ids (B, T), target_indices (N,), targets (N,), int64."""
     import numpy as np
 
     T = max(len(ids) for ids, _ in rows)
     ids = np.array([ids + [0] * (T - len(ids)) for ids, _ in rows])
-    targets = np.array([t + [IGNORED] * (T - len(t)) for _, t in rows]).reshape(-1)
-    positions = np.flatnonzero(targets != IGNORED)
-    return ids, positions, targets[positions]
+    targets = np.array([t + [IGNORE_INDEX] * (T - len(t)) for _, t in rows]).reshape(-1)
+    target_indices = np.flatnonzero(targets != IGNORE_INDEX)
+    return ids, target_indices, targets[target_indices]
 
 
 def create(engine: str, config: ModelConfig, weights: dict, adam: Adam, precision: str = "fp64"):
     """The trainer of an engine, by its name in LABELS. weights: lists or arrays by name."""
     if engine in ("python", "unfused"):
-        return PythonTrainer(config, weights, adam, written_out=engine == "unfused")
+        return PythonTrainer(config, weights, adam, unfused=engine == "unfused")
     if engine in CONTROLS:
         return CONTROLS[engine](config, weights, adam)
     if engine == "numpy":

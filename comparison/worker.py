@@ -13,6 +13,8 @@ from pathlib import Path
 
 STARTED = time.perf_counter()
 
+from common.errors import UserError  # noqa: E402
+from common.memory import peak_memory  # noqa: E402
 from comparison import checks  # noqa: E402, the clock runs from the first line on
 from comparison.trainers import (  # noqa: E402
     BUILT_ON,
@@ -22,10 +24,9 @@ from comparison.trainers import (  # noqa: E402
     create,
     timed_step,
 )
-from model.config import ModelConfig, UserError  # noqa: E402
-from model.sampling import Sampling  # noqa: E402
-from training.engines import generator  # noqa: E402
-from training.memory import peak_memory  # noqa: E402
+from generation.sampling import Sampling  # noqa: E402
+from model.config import ModelConfig  # noqa: E402
+from model.engines import generator  # noqa: E402
 
 COMPARED = 1_000_000  # up to so many parameters, the gradients of the first step are kept
 
@@ -111,18 +112,18 @@ def cosines(config: ModelConfig, weights: dict, engine: str, batch) -> dict:
     * ("scalar"); of the stack order also with the inputs of a node pushed in reverse.
     """
 
-    def gradients(kind, written_out, reverse=False):
-        trainer = kind(config, weights, Adam(0.9, 0.999, 1e-8), written_out)
+    def gradients(kind, unfused, reverse=False):
+        trainer = kind(config, weights, Adam(0.9, 0.999, 1e-8), unfused)
         trainer.reverse = reverse
         trainer.forward(batch)
         trainer.backward()
         return {name: list(checks.numbers(g)) for name, g in trainer.gradients().items()}
 
     right, wrong = gradients(PythonTrainer, False), {}
-    for written_out, size in enumerate(("vector", "scalar")):
-        wrong[size] = gradients(CONTROLS[engine], bool(written_out))
+    for unfused, size in enumerate(("vector", "scalar")):
+        wrong[size] = gradients(CONTROLS[engine], bool(unfused))
         if engine == "stack":
-            wrong[f"{size} reversed"] = gradients(CONTROLS[engine], bool(written_out), reverse=True)
+            wrong[f"{size} reversed"] = gradients(CONTROLS[engine], bool(unfused), reverse=True)
     return {
         name: {size: compare(right[name], g[name]) for size, g in wrong.items()} for name in right
     }
@@ -142,9 +143,9 @@ def compare(right: list[float], wrong: list[float]) -> dict:
 def read_weights(file: Path, engine: str) -> dict:
     """What the engine's decoder loads: read without NumPy for plain Python."""
     if BUILT_ON[engine] == "python":
-        from model import safetensors_reader
+        from checkpoint import safetensors_python
 
-        return safetensors_reader.read(file.read_bytes())
+        return safetensors_python.read(file.read_bytes())
     from safetensors.numpy import load_file
 
     return load_file(file)

@@ -8,13 +8,14 @@ accumulation changes what an optimizer step learns from.
 
 import math
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
 
+from common.errors import UserError
 from data.rng import key, permutation
 from data.token_files import Split
-from model.config import UserError
 
 POOL = 50  # batches that are sorted by length together
 
@@ -24,14 +25,19 @@ class Batch:
     """What one forward pass reads.
 
     ids: (B, T) int64, padded on the right. targets: (N,) int64, the tokens to predict.
-    positions: (N,) int64, flat indices into B x T of the places that predict them; None: all.
+    target_indices: (N,) int64, flat indices into B x T of the places that predict them; None: all.
     tokens: how many of the ids are no padding.
     """
 
     ids: np.ndarray
     targets: np.ndarray
-    positions: np.ndarray | None
+    target_indices: np.ndarray | None
     tokens: int
+
+    @property
+    def inputs(self) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+        """What a LossModule is called with."""
+        return self.ids, self.targets, self.target_indices
 
 
 class Examples:
@@ -73,9 +79,9 @@ class Examples:
             start, end = self.split.starts[number], self.split.starts[number + 1]
             tokens[row, : end - start] = self.split.ids[start:end]
             taken[row, self.split.prompts[number] - 1 : end - start - 1] = True
-        positions = np.flatnonzero(taken)
+        target_indices = np.flatnonzero(taken)
         n = int(self.lengths[chosen].sum())
-        return Batch(tokens[:, :-1].copy(), tokens[:, 1:][taken], positions, n)
+        return Batch(tokens[:, :-1].copy(), tokens[:, 1:][taken], target_indices, n)
 
     def target_count(self, chosen: np.ndarray) -> int:
         """How many tokens these examples ask to predict."""
@@ -131,6 +137,28 @@ class Batches:
         mine = chosen[rank::world]
         size = max(1, math.ceil(len(mine) / accumulation))
         return [self.examples.batch(rows, shift) for rows in cut(mine, size)]
+
+
+class Prefetch:
+    """The next step's batches, made by a thread while this step computes."""
+
+    def __init__(self, batches: Batches, accumulation: int):
+        self.batches, self.accumulation = batches, accumulation
+        self.pool = ThreadPoolExecutor(1)
+        self.pending = {}
+
+    def make(self, step: int):
+        return self.batches(step, self.accumulation), self.batches.target_count(step)
+
+    def __call__(self, step: int):
+        """The micro-batches of a step, and its number of targets."""
+        future = self.pending.pop(step, None) or self.pool.submit(self.make, step)
+        result = future.result()
+        self.pending = {step + 1: self.pool.submit(self.make, step + 1)}
+        return result
+
+    def close(self):
+        self.pool.shutdown(wait=False, cancel_futures=True)
 
 
 def evaluation_batches(examples: Examples, batch_size: int, limit: int = 0) -> Iterator[Batch]:

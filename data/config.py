@@ -1,10 +1,12 @@
 """What text is learned from, and how it becomes ids. Standard library only."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
-from model.config import UserError
+from common.errors import UserError
 
+DEFAULT_CACHE_DIR = Path(__file__).parent / "cache"  # what an empty data.cache_dir means
 SOURCES = ("stdlib", "stdlib_words", "names", "tinyshakespeare", "nl2bash")
 
 

@@ -21,14 +21,14 @@ from pathlib import Path
 import numpy as np
 from filelock import FileLock
 
-from data.config import DataConfig
-from data.prompts import are_pairs
-from data.sealed import hash_file, read_sealed, seal
-from data.sources import CACHE, Source, open_source
+from common.errors import UserError
+from common.files import checksummed_json, hash_file, read_checksummed_json
+from data.config import DEFAULT_CACHE_DIR, DataConfig
+from data.prompt_format import are_pairs
+from data.readers import Source, open_source
 from data.token_files import Split, open_split, write_documents, write_stream
 from data.tokenizer import CharTokenizer, load_tokenizer
-from data.vocabulary import train_sentencepiece
-from model.config import UserError
+from data.train_tokenizer import train_sentencepiece
 
 FORMAT = 1  # of the token ids: another one is other data, on which no older run can be resumed
 LAYOUT = 2  # of the folder: another one is prepared beside those of older versions
@@ -56,7 +56,7 @@ def prepare(config: DataConfig, report: Report = print, tokenizer=None) -> Datas
 
     `tokenizer` is used in place of the one that `config` describes.
     """
-    cache = Path(os.path.expanduser(config.cache_dir)) if config.cache_dir else CACHE
+    cache = Path(os.path.expanduser(config.cache_dir)) if config.cache_dir else DEFAULT_CACHE_DIR
     try:
         cache.mkdir(parents=True, exist_ok=True)
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
@@ -143,7 +143,7 @@ def build(
             manifest["held_out"] = hold_out(by_share)
     check_not_empty(manifest["splits"], config, source)
     manifest["files"] = {path.name: hash_file(path) for path in sorted(folder.iterdir())}
-    (folder / "manifest.json").write_bytes(seal(manifest))
+    (folder / "manifest.json").write_bytes(checksummed_json(manifest))
 
 
 def check_not_empty(splits: dict, config: DataConfig, source: Source):
@@ -247,7 +247,7 @@ def make_tokenizer(config: DataConfig, source: Source, readers: dict | None, rep
 def open_dataset(folder: Path, tokenizer_given: bool = False) -> Dataset:
     """Memory-maps a prepared folder; checks sizes, and that every id is in the vocabulary."""
     try:
-        manifest = read_sealed(folder / "manifest.json")
+        manifest = read_checksummed_json(folder / "manifest.json")
         check_manifest(manifest)
         tokenizer = load_tokenizer(folder)
         dtype, vocab_size = np.dtype(manifest["dtype"]), int(manifest["vocab_size"])

@@ -5,12 +5,11 @@ train.starts   documents only: int64, where each begins, and the end of the last
 train.prompts  documents only: int32, how many of its ids are prompt and <start>
 """
 
-import ctypes
 import gc
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import chain, cycle
 from pathlib import Path
@@ -18,7 +17,8 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from model.config import UserError
+from common.errors import UserError
+from common.memory import return_freed_memory
 
 DOCUMENTS, CHARACTERS = 1 << 12, 1 << 18  # tokenised at a time: whichever is reached first
 TRIM = 32  # pieces of work after which freed memory is given back
@@ -129,20 +129,11 @@ def in_order(work: Callable, items: Iterable, threads: int) -> Iterator:
                 if len(waiting) > threads + 1:  # one is ready when a thread is
                     yield waiting.popleft().result()
                     if number % TRIM == 0:
-                        give_back_freed_memory()
+                        return_freed_memory()
             while waiting:
                 yield waiting.popleft().result()
         finally:  # of a signal, say: what runs ends soon, the rest is not begun
             pool.shutdown(wait=False, cancel_futures=True)
-
-
-def give_back_freed_memory():
-    """Lets glibc return what is free to the kernel: threads leave holes, a megabyte for each read.
-
-    Elsewhere than on Linux with glibc this does nothing.
-    """
-    with suppress(AttributeError, OSError, TypeError):
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 @contextmanager

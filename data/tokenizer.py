@@ -14,7 +14,7 @@ from functools import cached_property
 from itertools import chain
 from pathlib import Path
 
-from model.config import UserError
+from common.errors import UserError
 
 SPECIALS = ("<pad>", "<unk>", "<start>", "<end>")  # ids 0 to 3; text never encodes to these
 SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can spell these, UTF-8 cannot hold them

@@ -6,7 +6,7 @@
 The words are those of docs/side_by_side.in.md. A line of it may stand for code:
 
     {{model/transformer_lite.py:attention}}                a function, class or method
-    {{model/scalar_tape.py:Vector.mix, Vector.softmax}}    several of a file in one block
+    {{torchmicro/vector.py:Vector.mix, Vector.softmax}}    several of a file in one block
     {{model/transformer_full.py:attention | F.scaled}}    statements with this in their first line
     {{table}}                                              where all the code above it comes from
 """
@@ -29,18 +29,33 @@ COMMAND = "python docs/side_by_side.py"
 NOTE = f"<!-- Made by `{COMMAND}` from {TEMPLATE} and the sources: change those, not this. -->"
 ENGINES = {  # the files of each; of several for a shared one
     "PyTorch": (
-        "model/transformer_full.py", "model/generation.py", "training/metrics.py",
-        "training/step.py", "training/loss.py", "training/optimizer.py",
+        "model/transformer_full.py",
+        "generation/batched.py",
+        "generation/kv_cache.py",
+        "training/visuals.py",
+        "training/step.py",
+        "model/loss.py",
+        "training/optimizer.py",
     ),
     "NumPy": (
-        "model/transformer_lite.py", "torchlite/functional.py", "torchlite/nn.py",
-        "torchlite/tensor.py", "torchlite/optim.py", "model/decoding.py", "model/sampling.py",
+        "model/transformer_lite.py",
+        "torchlite/functional.py",
+        "torchlite/nn.py",
+        "torchlite/tensor.py",
+        "torchlite/optim.py",
+        "generation/sequential.py",
+        "generation/sampling.py",
     ),
     "Plain Python": (
-        "model/transformer_micro.py", "model/scalar_nn.py", "model/scalar_tape.py",
-        "model/scalar_written_out.py", "model/decoding.py", "model/sampling.py",
+        "model/transformer_micro.py",
+        "torchmicro/nn.py",
+        "torchmicro/vector.py",
+        "torchmicro/scalar.py",
+        "torchmicro/optim.py",
+        "generation/sequential.py",
+        "generation/sampling.py",
     ),
-}  # fmt: skip
+}
 PLACEHOLDER = re.compile(r"\{\{(?P<file>[^:]+):(?P<names>[^|]+?)(?: \| (?P<text>.+))?\}\}")
 
 

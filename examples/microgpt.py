@@ -21,9 +21,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))  # the project is run from its clone
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # matrices this small only suffer from threads
 
+from common import cli
 from comparison.trainers import Adam, create, timed_step
 from model.config import ModelConfig
-from training import cli
 
 WIDTH, LENGTH, STD = 16, 16, 0.08
 TEMPERATURE = 0.5

@@ -7,20 +7,20 @@ what each engine is built from.
 from dataclasses import dataclass, fields
 from typing import Literal, get_args
 
+from checkpoint.reader import Checkpoint, CheckpointError
+from common.errors import UserError, refuse
+
 # Beyond the largest models there are. An engine would build a larger one until memory is full.
-MOST = {"vocab_size": 2**24, "d_model": 2**16, "n_heads": 2**16, "n_layers": 2**12, "d_ff": 2**18}
-MOST |= {"max_len": 2**17}
+MAX_SIZES = {
+    "vocab_size": 2**24,
+    "d_model": 2**16,
+    "n_heads": 2**16,
+    "n_layers": 2**12,
+    "d_ff": 2**18,
+    "max_len": 2**17,
+}
 
-IGNORED = -100  # the target of a place whose loss is not taken, as in PyTorch
-
-
-class UserError(ValueError):
-    """Something the user can mend. The scripts print it as one line and exit with status 2."""
-
-    def __init__(self, message=""):
-        # part of it may be what a file holds, which must not command a terminal or fill it
-        text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(message))
-        super().__init__(text if len(text) <= 1200 else f"{text[:800]} ... {text[-300:]}")
+IGNORE_INDEX = -100  # the target of a place whose loss is not taken, as in PyTorch
 
 
 @dataclass(frozen=True)
@@ -68,9 +68,8 @@ class ModelConfig:
 
     def __post_init__(self):
         wrong = wrong_types(self)
-        if wrong:
-            raise UserError("; ".join(wrong))
-        for name, most in MOST.items():
+        refuse(wrong)
+        for name, most in MAX_SIZES.items():
             value = getattr(self, name)
             if value > most:
                 wrong.append(f"{name} = {value} must be at most {most}")
@@ -93,16 +92,43 @@ class ModelConfig:
                 wrong.append(f"{name} = {getattr(self, name)} must be between 0 and 1")
         if self.norm == "none" and (self.norm_first or self.final_norm or self.embedding_norm):
             wrong.append('norm = "none" leaves nothing for norm_first, final_norm, embedding_norm')
-        if wrong:
-            raise UserError("; ".join(wrong))
+        refuse(wrong)
+
+    def num_parameters(self) -> int:
+        """Trained numbers of a decoder of this shape; a tied matrix counts once."""
+        C, F, V, bias = self.d_model, self.d_ff, self.vocab_size, self.bias
+        norm = 2 * C if self.norm == "layer" else 0  # a weight and a bias each
+        layer = 4 * C * (C + bias)  # queries, keys, values, output
+        layer += F * (C + bias) + C * (F + bias)  # feed-forward
+        layer += 2 * norm
+        positions = self.max_len * C if self.positions == "learned" else 0
+        output = 0 if self.tie_embeddings else V * (C + bias)
+        norms = norm * (self.embedding_norm + self.final_norm)
+        return V * C + positions + self.n_layers * layer + norms + output
 
 
-def numbers_at_least(config: ModelConfig) -> int:
-    """Numbers in the matrices of a decoder: fewer are not in its weights."""
-    layer = 4 * config.d_model**2 + 2 * config.d_model * config.d_ff
-    rows = config.vocab_size * (1 if config.tie_embeddings else 2)
-    rows += config.max_len if config.positions == "learned" else 0
-    return config.n_layers * layer + rows * config.d_model
+def read_model_config(checkpoint: Checkpoint) -> ModelConfig:
+    """The shape of a checkpoint's decoder, of a size that its weights can have.
+
+    Raises CheckpointError.
+    """
+    file, values = checkpoint.path / "config.json", checkpoint.config["model"]
+    unknown = sorted(values.keys() - {field.name for field in fields(ModelConfig)})
+    if unknown:
+        raise CheckpointError(
+            f"{file}: model.{unknown[0]}: unknown to this version; use the version that wrote it"
+        )
+    try:
+        config = ModelConfig(**values)
+    except (UserError, TypeError) as error:
+        raise CheckpointError(f"{file}: model.{error}; use another checkpoint") from None
+    size = checkpoint.manifest["files"].get("model.safetensors", {"bytes": 0})["bytes"]
+    if config.num_parameters() > size:  # said before memory is taken for it
+        raise CheckpointError(
+            f"{file}: model: describes {config.num_parameters()} parameters, which do not fit "
+            f"into the {size} bytes of model.safetensors; use another checkpoint"
+        )
+    return config
 
 
 def wrong_types(config) -> list[str]:

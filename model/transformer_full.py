@@ -16,10 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from model import generation, sampling
-from model.checkpoint import Checkpoint, check_fit
-from model.config import ModelConfig, UserError
-from model.narrow_attention import narrow_attention
+from checkpoint.reader import Checkpoint, check_fit
+from common.errors import UserError
+from generation import batched, sampling
+from model.bf16_attention import bf16_attention
+from model.config import ModelConfig, read_model_config
 
 
 def create_positional_encoding(max_len: int, d_model: int) -> torch.Tensor:
@@ -47,7 +48,7 @@ def create_norm(config: ModelConfig) -> nn.Module:
 def attention(Q, K, V, mask, dropout, causal):
     """softmax(Q K^T / sqrt(D)) V in each head, (B, H, T, D). Vaswani et al. (2017), equation 1."""
     if Q.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
-        return narrow_attention(Q, K, V, mask, dropout, causal)  # the same, faster there
+        return bf16_attention(Q, K, V, mask, dropout, causal)  # the same, faster there
     return F.scaled_dot_product_attention(Q, K, V, mask, dropout, is_causal=causal)
 
 
@@ -166,16 +167,16 @@ class TransformerDecoder(nn.Module):
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
 
-    def forward(self, ids, mask=None, positions=None, cache=None):
+    def forward(self, ids, mask=None, target_indices=None, cache=None):
         """Logits (B, T, V) of the next token at each place of `ids` (B, T), int64.
 
         mask: None for causal; else as in `torch.nn.functional.scaled_dot_product_attention`.
-        positions: flat indices (N,) into B x T where logits are wanted: they come as (N, V).
-        cache: a `generation.KVCache`; the ids then follow on those it has seen. No gradients.
+        target_indices: flat indices (N,) into B x T where logits are wanted: they come as (N, V).
+        cache: a KVCache of `generation`; the ids then follow on those it has seen. No gradients.
         """
         x = self.hidden(ids, mask, cache)
-        if positions is not None:
-            x = x.flatten(0, 1).index_select(0, positions)  # (N, C)
+        if target_indices is not None:
+            x = x.flatten(0, 1).index_select(0, target_indices)  # (N, C)
         return self.output(x)  # (8) one score for each token of the vocabulary
 
     def hidden(self, ids, mask=None, cache=None):
@@ -212,11 +213,11 @@ class TransformerDecoder(nn.Module):
     def generate(self, tokens, start_id=2, end_id=3, max_len=64, temperature=1.0, top_k=50, seed=0):
         """Ids that follow `tokens` (a list of ids) and `start_id`, up to `end_id`, at most max_len.
 
-        start_id None: `tokens` stand alone. For all else that generating can see `generation`.
+        start_id None: `tokens` stand alone. For all the options see `generation.batched`.
         """
         prompt = list(tokens) + ([] if start_id is None else [start_id])
         rules = sampling.Sampling(temperature, top_k, max_new_tokens=max_len)
-        return generation.generate(self, [prompt], rules, seed=seed, end_id=end_id)[0]
+        return batched.generate(self, [prompt], rules, seed=seed, end_id=end_id)[0]
 
     def load_weights(self, arrays):
         """Copies arrays by parameter name (a tied matrix once) into this model."""
@@ -240,6 +241,6 @@ class TransformerDecoder(nn.Module):
     def from_checkpoint(cls, path, dtype=torch.float32) -> "TransformerDecoder":
         """The decoder of a checkpoint, or of a run (its best step). Raises CheckpointError."""
         checkpoint = Checkpoint.find(path)
-        model = cls.from_config(checkpoint.model_config(), dtype)
+        model = cls.from_config(read_model_config(checkpoint), dtype)
         model.load_weights(checkpoint.tensors("model.safetensors"))
         return model.eval()

@@ -14,9 +14,10 @@ from dataclasses import asdict
 
 import numpy as np
 
-from model import decoding, sampling
-from model.checkpoint import Checkpoint, check_fit
-from model.config import ModelConfig, UserError
+from checkpoint.reader import Checkpoint, check_fit
+from common.errors import UserError
+from generation import sampling, sequential
+from model.config import ModelConfig, read_model_config
 from torchlite import functional as F
 from torchlite import nn
 from torchlite.tensor import default_dtype, no_grad, record
@@ -177,16 +178,16 @@ class TransformerDecoderLite(nn.Module):
             elif name.endswith("bias"):
                 parameter.data[...] = 0.0
 
-    def forward(self, ids, mask=None, positions=None, cache=None):
+    def forward(self, ids, mask=None, target_indices=None, cache=None):
         """Logits (B, T, V) of the next token at each place of `ids` (B, T), integers.
 
         mask: None for causal; else True where a query may look, or numbers added to the scores.
-        positions: flat indices (N,) into B x T where logits are wanted: they come as (N, V).
+        target_indices: flat indices (N,) into B x T where logits are wanted: they come as (N, V).
         cache: an `nn.KVCache`; the ids then follow on those it has seen. No gradients.
         """
         x = self.hidden(ids, mask, cache)
-        if positions is not None:
-            x = x.reshape(-1, self.config.d_model)[positions]  # (N, C)
+        if target_indices is not None:
+            x = x.reshape(-1, self.config.d_model)[target_indices]  # (N, C)
         return self.output(x)  # (8) one score for each token of the vocabulary
 
     def hidden(self, ids, mask=None, cache=None):
@@ -214,14 +215,14 @@ class TransformerDecoderLite(nn.Module):
 
     def next_logits(self, cache: nn.KVCache, ids: list[int]) -> list[float]:
         """The logits (V) after `ids`, which follow on what the cache has seen."""
-        with no_grad(), np.errstate(over="ignore", invalid="ignore"):  # `decoding` looks at them
-            return self(np.array([ids]), positions=[-1], cache=cache).data[0].tolist()
+        with no_grad(), np.errstate(over="ignore", invalid="ignore"):  # generate() checks them
+            return self(np.array([ids]), target_indices=[-1], cache=cache).data[0].tolist()
 
     def generate(self, tokens, start_id=2, end_id=3, max_len=64, temperature=1.0, top_k=50, seed=0):
         """Ids that follow `tokens` and `start_id`, as in `transformer_full`."""
         prompt = list(tokens) + ([] if start_id is None else [start_id])
         rules = sampling.Sampling(temperature, top_k, max_new_tokens=max_len)
-        return decoding.generate(self, [prompt], rules, seed=seed, end_id=end_id)[0]
+        return sequential.generate(self, [prompt], rules, seed=seed, end_id=end_id)[0]
 
     def load_weights(self, arrays):
         """Copies arrays by parameter name (a tied matrix once) into this model."""
@@ -240,6 +241,6 @@ class TransformerDecoderLite(nn.Module):
     def from_checkpoint(cls, path, dtype="float32") -> "TransformerDecoderLite":
         """The decoder of a checkpoint, or of a run (its best step). Raises CheckpointError."""
         checkpoint = Checkpoint.find(path)
-        model = cls.from_config(checkpoint.model_config(), dtype)
+        model = cls.from_config(read_model_config(checkpoint), dtype)
         model.load_weights(checkpoint.tensors("model.safetensors"))
         return model.eval()

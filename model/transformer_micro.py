@@ -6,7 +6,7 @@
 
 Read it beside `transformer_full.py` (PyTorch) and `transformer_lite.py` (NumPy): the same classes
 in the same order, with the same numbers at the same steps. It reads one sequence at a time, a list
-of vectors, whose operations and their derivatives are in `scalar_tape.py`.
+of vectors, whose operations and their derivatives are in `torchmicro/vector.py`.
 
 Shapes: T tokens, C = d_model, H heads of width D = C / H, S keys, V = vocab_size.
 """
@@ -17,12 +17,13 @@ from functools import partial
 from itertools import compress
 from random import Random
 
-from model import decoding, sampling
-from model import scalar_nn as nn
-from model.checkpoint import Checkpoint
-from model.config import ModelConfig, UserError
-from model.scalar_tape import Tape, Vector, concat
-from model.scalar_written_out import WrittenOut
+from checkpoint.reader import Checkpoint
+from common.errors import UserError
+from generation import sampling, sequential
+from model.config import ModelConfig, read_model_config
+from torchmicro import nn as nn
+from torchmicro.scalar import ScalarVector
+from torchmicro.vector import Tape, Vector, concat
 
 
 def create_positional_encoding(max_len: int, d_model: int) -> list[list[float]]:
@@ -120,7 +121,7 @@ class DecoderLayer(nn.Module):
 class TransformerDecoderMicro(nn.Module):
     """A decoder-only transformer. Further options are the fields of `ModelConfig`.
 
-    written_out: each + and * is a record on the tape, instead of each operation on a vector.
+    unfused: each + and * is a record on the tape, instead of each operation on a vector.
     seed: of the initial weights and of dropout (`model.random`).
     """
 
@@ -134,7 +135,7 @@ class TransformerDecoderMicro(nn.Module):
         dropout: float = 0.0,
         max_len: int = 16,
         *,
-        written_out: bool = False,
+        unfused: bool = False,
         seed: int = 0,
         **options,
     ):
@@ -146,7 +147,7 @@ class TransformerDecoderMicro(nn.Module):
         self.config = config
         self.max_len = config.max_len
         self.tape, self.random = Tape(), Random(seed)  # noqa: S311, not for secrets
-        vector = partial(WrittenOut if written_out else Vector, tape=self.tape)
+        vector = partial(ScalarVector if unfused else Vector, tape=self.tape)
         self.embedding_scale = math.sqrt(d_model) if config.scale_embedding else 1.0
         self.embed = nn.Embedding(vocab_size, d_model, vector)
         if config.positions == "learned":
@@ -173,16 +174,16 @@ class TransformerDecoderMicro(nn.Module):
                 for row in parameter:
                     row.data = [self.random.gauss(0.0, std) for _ in row.data]
 
-    def forward(self, ids, mask=None, positions=None, cache=None):
+    def forward(self, ids, mask=None, target_indices=None, cache=None):
         """Logits of the next token at each place of `ids`, a list of T: T vectors of V floats.
 
         mask: None for causal; else T lists of S booleans: where each token may look, at least one.
-        positions: indices of the places where logits are wanted.
+        target_indices: indices of the places where logits are wanted.
         cache: of `new_cache`; the ids then follow on those it has seen. No gradients.
         """
         x = self.hidden(ids, mask, cache)
-        if positions is not None:
-            x = [x[t] for t in positions]
+        if target_indices is not None:
+            x = [x[t] for t in target_indices]
         return self.output(x)  # (8) one score for each token of the vocabulary
 
     def hidden(self, ids, mask=None, cache=None):
@@ -211,13 +212,13 @@ class TransformerDecoderMicro(nn.Module):
     def next_logits(self, cache: nn.KVCache, ids: list[int]) -> list[float]:
         """The logits (V) after `ids`, which follow on what the cache has seen."""
         with self.tape.paused():
-            return self.forward(ids, positions=[-1], cache=cache)[0].data
+            return self.forward(ids, target_indices=[-1], cache=cache)[0].data
 
     def generate(self, tokens, start_id=2, end_id=3, max_len=64, temperature=1.0, top_k=50, seed=0):
         """Ids that follow `tokens` and `start_id`, as in `transformer_full`."""
         prompt = list(tokens) + ([] if start_id is None else [start_id])
         rules = sampling.Sampling(temperature, top_k, max_new_tokens=max_len)
-        return decoding.generate(self, [prompt], rules, seed=seed, end_id=end_id)[0]
+        return sequential.generate(self, [prompt], rules, seed=seed, end_id=end_id)[0]
 
     def load_weights(self, arrays):
         """Copies nested lists or arrays by parameter name (a tied matrix once) into this model."""
@@ -232,14 +233,14 @@ class TransformerDecoderMicro(nn.Module):
             parameter.load(lists[name])
 
     @classmethod
-    def from_config(cls, config: ModelConfig, written_out=False, seed=0):
+    def from_config(cls, config: ModelConfig, unfused=False, seed=0):
         """A freshly initialised decoder of this shape."""
-        return cls(**asdict(config), written_out=written_out, seed=seed)
+        return cls(**asdict(config), unfused=unfused, seed=seed)
 
     @classmethod
     def from_checkpoint(cls, path) -> "TransformerDecoderMicro":
         """The decoder of a checkpoint, or of a run (its best step). Raises CheckpointError."""
         checkpoint = Checkpoint.find(path)
-        model = cls.from_config(checkpoint.model_config())
+        model = cls.from_config(read_model_config(checkpoint))
         model.load_weights(checkpoint.lists("model.safetensors"))
         return model.eval()

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save as to_safetensors
 
-from model.checkpoint import Checkpoint
-from training.checkpoint import save
+from checkpoint.reader import Checkpoint
+from checkpoint.writer import save
 
 ROOT = Path(__file__).parent.parent
 TEXT = ROOT / "tests" / "text.txt"

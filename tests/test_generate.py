@@ -11,13 +11,16 @@ import torch
 from safetensors.numpy import save as to_safetensors
 
 import generate
+from checkpoint import writer
+from common import cli
+from common.errors import UserError
 from data.tokenizer import CharTokenizer
-from data.vocabulary import train_sentencepiece
-from model import generation
-from model.config import ModelConfig, UserError
-from model.sampling import Sampling
+from data.train_tokenizer import train_sentencepiece
+from generation import batched
+from generation.sampling import Sampling
+from generation.streaming import StreamedText
+from model.config import ModelConfig
 from model.transformer_full import TransformerDecoder
-from training import checkpoint, cli
 
 ROOT = Path(__file__).parent.parent
 PAIRS = [{"prompt": f"ask {i}", "completion": f"answer {i}"} for i in range(5)]
@@ -44,7 +47,7 @@ def save_run(run: Path, kind: str, step: int = 10, tokenizer=None, max_len: int 
         "state.json": json.dumps(state).encode(),
         **tokenizer.files(),
     }
-    return checkpoint.save(run, step, files)
+    return writer.save(run, step, files)
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +55,7 @@ def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     for kind in ("pairs", "lines", "stream"):
         save_run(folder / kind, kind)
-    checkpoint.set_best(folder / "pairs", 10, 1.25)
+    writer.set_best(folder / "pairs", 10, 1.25)
     return folder
 
 
@@ -125,7 +128,7 @@ def test_a_prompt_stands_where_the_kind_of_data_has_it(kind, write, runs):
     context = {"pairs": [*ids, start], "lines": [start, *ids], "stream": ids}[kind]
     end_id = None if kind == "stream" else tokenizer.end_id
     rules = Sampling(top_k=5, max_new_tokens=20)
-    (new,) = generation.generate(model, [context], rules, seed=7, end_id=end_id)
+    (new,) = batched.generate(model, [context], rules, seed=7, end_id=end_id)
     flags = ("--prompt", "ab", "--top_k", "5", "--max_new_tokens", "20", "--seed", "7")
     text = tokenizer.decode(new)
     assert write(kind, *flags) == ("" if kind == "pairs" else "ab") + escaped(text) + "\n"
@@ -199,23 +202,23 @@ def test_streaming_shows_whole_characters_and_nothing_of_a_stop_string():
     tokenizer = train_sentencepiece(["the cat sat on the mat\n"] * 20, "bpe", 280, lambda _: None)
     text = "the \U0001f600 is \u2581 and \ue000, the end. STOP here"
     for stops, expected in ((), text), (("STOP", "STOL"), text[:-9]), (("\U0001f600",), "the "):
-        row = generate.Continuation(tokenizer, stops)
+        row = StreamedText(tokenizer, stops)
         pieces = []
         for token in tokenizer.encode(text):
             stopped = row.add(token)
-            pieces.append(row.news())
+            pieces.append(row.new_text())
             if stopped:
                 break
         row.flush()
-        pieces.append(row.news(complete=True))
+        pieces.append(row.new_text(complete=True))
         assert "".join(pieces) == row.text == expected
         assert row.stopped == bool(stops)
         assert not any("\ufffd" in piece or "ST" in piece for piece in pieces[:-1] if stops)
         assert len([piece for piece in pieces if piece]) > len(expected) / 6  # as it comes
-    row = generate.Continuation(tokenizer, ())
+    row = StreamedText(tokenizer, ())
     row.add(tokenizer.encode("\U0001f600")[0])
     row.flush()
-    assert row.news() == "\ufffd"  # the rest of the character never came
+    assert row.new_text() == "\ufffd"  # the rest of the character never came
 
 
 # Which checkpoint ---------------------------------------------------------------------------------
@@ -294,8 +297,8 @@ def rewrite_state(step: Path, state: dict):
     files = {
         file.name: file.read_bytes() for file in step.iterdir() if file.name != "MANIFEST.json"
     }
-    checkpoint.set_aside(step)
-    checkpoint.save(step.parent.parent, 10, {**files, "state.json": json.dumps(state).encode()})
+    writer.set_aside(step)
+    writer.save(step.parent.parent, 10, {**files, "state.json": json.dumps(state).encode()})
 
 
 def test_a_device_that_is_not_there(runs, monkeypatch, capsys):

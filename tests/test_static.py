@@ -12,7 +12,7 @@ from tests.helpers import ROOT
 ALLOWED = {
     ("tests/faults/malicious.py", "pickle"): "makes the malicious files that must be refused",
     ("tests/faults/malicious.py", "allow_pickle=True"): "writes one such file",
-    ("tests/test_torchlite_optim.py", "pickle"): "reads back what the line itself has pickled",
+    ("tests/torchlite/test_optim.py", "pickle"): "reads back what the line itself has pickled",
 }
 MODULES = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 CALLS = {"eval", "exec", "os.system", "os.popen", "torch.load", "yaml.load"}

@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from checkpoint.reader import Checkpoint, list_steps, read_best
+from common.files import checksummed_json, hash_file, read_checksummed_json
 from data.dataset import LAYOUT
-from data.sealed import hash_file, read_sealed, seal
-from model.checkpoint import Checkpoint, list_steps, read_best
 from tests.helpers import ROOT, command, losses, metrics, refused, run, write_config
 
 GOLDEN = ROOT / "tests" / "golden" / "losses.json"
@@ -193,7 +193,7 @@ def test_resume_refuses_what_would_change_the_run(home):
     shutil.copytree(home / "runs/straight/checkpoints/step_00000040", incomplete)
     (incomplete / "state.json").unlink()
     assert "state.json" in refused(run("train.py", "--resume", incomplete, cwd=home))
-    (incomplete / "MANIFEST.json").write_bytes(seal({"format": 99, "files": {}}))
+    (incomplete / "MANIFEST.json").write_bytes(checksummed_json({"format": 99, "files": {}}))
     assert "format 99" in refused(run("train.py", "--resume", incomplete, cwd=home))
     assert "format 99" in refused(run("generate.py", "--checkpoint", incomplete, cwd=home))
 
@@ -345,9 +345,9 @@ def test_resume_refuses_another_tokenizer(home):
     before, manifest = cached.read_text(), (folder / "manifest.json").read_bytes()
     stored = json.loads(before)  # another character in the last one's place
     cached.write_text(json.dumps({**stored, "characters": stored["characters"][:-1] + "~"}))
-    content = read_sealed(folder / "manifest.json")
+    content = read_checksummed_json(folder / "manifest.json")
     content["files"]["tokenizer.json"] = hash_file(cached)
-    (folder / "manifest.json").write_bytes(seal(content))
+    (folder / "manifest.json").write_bytes(checksummed_json(content))
     flags = ["--resume", "--name", "scrambled", "--extend", "--max_steps", 44]
     try:
         assert "the data of" in refused(run("train.py", *flags, cwd=home))

@@ -15,9 +15,10 @@ from typing import Literal
 
 from pydantic import TypeAdapter, ValidationError
 
+from common.errors import UserError
 from data.config import DataConfig
-from model.config import ModelConfig, UserError
-from model.sampling import Sampling
+from generation.sampling import Sampling
+from model.config import ModelConfig
 
 MAX_BYTES = 1 << 20  # of a configuration file
 

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from model.config import UserError
+from common.errors import UserError
 from training.config import OptimizerConfig
 
 

@@ -1,8 +1,8 @@
-"""The learning rate as a function of the step."""
+"""What is a function of the step: the learning rate, and when to evaluate and save."""
 
 import math
 
-from training.config import OptimizerConfig
+from training.config import Config, OptimizerConfig
 
 
 def lr_factor(config: OptimizerConfig, step: int, horizon: int) -> float:
@@ -19,3 +19,23 @@ def lr_factor(config: OptimizerConfig, step: int, horizon: int) -> float:
     done = min(1.0, done)
     left = 1.0 - done if config.schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))
     return config.min_lr_ratio + (1.0 - config.min_lr_ratio) * left
+
+
+def due(step: int, interval: int) -> bool:
+    """Whether something done every `interval` steps is due after `step` steps; 0: never."""
+    return bool(step and interval and step % interval == 0)
+
+
+def evaluation_due(config: Config, step: int) -> bool:
+    """Whether the state after `step` steps is evaluated."""
+    return step == config.max_steps or due(step, config.train.eval_interval)
+
+
+def save_due(config: Config, step: int) -> bool:
+    """Whether the state after `step` steps is saved: also in front of each evaluation."""
+    return evaluation_due(config, step) or due(step, config.train.save_interval)
+
+
+def log_due(config: Config, step: int) -> bool:
+    """Whether the step that makes it `step` gets a log entry."""
+    return step in (1, config.max_steps) or step % config.train.log_interval == 0

@@ -1,9 +1,9 @@
 """The parts of a run put together: device, data, model, optimizers, and where it stands."""
 
 import json
+import os
 import platform
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -13,20 +13,22 @@ import torch
 from safetensors.numpy import save as to_safetensors
 from torch.utils.checkpoint import checkpoint
 
+from checkpoint.reader import Checkpoint, read_best
+from common.device import Precision, choose_device, choose_precision
+from common.errors import UserError
+from common.memory import keep_freed_memory
+from common.signals import defer_interrupts
 from data.batches import Batches, Examples
 from data.dataset import Dataset, prepare
 from data.rng import key
 from data.tokenizer import load_tokenizer
-from model.checkpoint import Checkpoint, read_best
-from model.config import UserError
+from model.loss import LossModule
 from model.transformer_full import TransformerDecoder
-from training import cli
-from training.config import Config
-from training.device import Precision, choose_device, choose_precision, set_up
+from training.config import Config, TrainConfig
 from training.optimizer import create_optimizers, load_state_tensors, state_tensors
-from training.run import Plan
+from training.resume import RunSpec
 
-Report = Callable[[str], None]
+Log = Callable[[str], object]
 
 
 @dataclass
@@ -41,7 +43,7 @@ class Progress:
 
 
 @dataclass
-class Training:
+class TrainState:
     """What the loop works on."""
 
     config: Config  # resolved: no "auto" is left in it
@@ -50,10 +52,15 @@ class Training:
     dataset: Dataset
     batches: Batches
     val: Examples | None
-    model: TransformerDecoder
+    loss_module: LossModule  # the decoder and its loss
     optimizers: list[torch.optim.Optimizer]
     scaler: torch.amp.GradScaler
     progress: Progress
+
+    @property
+    def model(self) -> TransformerDecoder:
+        """The decoder alone, whatever wraps it."""
+        return self.loss_module.model
 
     def config_json(self) -> bytes:
         """The resolved configuration, as a run and each of its checkpoints keep it."""
@@ -85,26 +92,26 @@ class Training:
         }
 
 
-def build(plan: Plan, report: Report) -> Training:
-    """Makes or restores every part of the run that `plan` describes."""
-    config = plan.config
+def build(spec: RunSpec, log: Log) -> TrainState:
+    """Makes or restores every part of the run that `spec` describes."""
+    config = spec.config
     device = choose_device(config.device)
     precision, why = choose_precision(config.precision, device)
-    set_up(config.train, device)
+    configure_torch(config.train, device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
-    report(f"device: {name}, {torch.get_num_threads()} CPU threads, {precision.name} ({why})")
+    log(f"device: {name}, {torch.get_num_threads()} CPU threads, {precision.name} ({why})")
 
-    dataset = prepare(config.data, report, tokenizer=given_tokenizer(plan))
-    check_data(plan, dataset)
+    dataset = prepare(config.data, log, tokenizer=given_tokenizer(spec))
+    check_data(spec, dataset)
     config = resolve(config, device, precision, dataset)
     pad_id = dataset.tokenizer.pad_id
     examples = Examples(dataset.train, config.seq_len, pad_id)
     val = Examples(dataset.val, config.seq_len, pad_id) if dataset.val else None
     for split, side in (("train", examples), ("validation", val)):
         if side is not None:
-            report(f"data: {dataset.name} ({dataset.kind}), {split}: {side.split.describe()}")
+            log(f"data: {dataset.name} ({dataset.kind}), {split}: {side.split.describe()}")
             if side.dropped:
-                report(
+                log(
                     f"data: {side.dropped:,} {split} examples longer than {config.seq_len} left out"
                 )
     batches = Batches(examples, config.train.batch_size, config.seed)
@@ -113,29 +120,49 @@ def build(plan: Plan, report: Report) -> Training:
 
     torch.manual_seed(key("init", config.seed))
     model = TransformerDecoder.from_config(config.model, precision.weights)
-    source = plan.resume or plan.weights
+    source = spec.resume or spec.weights
     if source:
         model.load_weights(source.tensors("model.safetensors"))
     model.to(device)
     if config.train.checkpoint_activations:
         recompute_layers(model)
-    with cli.held():  # the first optimizer makes PyTorch load its compiler
+    with defer_interrupts():  # the first optimizer makes PyTorch load its compiler
         optimizers = create_optimizers(model, config.optimizer)
     scaler = torch.amp.GradScaler(device.type, enabled=precision.name == "fp16")
     progress = Progress()
-    if plan.resume:
-        load_state_tensors(model, optimizers, plan.resume.tensors("optimizer.safetensors"))
-        progress = restore_progress(plan)
-        restore_scaler(scaler, plan.resume)
+    if spec.resume:
+        load_state_tensors(model, optimizers, spec.resume.tensors("optimizer.safetensors"))
+        progress = restore_progress(spec)
+        restore_scaler(scaler, spec.resume)
     shape = config.model
-    report(
+    log(
         f"model: {model.num_parameters():,} parameters: {shape.n_layers} layers, "
         f"d_model {shape.d_model}, {shape.n_heads} heads, d_ff {shape.d_ff}, "
         f"max_len {shape.max_len}, vocabulary {shape.vocab_size:,}"
     )
-    return Training(
-        config, device, precision, dataset, batches, val, model, optimizers, scaler, progress
+    return TrainState(
+        config,
+        device,
+        precision,
+        dataset,
+        batches,
+        val,
+        LossModule(model),
+        optimizers,
+        scaler,
+        progress,
     )
+
+
+def configure_torch(config: TrainConfig, device: torch.device):
+    """Threads and algorithms. One thread and two give different bits, so they are recorded."""
+    if device.type == "cpu":
+        keep_freed_memory()
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS asks for
+        torch.use_deterministic_algorithms(True)
 
 
 def recompute_layers(model: TransformerDecoder):
@@ -147,14 +174,14 @@ def recompute_layers(model: TransformerDecoder):
         layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
 
 
-def given_tokenizer(plan: Plan):
+def given_tokenizer(spec: RunSpec):
     """The tokenizer that a run does not make itself: its checkpoint's, or the user's own."""
-    if plan.resume:
-        given = plan.resume.state.get("tokenizer_given")
-        return load_tokenizer(plan.resume.path) if given else None
-    if plan.weights:
-        return load_tokenizer(plan.weights.path)
-    path = plan.config.data.tokenizer_path
+    if spec.resume:
+        given = spec.resume.state.get("tokenizer_given")
+        return load_tokenizer(spec.resume.path) if given else None
+    if spec.weights:
+        return load_tokenizer(spec.weights.path)
+    path = spec.config.data.tokenizer_path
     if not path:
         return None
     try:
@@ -181,15 +208,15 @@ def resolve(config: Config, device, precision: Precision, dataset: Dataset) -> C
     )
 
 
-def check_data(plan: Plan, dataset: Dataset):
+def check_data(spec: RunSpec, dataset: Dataset):
     """Refuses to resume on other data than the run was trained on."""
-    if not plan.resume:
+    if not spec.resume:
         return
     now = {"data": dataset.fingerprint, "tokenizer": dataset.tokenizer.fingerprint}
-    if any(plan.resume.state.get(key) != now[key] for key in now):
-        changed = [f"{c.key} {c.before!r} -> {c.after!r}" for c in plan.changes]
+    if any(spec.resume.state.get(key) != now[key] for key in now):
+        changed = [f"{c.key} {c.before!r} -> {c.after!r}" for c in spec.changes]
         raise UserError(
-            f"--resume: the data of {plan.resume.path} was another"
+            f"--resume: the data of {spec.resume.path} was another"
             + (f" ({'; '.join(changed)})" if changed else ": its file or this Python has changed")
             + "; to train on other data use --init_from"
         )
@@ -207,35 +234,13 @@ def restore_scaler(scaler: torch.amp.GradScaler, checkpoint: Checkpoint):
     scaler.load_state_dict(stored)
 
 
-def restore_progress(plan: Plan) -> Progress:
+def restore_progress(spec: RunSpec) -> Progress:
     """The counters of the checkpoint, with the best step that is known by now."""
     known = Progress.__dataclass_fields__
-    progress = Progress(**{k: v for k, v in plan.resume.state.items() if k in known})
-    best = read_best(plan.run)
-    if plan.is_new:  # the best so far is in another run
+    progress = Progress(**{k: v for k, v in spec.resume.state.items() if k in known})
+    best = read_best(spec.run)
+    if spec.is_new:  # the best so far is in another run
         progress.best_step, progress.best_val_loss = 0, None
     elif best is not None and best["step"] <= progress.step:
         progress.best_step, progress.best_val_loss = best["step"], best["val_loss"]
     return progress
-
-
-class Prefetch:
-    """The next step's batches, made by a thread while this step computes."""
-
-    def __init__(self, batches: Batches, accumulation: int):
-        self.batches, self.accumulation = batches, accumulation
-        self.pool = ThreadPoolExecutor(1)
-        self.pending = {}
-
-    def make(self, step: int):
-        return self.batches(step, self.accumulation), self.batches.target_count(step)
-
-    def __call__(self, step: int):
-        """The micro-batches of a step, and its number of targets."""
-        future = self.pending.pop(step, None) or self.pool.submit(self.make, step)
-        result = future.result()
-        self.pending = {step + 1: self.pool.submit(self.make, step + 1)}
-        return result
-
-    def close(self):
-        self.pool.shutdown(wait=False, cancel_futures=True)

@@ -1,117 +1,166 @@
 """One optimizer step: forward and backward over the micro-batches, clip, check, update."""
 
 import math
-from contextlib import nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
+from common.device import Precision, to_device
+from data.batches import Batch
 from data.rng import key
-from training.evaluation import to_device
-from training.loss import loss_sum
-from training.metrics import Clock
-from training.setup import Training
+from model.loss import LossModule
+from training.config import Config
+from training.setup import TrainState
+from training.timing import StepTimer
+
+Loss = Callable[..., torch.Tensor]  # a LossModule, or what torch.compile makes of one
 
 
-class NonFinite(Exception):
-    """A loss or a gradient that is not a number: the run stops before the update."""
+class NonFiniteError(Exception):
+    """A loss or a gradient is NaN or infinite: the run stops before the update."""
 
 
 @dataclass
 class StepResult:
-    """loss: mean over the step's targets, in nats. grad_norm: before clipping.
+    """What one optimizer step did.
 
-    tokens: read by the model, without padding; positions: with it. flops: forward and backward,
-    with the output projection only where it is taken.
+    loss: mean over the step's targets, in nats. grad_norm: before clipping. tokens: read by the
+    model, without padding; padded_tokens: with it. flops: forward and backward, with the output
+    projection only where it is taken. updated: False where fp16 skipped the update.
     """
 
     loss: float
     grad_norm: float
     tokens: int
-    positions: int
+    padded_tokens: int
     flops: int
     updated: bool
 
 
-def train_step(t: Training, hidden, micro_batches, targets: int, step: int, clock: Clock):
-    """Moves the weights by one step. `hidden` is the model's method, or that compiled.
+class MicroStepState(Protocol):
+    """What a micro-batch needs of a run: a TrainState, or what tools/replay.py restores."""
+
+    @property
+    def config(self) -> Config: ...
+    @property
+    def device(self) -> torch.device: ...
+    @property
+    def precision(self) -> Precision: ...
+    @property
+    def scaler(self) -> torch.amp.GradScaler: ...
+
+
+def train_step(
+    state: TrainState,
+    loss_module: Loss,
+    micro_batches: Sequence[Batch],
+    targets: int,
+    step: int,
+    timer: StepTimer,
+) -> StepResult:
+    """Moves the weights by one step. `loss_module` is state.loss_module, or that compiled.
 
     The loss is the mean over all `targets` tokens of the step, however it is cut into
-    micro-batches. Raises NonFinite; in fp16 a non-finite gradient under a finite loss only skips
-    the update, of every optimizer, and halves the scale, until that falls below 1.
+    micro-batches. Raises NonFiniteError; in fp16 a non-finite gradient under a finite loss only
+    skips the update, of every optimizer, and halves the scale, until that falls below 1.
     """
-    for optimizer in t.optimizers:
+    for optimizer in state.optimizers:
         optimizer.zero_grad(set_to_none=True)
-    total = torch.zeros((), device=t.device)
+    total = torch.zeros((), device=state.device)
     for micro, batch in enumerate(micro_batches):
-        total = total + micro_step(t, hidden, batch, targets, step, micro, clock.part)
-    with clock.part("optimizer"):
-        for optimizer in t.optimizers:
-            t.scaler.unscale_(optimizer)
-        clip = t.config.optimizer.grad_clip or math.inf
-        norm = torch.nn.utils.clip_grad_norm_(t.model.parameters(), clip)
-        loss, norm = total.item(), norm.item()
+        total = total + micro_step(state, loss_module, batch, targets, step, micro, timer.part)
+    with timer.part("optimizer"):
+        for optimizer in state.optimizers:
+            state.scaler.unscale_(optimizer)
+        clip = state.config.optimizer.grad_clip or math.inf
+        norm = torch.nn.utils.clip_grad_norm_(state.model.parameters(), clip).item()
+        loss = total.item()
         updated = math.isfinite(norm)
-        check_finite(t, loss, norm, step)
+        check_finite(state, loss, norm, step)
         if updated:
-            for optimizer in t.optimizers:
-                t.scaler.step(optimizer)
-        t.scaler.update()
-    tokens = sum(batch.tokens for batch in micro_batches)
-    positions = sum(batch.ids.size for batch in micro_batches)
-    output = t.model.output.weight.numel()
-    flops = sum(
-        batch.ids.size * t.model.flops_per_token(batch.ids.shape[1])
-        - 6 * output * (batch.ids.size - len(batch.targets))
-        for batch in micro_batches
+            for optimizer in state.optimizers:
+                state.scaler.step(optimizer)
+        state.scaler.update()
+    return StepResult(
+        loss,
+        norm,
+        tokens=sum(batch.tokens for batch in micro_batches),
+        padded_tokens=sum(batch.ids.size for batch in micro_batches),
+        flops=step_flops(state, micro_batches),
+        updated=updated,
     )
-    return StepResult(loss, norm, tokens, positions, flops, updated)
 
 
-def micro_step(t, hidden, batch, targets: int, step: int, micro: int, part=nullcontext):
-    """Adds the gradients of one micro-batch. Returns its share of the step's loss.
+def micro_step(
+    state: MicroStepState,
+    loss_module: Loss,
+    batch: Batch,
+    targets: int,
+    step: int,
+    micro: int,
+    part: Callable[[str], AbstractContextManager] = nullcontext,
+) -> torch.Tensor:
+    """Adds the gradients of one micro-batch. Returns its share of the step's loss, a scalar.
 
-    t: a Training, or what training/replay.py restores of one. part(name): a context to time it.
+    part(name): a context that times a part of it.
     """
     with part("data"):
-        inputs = to_device(batch, t.device)
+        inputs = to_device(batch.inputs, state.device)
     # dropout's numbers depend on this alone: there is no random state to save
-    torch.manual_seed(key("dropout", t.config.seed, step, micro, 0))
-    with part("forward"), t.precision.autocast(t.device):
-        loss = loss_sum(t.model, *inputs, hidden) / targets
+    torch.manual_seed(key("dropout", state.config.seed, step, micro, 0))
+    with part("forward"), state.precision.autocast(state.device):
+        loss = loss_module(*inputs) / targets
     with part("backward"):
-        t.scaler.scale(loss).backward()
+        state.scaler.scale(loss).backward()
     return loss.detach()
 
 
-def check_finite(t: Training, loss: float, norm: float, step: int):
-    """Raises NonFinite where going on would spoil the weights."""
-    what = None
+def step_flops(state: TrainState, micro_batches: Sequence[Batch]) -> int:
+    """FLOPs of a step, forward and backward: logits are taken at the targets alone."""
+    output = state.model.output.weight.numel()
+    return sum(
+        batch.ids.size * state.model.flops_per_token(batch.ids.shape[1])
+        - 6 * output * (batch.ids.size - len(batch.targets))
+        for batch in micro_batches
+    )
+
+
+def check_finite(state: TrainState, loss: float, norm: float, step: int):
+    """Raises NonFiniteError where going on would spoil the weights."""
+    problem = None
     if not math.isfinite(loss):
-        what = f"the loss is {loss}"
+        problem = f"the loss is {loss}"
     elif not math.isfinite(norm):
-        if t.scaler.is_enabled() and t.scaler.get_scale() / 2 >= 1:
+        if state.scaler.is_enabled() and state.scaler.get_scale() / 2 >= 1:
             return
-        what = f"the gradient's norm is {norm}"
-        if t.scaler.is_enabled():
-            what += " and the loss scale would fall below 1"
-    if what:
-        raise NonFinite(f"step {step + 1}: {what}")
+        problem = f"the gradient's norm is {norm}"
+        if state.scaler.is_enabled():
+            problem += " and the loss scale would fall below 1"
+    if problem:
+        raise NonFiniteError(f"step {step + 1}: {problem}")
 
 
-def compiled(t: Training, micro_batches, targets: int, report):
-    """`model.hidden` through torch.compile, tried on one batch; as it is where that fails."""
-    report("compile: the first step takes a while")
+def compile_loss(
+    state: TrainState,
+    micro_batches: Sequence[Batch],
+    targets: int,
+    log: Callable[[str], object],
+) -> Loss:
+    """state.loss_module through torch.compile, tried on one batch; as it is where that fails."""
+    log("compile: the first step takes a while")
     try:
-        hidden = torch.compile(t.model.hidden)
-        with t.precision.autocast(t.device):
-            loss = loss_sum(t.model, *to_device(micro_batches[0], t.device), hidden)
+        compiled: LossModule = torch.compile(state.loss_module)
+        with state.precision.autocast(state.device):
+            loss = compiled(*to_device(micro_batches[0].inputs, state.device))
             (loss / targets).backward()
-        return hidden
+        return compiled
     except Exception as error:  # whatever the compiler's many parts raise
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:100]
-        report(f"compile: not on this machine ({reason}); going on without")
+        log(f"compile: not on this machine ({reason}); going on without")
         torch._dynamo.reset()
-        return t.model.hidden
+        return state.loss_module
     finally:
-        t.model.zero_grad(set_to_none=True)
+        state.model.zero_grad(set_to_none=True)

@@ -17,9 +17,9 @@ import time
 from pathlib import Path
 
 import tests.faults
-from model.config import UserError
+from common import cli
+from common.errors import UserError
 from tests.faults.campaign import CAMPAIGNS, Campaign, Skip, Tally, say
-from training import cli
 
 HEAD = ("promise", "what was tried", "times", "lost", "got through", "of which", "took")
 

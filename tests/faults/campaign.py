@@ -17,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from model.checkpoint import Checkpoint, list_steps
+from checkpoint.reader import Checkpoint, list_steps
 from tests.helpers import command, losses, run, write_config
 
 

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import numpy as np
 
+from checkpoint.reader import Checkpoint, CheckpointError, list_steps, read_best
+from checkpoint.writer import newest_complete
+from common.errors import UserError
 from data.config import DataConfig
 from data.dataset import prepare
-from model.checkpoint import Checkpoint, CheckpointError, list_steps, read_best
-from model.config import UserError
 from tests.faults.campaign import TINY, Tally, campaign, home, one_line, same_run
 from tests.helpers import TEXT, run, write_config
-from training.checkpoint import newest_complete
 from training.config import load
 
 

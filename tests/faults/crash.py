@@ -4,7 +4,7 @@ import shutil
 import time
 from pathlib import Path
 
-from model.checkpoint import Checkpoint, CheckpointError, list_steps
+from checkpoint.reader import Checkpoint, CheckpointError, list_steps
 from tests.faults.campaign import (
     TINY,
     Tally,

@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from model.checkpoint import list_steps
+from checkpoint.reader import list_steps
+from common.jsonl import read_records
 from tests.faults.campaign import Tally, campaign
 from tests.faults.corruption import copy_run, flipped
 from tests.helpers import ROOT, metrics, run
-from training.curves import PATTERN, difference, rebuild
-from training.run import read_records
+from training.tensorboard_files import PATTERN, find_difference, rebuild
 
 
 @campaign("tensorboard", "11", "a TensorBoard file cut or flipped", "files", 100, 4)
@@ -43,8 +43,8 @@ def tensorboard(tally: Tally, count: int, folder: Path, dice):
             tally.counts["resumed by train.py"] += 1
             result = run(*program, cwd=folder)
         elif number % 12 == 1:
-            tally.counts["rebuilt by training.curves"] += 1
-            result = run_module("training.curves", "rebuild", run_folder)
+            tally.counts["rebuilt by tools.tensorboard_files"] += 1
+            result = run_module("tools.tensorboard_files", "rebuild", run_folder)
         else:
             result = None
             redraw(run_folder)
@@ -57,9 +57,9 @@ def tensorboard(tally: Tally, count: int, folder: Path, dice):
 
 
 def redraw(run_folder: Path):
-    """What `python -m training.curves rebuild` does, in this process."""
+    """What `python -m tools.tensorboard_files rebuild` does, in this process."""
     records = read_records(run_folder / "metrics.jsonl")
-    if difference(run_folder / "tensorboard", records):
+    if find_difference(run_folder / "tensorboard", records):
         rebuild(run_folder / "tensorboard", records)
 
 

@@ -5,7 +5,7 @@ import signal
 from functools import partial
 from pathlib import Path
 
-from model.checkpoint import Checkpoint, CheckpointError, list_steps
+from checkpoint.reader import Checkpoint, CheckpointError, list_steps
 from tests.faults.campaign import (
     TINY,
     Skip,

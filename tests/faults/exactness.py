@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from model.checkpoint import Checkpoint, list_steps, step_path
+from checkpoint.reader import Checkpoint, list_steps, step_path
 from tests.faults.campaign import (
     TINY,
     Tally,
@@ -135,7 +135,7 @@ def overflow(tally: Tally, count: int, folder: Path, dice):
 def skipped(tally: Tally, run_folder: Path, exponent: int, said: str) -> int:
     """Looks at each step that was skipped: nothing moved, the scale halved, it was counted."""
     steps = [Checkpoint(path) for path in list_steps(run_folder)]
-    number = said.count("gradient not finite, skipped")
+    number = said.count("gradient not finite, update skipped")
     for before, after in list(pairwise(steps))[:number]:
         for name in ("model.safetensors", "optimizer.safetensors"):
             if before.read(name) != after.read(name):
@@ -167,7 +167,7 @@ def below_one(tally: Tally, checkpoint: Checkpoint, place: Path):
 @campaign("nonfinite", "16", "weights that make a loss or gradient NaN or infinite, fp32 and bf16",
           "runs", full=40, quick=1)  # fmt: skip
 def nonfinite(tally: Tally, count: int, folder: Path, dice):
-    """The run stops before the update, keeps its checkpoint, and leaves a capsule that replays."""
+    """The run stops before the update, keeps its checkpoint, and leaves a NaN dump that replays."""
     home(folder)
     source = Checkpoint(step_path(folder / "runs" / "straight", 20))
     tensors = sorted(source.tensors("model.safetensors"))
@@ -187,10 +187,10 @@ def nonfinite(tally: Tally, count: int, folder: Path, dice):
         if wrong := one_line(result, status=1):
             tally.through.append(f"{case}: {wrong}")
             continue
-        look_at_capsule(tally, start_at, case)
+        look_at_nan_dump(tally, start_at, case)
 
 
-def look_at_capsule(tally: Tally, checkpoint: Path, case: str):
+def look_at_nan_dump(tally: Tally, checkpoint: Path, case: str):
     """The state is as it was, no later step was recorded, and replaying finds the place."""
     import subprocess
     import sys
@@ -201,11 +201,11 @@ def look_at_capsule(tally: Tally, checkpoint: Path, case: str):
         tally.lost.append(f"{case}: there is a later checkpoint, or none")
     if any(record["step"] > 20 for record in metrics(run_folder)):
         tally.through.append(f"{case}: a step was recorded")
-    capsules = list(run_folder.glob("nonfinite_step_21"))
-    if not capsules or Checkpoint(capsules[0]).verify().read("model.safetensors") != before:
-        tally.lost.append(f"{case}: no capsule, or of other weights")
+    nan_dumps = list(run_folder.glob("nonfinite_step_21"))
+    if not nan_dumps or Checkpoint(nan_dumps[0]).verify().read("model.safetensors") != before:
+        tally.lost.append(f"{case}: no NaN dump, or of other weights")
         return
-    command = [sys.executable, "-m", "training.replay", str(capsules[0])]
+    command = [sys.executable, "-m", "tools.replay", str(nan_dumps[0])]
     said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if said.returncode or "first: " not in said.stdout:
         tally.lost.append(f"{case}: not replayed: {said.stdout} {said.stderr}")

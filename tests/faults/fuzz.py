@@ -22,12 +22,12 @@ from pathlib import Path
 
 from hypothesis import HealthCheck, Phase, given, seed, settings
 
-from model.config import UserError
+from common.errors import UserError
+from common.memory import peak_memory
 from tests.faults import fuzz_checkpoints, fuzz_targets  # noqa: F401, which register theirs
 from tests.faults.campaign import Skip, Tally, campaign, ended
 from tests.faults.fuzz_inputs import TARGETS, Target
 from tests.helpers import ROOT
-from training.memory import peak_memory
 
 SILENCE = 20  # seconds after which the process counts as hanging
 SLOW = 5  # seconds that one input may take

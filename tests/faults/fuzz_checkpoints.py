@@ -12,15 +12,18 @@ from hypothesis import strategies as st
 from safetensors.numpy import save
 
 import generate
+from checkpoint.reader import FORMAT, MANIFEST, Checkpoint, CheckpointError, read_best
+from common.errors import UserError
+from common.files import checksummed_json
+from common.jsonl import read_records
 from data.config import DataConfig
-from data.sealed import seal
 from data.tokenizer import CharTokenizer
-from model.checkpoint import FORMAT, MANIFEST, Checkpoint, CheckpointError, read_best
-from model.config import ModelConfig, UserError
+from model import engines
+from model.config import ModelConfig, read_model_config
 from model.transformer_lite import TransformerDecoderLite
 from tests.faults.fuzz_inputs import MB, Target, edited, like, mangled, named, resealed, target
-from training import config, engines
-from training.run import read_records, stored_config
+from training import config
+from training.resume import stored_config
 
 # A valid checkpoint to change ---------------------------------------------------------------------
 
@@ -49,7 +52,7 @@ def publish(folder: Path, files: dict[str, bytes]) -> Checkpoint:
         (folder / name).write_bytes(content)
         sha256 = hashlib.sha256(content).hexdigest()
         entries[name] = {"bytes": len(content), "sha256": sha256}
-    (folder / MANIFEST).write_bytes(seal({"format": FORMAT, "files": entries}))
+    (folder / MANIFEST).write_bytes(checksummed_json({"format": FORMAT, "files": entries}))
     return Checkpoint(folder)
 
 
@@ -117,7 +120,7 @@ def manifests(folder: Path) -> Target:
 def states_and_settings(folder: Path) -> Target:
     files, step = checkpoint_files(), folder / "checkpoints" / "step_00000003"
     step.mkdir(parents=True)
-    best = seal({"step": 3, "val_loss": 1.5})
+    best = checksummed_json({"step": 3, "val_loss": 1.5})
     record = json.dumps({"step": 3, "loss/train": 1.5}).encode()
 
     def feed(name: str, content: bytes):
@@ -167,7 +170,7 @@ def models(folder: Path) -> Target:
         for engine in ("numpy", "python"):
             try:
                 read = engines.read_weights(engine, checkpoint)
-                engines.load_model(engine, checkpoint.model_config(), read, "cpu", "fp32")
+                engines.load_model(engine, read_model_config(checkpoint), read, "cpu", "fp32")
             except UserError as error:
                 refused.append(error)
         assert len(refused) != 1, f"only one engine refuses it: {refused[0]}"

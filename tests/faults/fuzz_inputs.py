@@ -12,7 +12,7 @@ from pathlib import Path
 
 from hypothesis import strategies as st
 
-from data.sealed import seal
+from common.files import checksummed_json
 
 MB = 1 << 20
 
@@ -152,6 +152,6 @@ def resealed(content: bytes) -> bytes:
     try:
         manifest = json.loads(content)
         manifest.pop("sha256", None)
-        return seal(manifest)
+        return checksummed_json(manifest)
     except (ValueError, TypeError, AttributeError, RecursionError):
         return content

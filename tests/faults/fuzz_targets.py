@@ -12,14 +12,15 @@ import numpy as np
 from hypothesis import strategies as st
 
 import generate
+from common import cli
+from common.errors import UserError
 from data.batches import Examples
 from data.config import DataConfig
 from data.dataset import build, open_dataset
-from data.prompts import prompt_ids
-from data.sources import open_source
+from data.prompt_format import prompt_ids
+from data.readers import open_source
 from data.tokenizer import CharTokenizer, clean_text, load_tokenizer
-from data.vocabulary import train_sentencepiece
-from model.config import UserError
+from data.train_tokenizer import train_sentencepiece
 from tests.faults.fuzz_inputs import (
     ODD,
     Target,
@@ -33,7 +34,7 @@ from tests.faults.fuzz_inputs import (
     target,
 )
 from tests.helpers import ROOT, TEXT
-from training import cli, config
+from training import config
 
 
 @target("configurations")

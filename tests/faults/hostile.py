@@ -10,11 +10,11 @@ import time
 from pathlib import Path
 
 import generate
-from model.config import UserError
+from common import cli
+from common.errors import UserError
 from tests.faults.campaign import TINY, Tally, campaign, finished, one_line
 from tests.faults.corruption import copy_run, flipped
 from tests.helpers import ROOT, command, run, write_config
-from training import cli
 from training.config import load
 
 ENGINES = ("torch", "numpy", "python")

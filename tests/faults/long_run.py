@@ -6,10 +6,10 @@ import statistics
 import time
 from pathlib import Path
 
-from model.checkpoint import Checkpoint, list_steps
+from checkpoint.reader import Checkpoint, list_steps
 from tests.faults.campaign import TINY, Skip, Tally, campaign, ended, home, start, wait_for
 from tests.helpers import losses, metrics
-from training.curves import difference
+from training.tensorboard_files import find_difference
 
 LEG = 600  # seconds between a stop and the next
 GROWTH = 20.0  # MB an hour that are no growth yet: one evaluation more or less in memory
@@ -83,7 +83,7 @@ def look_at(tally: Tally, samples) -> float:
 def check(tally: Tally, run_folder: Path):
     """The newest checkpoint is whole, and TensorBoard shows what metrics.jsonl holds."""
     Checkpoint(list_steps(run_folder)[-1]).verify()
-    if wrong := difference(run_folder / "tensorboard", metrics(run_folder)):
+    if wrong := find_difference(run_folder / "tensorboard", metrics(run_folder)):
         tally.lost.append(f"TensorBoard: {wrong}")
     steps = [record["step"] for record in metrics(run_folder) if "loss/train" in record]
     if steps != sorted(set(steps)):

@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save as to_safetensors
 
-from data.sealed import seal
-from model.checkpoint import list_steps
+from checkpoint.reader import list_steps
+from common.files import checksummed_json
 from tests.faults.campaign import TINY, Tally, campaign
 from tests.faults.corruption import copy_run, restored, trained
 from tests.faults.hostile import ENGINES, attempt, judge
@@ -152,7 +152,9 @@ def put(slot: Path, kind: str, marker: Path, victim: Path):
     else:
         content = payloads(marker, own)[kind]
         if kind.startswith("its own") and "sha256" in json.loads(own):
-            content = seal({k: v for k, v in json.loads(content).items() if k != "sha256"})
+            content = checksummed_json(
+                {k: v for k, v in json.loads(content).items() if k != "sha256"}
+            )
         slot.write_bytes(content)
     for name in ("MANIFEST.json", "manifest.json"):
         manifest = slot.with_name(name)
@@ -163,7 +165,7 @@ def put(slot: Path, kind: str, marker: Path, victim: Path):
                 {"bytes": size, "sha256": digest} if name[0] == "M" else digest
             )
             del stored["sha256"]
-            manifest.write_bytes(seal(stored))
+            manifest.write_bytes(checksummed_json(stored))
 
 
 def users(slot: Path, home: Path, engine: str) -> list[list[str]]:
@@ -181,7 +183,7 @@ def users(slot: Path, home: Path, engine: str) -> list[list[str]]:
         return [train]
     # the run is at step 20
     go_on = command("train.py", "--resume", "--name", "evil", "--max_steps", 21)
-    check = [sys.executable, "-m", "training.checkpoint", "verify", "runs/evil"]
+    check = [sys.executable, "-m", "checkpoint", "verify", "runs/evil"]
     if "events.out" in slot.name or slot.name == "metrics.jsonl":
-        check[2:4] = ["training.curves", "check"]
+        check[2:4] = ["tools.tensorboard_files", "check"]
     return [go_on, write, check]

@@ -7,7 +7,7 @@ import subprocess
 import time
 from pathlib import Path
 
-from model.checkpoint import list_steps
+from checkpoint.reader import list_steps
 from tests.faults.campaign import (
     TINY,
     Tally,

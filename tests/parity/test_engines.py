@@ -6,20 +6,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from benchmarks.parity import (
-    ENGINES,
-    apart,
-    initial_weights,
-    losses_apart,
-    random_rows,
-)
 from comparison.checks import numbers
+from comparison.parity import ENGINES, apart, initial_weights, losses_apart, random_rows
 from comparison.trainers import Adam, StackOrder, create
 from comparison.worker import compare
-from model import decoding
+from generation import sequential
+from generation.batched import generate
+from generation.sampling import Sampling
 from model.config import ModelConfig
-from model.generation import generate
-from model.sampling import Sampling
 from tests.helpers import ROOT
 from training.config import load
 
@@ -99,7 +93,7 @@ def test_texts_are_the_same_in_float64(rules):
     texts = []
     for engine in ENGINES:
         model = create(engine, shape, weights, Adam(0.9, 0.99, 1e-8)).model
-        write = generate if engine == "torch" else decoding.generate
+        write = generate if engine == "torch" else sequential.generate
         texts.append(write(model, prompts, rules, seed=2, end_id=3))
     assert texts[0] == texts[1] == texts[2]
     assert all(texts[0][:3])  # something was written
@@ -112,7 +106,7 @@ def test_stack_order_is_wrong_where_nodes_have_several_users():
     found = []
     for kind in (
         lambda: create("python", MICROGPT, weights, Adam(0.9, 0.99, 1e-8)),
-        lambda: StackOrder(MICROGPT, weights, Adam(0.9, 0.99, 1e-8), written_out=True),
+        lambda: StackOrder(MICROGPT, weights, Adam(0.9, 0.99, 1e-8), unfused=True),
     ):
         trainer = kind()
         trainer.forward(trainer.batch(rows))

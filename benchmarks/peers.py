@@ -1,0 +1,196 @@
+"""What is trained side by side: this project's decoder and its peers, on the same random ids.
+
+Each maker returns step(ids, targets), which trains one optimizer step and returns the loss. The
+peers are set up as they ship: nanoGPT's own model and optimizer, in float32 on a CPU and compiled
+in bf16 on CUDA; GPT-2 of transformers and torch.nn.TransformerEncoder with torch.optim.AdamW.
+"""
+
+import contextlib
+import importlib.util
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from common.device import choose_precision
+from common.errors import UserError
+from model.config import ModelConfig
+from model.loss import LossModule
+from model.transformer_full import TransformerDecoder
+from training.config import OptimizerConfig, TrainConfig, load
+from training.optimizer import create_optimizers
+from training.setup import configure_torch, recompute_layers
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+GPT = ModelConfig(
+    50304, 768, 12, 12, 3072, 1024, 0.0, positions="learned", norm_first=True, final_norm=True,
+    activation="gelu", bias=False, scale_embedding=False, tie_embeddings=True,
+)  # fmt: skip
+FULL = replace(load(CONFIGS / "full.toml").model, vocab_size=9000, dropout=0.0)
+MODELS = {  # name: (shape, sequences, their length)
+    "4x128": (replace(GPT, vocab_size=65, d_model=128, n_heads=4, n_layers=4, d_ff=512), 12, 64),
+    "full": (FULL, 32, 128),
+    "gpt2_124m": (GPT, 16, 1024),
+    "tiny": (replace(GPT, vocab_size=65, d_model=32, n_heads=2, n_layers=2, d_ff=128), 2, 16),
+}
+PEERS = {  # name: what it is called in a table
+    "nanogpt": "nanoGPT",
+    "gpt2-fp32": "GPT-2 of transformers, fp32",
+    "gpt2-bf16": "GPT-2 of transformers, bf16",
+    "encoder-fp32": "torch.nn.TransformerEncoder, fp32",
+    "encoder-bf16": "torch.nn.TransformerEncoder, bf16",
+}
+CLIP = 1.0
+
+
+def make(side: str, shape: ModelConfig, length: int, device, checkout: str = "", **how):
+    """The step of a side: "fp32" or "bf16" is ours in that precision, `how` as in `ours`; else one
+    of PEERS."""
+    torch.manual_seed(0)
+    kind, _, precision = side.partition("-")
+    if side in ("fp32", "bf16"):
+        configure_torch(TrainConfig(), device)  # as train.py does
+        return ours(shape, side, device, **how)
+    if kind == "nanogpt":
+        with contextlib.redirect_stdout(sys.stderr):
+            return nanogpt(Path(checkout), shape, length, device)
+    return peer({"gpt2": gpt2, "encoder": Encoder}[kind](shape, length), precision, device)
+
+
+def ours(
+    shape: ModelConfig, precision_name: str, device, recompute=False, accumulation=1, compiled=False
+):
+    """The decoder with the parts of train.py's loop.
+
+    recompute: as --train.checkpoint_activations. accumulation: micro-batches a step. compiled: as
+    --compile, which on CUDA it always is.
+    """
+    precision, _ = choose_precision(precision_name, device)
+    model = TransformerDecoder.from_config(shape, precision.weights).to(device)
+    if recompute:
+        recompute_layers(model)
+    optimizers = create_optimizers(model, OptimizerConfig())
+    loss_module = LossModule(model)
+    if compiled or device.type == "cuda":
+        loss_module = torch.compile(loss_module)
+
+    def step(ids, targets):
+        for optimizer in optimizers:
+            optimizer.zero_grad(set_to_none=True)
+        total = 0.0
+        for some, wanted in zip(ids.chunk(accumulation), targets.chunk(accumulation), strict=True):
+            with precision.autocast(device):
+                loss = loss_module(some, wanted.flatten()) / targets.numel()
+            loss.backward()
+            total += loss.detach()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+        for optimizer in optimizers:
+            optimizer.step()
+        return total.item()
+
+    return step
+
+
+def nanogpt_module(checkout: Path):
+    """nanoGPT's model.py, as it stands. Raises UserError where it does not."""
+    file = checkout / "model.py"
+    if not file.is_file():
+        raise UserError(f"--nanogpt {checkout}: no model.py there; give a checkout of nanoGPT")
+    spec = importlib.util.spec_from_file_location("nanogpt_model", file)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["nanogpt_model"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def nanogpt(checkout: Path, shape: ModelConfig, length: int, device):
+    """nanoGPT's model and optimizer; mixed precision and compiled only where it does so."""
+    module = nanogpt_module(checkout)
+    config = module.GPTConfig(
+        block_size=length, vocab_size=shape.vocab_size, n_layer=shape.n_layers,
+        n_head=shape.n_heads, n_embd=shape.d_model, dropout=0.0, bias=False,
+    )  # fmt: skip
+    model = module.GPT(config).to(device)
+    optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), device.type)
+    cuda = device.type == "cuda"
+    if cuda:
+        torch.backends.cuda.matmul.allow_tf32 = True
+    run = torch.compile(model) if cuda else model
+
+    def step(ids, targets):
+        with torch.autocast("cuda", torch.bfloat16, enabled=cuda):
+            _, loss = run(ids, targets)
+        return update(model, optimizer, loss)
+
+    return step
+
+
+def update(model, optimizer, loss) -> float:
+    """What a peer's step does after its forward pass."""
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return loss.item()
+
+
+def peer(model, precision: str, device):
+    """A module from ids to logits, with cross-entropy and AdamW."""
+    model.to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-3, (0.9, 0.95), weight_decay=0.1)
+
+    def step(ids, targets):
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+            logits = model(ids)
+            loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        return update(model, optimizer, loss)
+
+    return step
+
+
+def gpt2(shape: ModelConfig, length: int) -> torch.nn.Module:
+    """GPT-2 of transformers, in the same sizes."""
+    try:
+        from transformers import GPT2Config, GPT2LMHeadModel
+    except ImportError:
+        raise UserError("transformers is not installed: pip install -e '.[bench]'") from None
+    config = GPT2Config(
+        vocab_size=shape.vocab_size, n_positions=length, n_embd=shape.d_model,
+        n_layer=shape.n_layers, n_head=shape.n_heads, n_inner=shape.d_ff, resid_pdrop=0.0,
+        embd_pdrop=0.0, attn_pdrop=0.0, use_cache=False,
+    )  # fmt: skip
+    model = GPT2LMHeadModel(config).train()
+
+    class Logits(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = model
+
+        def forward(self, ids):
+            return self.model(ids).logits
+
+    return Logits()
+
+
+class Encoder(torch.nn.Module):
+    """PyTorch's own encoder layers behind a causal mask, with learned positions."""
+
+    def __init__(self, shape: ModelConfig, length: int):
+        super().__init__()
+        C = shape.d_model
+        layer = torch.nn.TransformerEncoderLayer(
+            C, shape.n_heads, shape.d_ff, 0.0, shape.activation, batch_first=True,
+            norm_first=shape.norm_first, bias=shape.bias,
+        )  # fmt: skip
+        self.layers = torch.nn.TransformerEncoder(layer, shape.n_layers, enable_nested_tensor=False)
+        self.embed = torch.nn.Embedding(shape.vocab_size, C)
+        self.positions = torch.nn.Embedding(length, C)
+        self.output = torch.nn.Linear(C, shape.vocab_size, bias=False)
+        self.register_buffer("mask", torch.nn.Transformer.generate_square_subsequent_mask(length))
+
+    def forward(self, ids):
+        T = ids.shape[1]
+        x = self.embed(ids) + self.positions.weight[:T]
+        return self.output(self.layers(x, self.mask[:T, :T], is_causal=True))

@@ -1,0 +1,96 @@
+"""Looks through checkpoints, without torch.
+
+python -m checkpoint verify PATH    what is whole of a step, a run or a NaN dump
+python -m checkpoint list RUN       its steps: when, how large, validation loss
+"""
+
+import sys
+import time
+from pathlib import Path
+
+from checkpoint.reader import (
+    NAN_DUMPS,
+    Checkpoint,
+    CheckpointError,
+    list_steps,
+    read_best,
+    step_of,
+)
+from common import cli
+from common.jsonl import read_records
+
+
+def verify(path: Path) -> bool:
+    """Prints file by file what is whole of a step or a NaN dump, or of all that a run has."""
+    steps = [path]
+    if (path / "checkpoints").is_dir():
+        steps = [*list_steps(path), *sorted(path.glob(NAN_DUMPS))]
+        if not steps:
+            raise CheckpointError(f"{path}: has no checkpoint yet")
+    whole = [verify_step(step) for step in steps]
+    best = path / "checkpoints" / "best.json"
+    if best.exists() and read_best(path) is None:
+        print(f"damaged  {best}: a resume writes it again")
+        return False
+    return all(whole)
+
+
+def verify_step(path: Path) -> bool:
+    """Prints what is whole of one step."""
+    try:
+        checkpoint = Checkpoint(path)
+    except CheckpointError as error:
+        print(f"damaged  {error}")
+        return False
+    wrong = []
+    for name in checkpoint.manifest["files"]:
+        try:
+            checkpoint.read(name)
+        except CheckpointError as error:
+            wrong.append(str(error))
+    if not wrong:
+        print(f"whole    {path}: {len(checkpoint.manifest['files'])} files, {megabytes(path)}")
+    for text in wrong:
+        print(f"damaged  {text}")
+    return not wrong
+
+
+def print_steps(run: Path):
+    """Prints the steps of a run: when each was saved, its size, its validation loss."""
+    if not (run / "checkpoints").is_dir():
+        raise CheckpointError(f"{run}: is no run: it has no folder of checkpoints")
+    records = read_records(run / "metrics.jsonl")
+    losses = {r["step"]: r["loss/val"] for r in records if "loss/val" in r}
+    best = read_best(run)
+    print(f"{'step':>10}  {'saved':19}  {'size':>10}  validation loss")
+    for path in list_steps(run):
+        step = step_of(path)
+        saved = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(path.stat().st_mtime))
+        loss = f"{losses[step]:.4f}" if step in losses else "-"
+        mark = "  best" if best and best["step"] == step else ""
+        print(f"{step:>10,}  {saved:19}  {megabytes(path):>10}  {loss}{mark}")
+
+
+def megabytes(path: Path) -> str:
+    """The size of the files in a directory."""
+    return f"{sum(f.stat().st_size for f in path.iterdir() if f.is_file()) / 1e6:,.1f} MB"
+
+
+def main() -> int:
+    parser = cli.Parser(prog="python -m checkpoint", description="Looks through checkpoints.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    verifying = commands.add_parser("verify", help="compare every file with its hash")
+    verifying.add_argument("path", type=Path, help="a step's folder, or a run's for all its steps")
+    listing = commands.add_parser("list", help="the steps of a run")
+    listing.add_argument("path", type=Path, metavar="run", help="a run's folder")
+    options = parser.parse_args()
+    if not options.path.is_dir():
+        raise CheckpointError(f"{options.path}: no such run or checkpoint")
+    if options.command == "verify":
+        return int(not verify(options.path))
+    print_steps(options.path)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run("python -m checkpoint", main))

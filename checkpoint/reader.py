@@ -1,0 +1,232 @@
+"""Reading checkpoints: a directory that is complete or absent. No torch, no pickle.
+
+    checkpoint = Checkpoint.find("runs/my-run")       # its best step, else its newest
+    checkpoint = Checkpoint("runs/my-run/checkpoints/step_00001000")
+    checkpoint.verify()
+
+Every file is read whole and compared with its size and sha256 in MANIFEST.json before anything in
+it is believed. The hashes detect accidents, not attackers: who can change a file can change its
+hash. Writing is in `writer.py`.
+"""
+
+import contextlib
+import hashlib
+import json
+import re
+from collections.abc import Callable
+from functools import cached_property
+from pathlib import Path
+
+from common.errors import UserError
+from common.files import read_checksummed_json
+from data.prompt_format import are_pairs
+
+FORMAT = 1
+MANIFEST = "MANIFEST.json"
+NAN_DUMPS = "nonfinite_step_*"  # folders of a run beside its checkpoints
+NAN_DUMP_BATCH = "batch.safetensors"  # the file that a NaN dump has and no checkpoint
+NAME = re.compile(r"[\w-][\w.-]*", re.ASCII)  # of a file in a checkpoint
+STEP = re.compile(r"step_(\d{8,})")
+
+
+class CheckpointError(UserError):
+    """A checkpoint that is missing, incomplete, damaged or of another format."""
+
+
+class Checkpoint:
+    """One step's directory. Files are read when asked for, and verified when read."""
+
+    def __init__(self, path):
+        self.path = Path(path)
+        self.manifest = read_manifest(self.path)
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps behind these weights."""
+        return self.state["step"]
+
+    @property
+    def is_nan_dump(self) -> bool:
+        """Whether it holds a step that was not finite (training/nan_dump.py)."""
+        return NAN_DUMP_BATCH in self.manifest["files"]
+
+    @cached_property
+    def config(self) -> dict:
+        """The whole resolved configuration of the run, as `config.json` holds it."""
+        config = self.json("config.json")
+        if not all(isinstance(config.get(part), dict) for part in ("model", "data")):
+            raise CheckpointError(f"{self.path / 'config.json'}: has no model or no data in it")
+        return config
+
+    @cached_property
+    def state(self) -> dict:
+        """Step, tokens seen, best validation loss, scaler, hashes, versions."""
+        state = self.json("state.json")
+        if type(state.get("step")) is not int or state["step"] < 0:
+            raise CheckpointError(f"{self.path / 'state.json'}: has no step in it")
+        known = {
+            "held_out": are_pairs(state.get("held_out", [])),
+            "scaler": isinstance(state.get("scaler", {}), dict),
+            "best_val_loss": isinstance(state.get("best_val_loss"), float | int | None),
+            **{n: type(state.get(n, 0)) is int for n in ("tokens", "skipped", "best_step")},
+        }
+        for name, right in known.items():
+            if not right:
+                raise CheckpointError(f"{self.path / 'state.json'}: {name} is of another form")
+        return state
+
+    def read(self, name: str) -> bytes:
+        """The verified bytes of one file. Raises CheckpointError."""
+        entry = self.manifest["files"].get(name)
+        if entry is None:
+            raise CheckpointError(f"{self.path}: {name} is not part of this checkpoint")
+        file = self.path / name
+        try:
+            size = file.stat().st_size
+            if size != entry["bytes"] or not file.is_file():  # a device may never end
+                raise CheckpointError(
+                    f"{file}: {size} bytes where {MANIFEST} says {entry['bytes']}: "
+                    "use another checkpoint"
+                )
+            content = file.read_bytes()
+        except OSError as error:
+            raise CheckpointError(f"{file}: {error.strerror}") from None
+        if hashlib.sha256(content).hexdigest() != entry["sha256"]:
+            raise CheckpointError(
+                f"{file}: its sha256 is not the one in {MANIFEST}, so it is damaged: "
+                "use another checkpoint"
+            )
+        return content
+
+    def json(self, name: str):
+        """A verified JSON file."""
+        try:
+            content = json.loads(self.read(name))
+        except (ValueError, RecursionError):
+            content = None
+        if not isinstance(content, dict):
+            raise CheckpointError(f"{self.path / name}: is not the JSON object it should be")
+        return content
+
+    def tensors(self, name: str) -> dict:
+        """A verified safetensors file as NumPy arrays by name."""
+        from safetensors import SafetensorError  # here: reading settings needs no NumPy
+        from safetensors.numpy import load
+
+        content = self.read(name)
+        try:
+            return load(content)
+        except (SafetensorError, ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{self.path / name}: not a safetensors file: {error}") from None
+
+    def lists(self, name: str) -> dict:
+        """The same as nested lists of Python numbers, with the standard library alone."""
+        from checkpoint.safetensors_python import read
+
+        content = self.read(name)
+        try:
+            return {key: tensor.tolist() for key, tensor in read(content).items()}
+        except ValueError as error:
+            raise CheckpointError(f"{self.path / name}: not a safetensors file: {error}") from None
+
+    def verify(self, without: tuple[str, ...] = ()) -> "Checkpoint":
+        """Reads every file but `without`; raises CheckpointError at the first that is not whole."""
+        for name in self.manifest["files"]:
+            if name not in without:
+                self.read(name)
+        return self
+
+    @classmethod
+    def find(cls, path, log: Callable[[str], object] = print) -> "Checkpoint":
+        """The checkpoint at `path`: a step's directory, or a run's best step, else its newest.
+
+        The optimizer's state is not read. `log` gets a line for each one that is passed over.
+        """
+        path = Path(path)
+        if not path.exists():
+            raise CheckpointError(f"{path}: no such checkpoint or run; see what `runs` holds")
+        if (path / MANIFEST).exists() or not (path / "checkpoints").is_dir():
+            return cls(path)
+        best, steps = read_best(path), list_steps(path)
+        candidates = [step_path(path, best["step"])] if best else []
+        for candidate in [*candidates, *reversed(steps)]:
+            try:
+                return cls(candidate).verify(without=("optimizer.safetensors",))
+            except CheckpointError as error:
+                log(f"passed over: {error}")
+        if list_steps(path)[-1:] != steps[-1:]:  # training has published another meanwhile
+            return cls.find(path, log)
+        raise CheckpointError(f"{path}: no complete checkpoint in this run yet")
+
+
+def check_fit(own: dict, arrays: dict):
+    """Raises UserError unless both have the same names, and the same shape under each."""
+    wrong = sorted(own.keys() ^ arrays.keys()) or sorted(
+        name for name in own if tuple(own[name].shape) != tuple(arrays[name].shape)
+    )
+    if wrong:
+        raise UserError(f"the weights are of another model: {', '.join(wrong[:3])} do not fit")
+
+
+def read_manifest(path: Path) -> dict:
+    """The manifest of a checkpoint's directory. Raises CheckpointError."""
+    file = path / MANIFEST
+    try:
+        manifest = read_checksummed_json(file)
+        version = manifest["format"]
+        files = {
+            name: {"bytes": int(entry["bytes"]), "sha256": str(entry["sha256"])}
+            for name, entry in manifest["files"].items()
+        }
+    except FileNotFoundError:
+        raise CheckpointError(f"{file}: no such file, so this is no complete checkpoint") from None
+    except OSError as error:
+        raise CheckpointError(f"{file}: {error.strerror}") from None
+    except (KeyError, TypeError, AttributeError, OverflowError):
+        raise CheckpointError(f"{file}: is not a checkpoint's manifest") from None
+    except ValueError as error:
+        raise CheckpointError(f"{file}: {error}") from None
+    if version != FORMAT:
+        raise CheckpointError(
+            f"{file}: format {version!r}, but this version reads format {FORMAT}: "
+            "use the version that wrote it"
+        )
+    if not all(NAME.fullmatch(name) for name in files):
+        raise CheckpointError(f"{file}: names a file outside the checkpoint")
+    return {**manifest, "files": files}
+
+
+def step_path(run: Path, step: int) -> Path:
+    """Where a run keeps the checkpoint of a step."""
+    return Path(run) / "checkpoints" / f"step_{step:08d}"
+
+
+def step_of(path: Path) -> int:
+    """The step that the name of a checkpoint's folder says."""
+    return int(STEP.fullmatch(path.name)[1])
+
+
+def list_steps(run: Path) -> list[Path]:
+    """The run's published checkpoints, oldest first; not verified."""
+    folder = Path(run) / "checkpoints"
+    found = [p for p in folder.glob("step_*") if STEP.fullmatch(p.name) and p.is_dir()]
+    return sorted(found, key=step_of)
+
+
+def read_best(run: Path) -> dict | None:
+    """{"step", "val_loss"} of a run's best checkpoint; None if none is noted, or damaged."""
+    try:
+        best = read_checksummed_json(Path(run) / "checkpoints" / "best.json")
+        return {"step": int(best["step"]), "val_loss": float(best["val_loss"])}
+    except (OSError, ValueError, KeyError, TypeError, OverflowError):
+        return None
+
+
+def newest_run(runs_dir: Path) -> Path | None:
+    """The training run whose newest checkpoint was published last."""
+    published = {}
+    for run in Path(runs_dir).glob("*"):
+        for step in list_steps(run)[-1:]:
+            with contextlib.suppress(OSError):  # pruned meanwhile
+                published[run] = step.stat().st_mtime_ns
+    return max(published, key=published.get, default=None)

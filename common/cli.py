@@ -1,0 +1,116 @@
+"""What every command line of the project shares: flags from a dataclass, errors in one line."""
+
+import argparse
+import contextlib
+import errno
+import io
+import os
+import re
+import signal
+import sys
+
+from common.errors import UserError
+from common.signals import handle_interrupts
+
+ANSI = re.compile("\x1b\\[[0-9;]*m")
+CONTROL = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f]")  # all but tab and newline
+
+
+def parse(arguments: type, description: str, default=None, argv: list[str] | None = None):
+    """An instance of the dataclass `arguments`: the command line on top of `default`.
+
+    A wrong flag ends the program with status 2 and the nearest flag's name.
+    """
+    import tyro  # here, because it takes a tenth of a second, which not every program has to spend
+
+    default = arguments() if default is None else default
+    output = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(output):
+            return tyro.cli(
+                arguments, description=description, default=default, args=argv, use_underscores=True
+            )
+    except SystemExit as end:
+        if not end.code:  # --help
+            raise
+        raise UserError(unboxed(output.getvalue())) from None
+
+
+def unboxed(box: str) -> str:
+    """What tyro says in a box, in a line: what is wrong, and the nearest flag if it names one."""
+    box = ANSI.sub("", box)
+    lines = [line.strip("│ ") for line in box.splitlines() if line.startswith("│")]
+    rules = [i for i, line in enumerate(lines) if line.startswith("──")] or [len(lines)]
+    text = " ".join(lines[: rules[0]]).removeprefix("Error parsing ")
+    if near := [line for line in lines[rules[0] + 1 :] if line.startswith("--")]:
+        text += f"; see {near[0]}"
+    return text or " ".join(box.split())
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse for small programs: a wrong flag is one line. Subparsers are of the same kind."""
+
+    def error(self, message):
+        raise UserError(message)
+
+
+def run(program: str, main) -> int:
+    """Calls main() and returns its exit status: 2 and one line on stderr for a user's mistake.
+
+    Ctrl-C and SIGTERM unwind the program, so that nothing half made is left: 130 and 143.
+    """
+    for name in ("stdin", "stdout", "stderr"):  # closed ones are None
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):  # a terminal that lacks a character is no error
+        stream.reconfigure(errors="backslashreplace")
+    with handle_interrupts() as interrupt:
+        try:
+            return main() or 0
+        except UserError as error:
+            print(f"{program}: {error}", file=sys.stderr)
+            return 2
+        except BrokenPipeError:  # the reader, `head` say, has gone: nothing more can be said
+            mute()
+            return 141
+        except BaseException as error:
+            # half an import, say, may make something else of an interrupt
+            if interrupt.received or isinstance(error, KeyboardInterrupt):
+                return 128 + (interrupt.received or [signal.SIGINT])[0]
+            if not (reason := explain_error(error)):
+                raise
+            print(f"{program}: {reason}", file=sys.stderr)
+            return 2
+
+
+def explain_error(error: BaseException) -> str:
+    """What the machine, not the program, is to be blamed for, in one line; "" for a bug."""
+    first = (str(error).splitlines() or [""])[0][:150]
+    if is_out_of_memory(error):
+        return (
+            "out of memory: lower train.batch_size, raise train.accumulation_steps, "
+            f"or choose a smaller model ({first})"
+        )
+    if isinstance(error, OSError):  # a full disk, a path that cannot be
+        where = f"{error.filename}: " if error.filename else ""
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        what = error.strerror or first or type(error).__name__
+        return f"{where}{what}" + (": make room and try again" if full else "")
+    return ""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory was full, of the machine or of its GPU; PyTorch's own is a RuntimeError."""
+    if isinstance(error, RuntimeError):
+        return bool(re.search(r"out of memory|not enough memory|allocate memory", str(error)))
+    return isinstance(error, MemoryError)
+
+
+def mute():
+    """Sends stdout nowhere, so that what is still buffered raises nothing at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def visible(text: str) -> str:
+    """Text without control characters, which could command a terminal: as \\x1b and the like."""
+    return CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", text)

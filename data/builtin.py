@@ -1,0 +1,304 @@
+"""The sources by name: two made from this Python's standard library, three downloaded once.
+
+Either way they end up as files in the cache, which data/readers.py reads like anyone's own.
+
+    python -m data.builtin list            the sources by name
+    python -m data.builtin fetch NAME      prepare one beforehand; prints its files
+"""
+
+import ast
+import hashlib
+import http.client
+import json
+import os
+import re
+import sys
+import sysconfig
+import textwrap
+import time
+import urllib.error
+import urllib.request
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+from urllib.parse import urlsplit
+
+from common import cli
+from common.errors import UserError
+from common.files import hash_file
+from data.config import DEFAULT_CACHE_DIR, SOURCES
+from data.tokenizer import SURROGATE
+
+VERSION = "1"  # of the extraction: raise it when the same standard library comes to give other text
+MAX_PROMPT = 160  # characters of a docstring's first paragraph that make a prompt
+SKIPPED = {"test", "tests", "idlelib", "lib2to3", "site-packages", "dist-packages"}
+SKIPPED |= {"_vendor", "_bundled", "__pycache__"}
+
+NAMED = {  # name: (kind, what it is)
+    "stdlib": ("pairs", "docstring -> signature, from this Python's standard library"),
+    "stdlib_words": ("lines", "the words that this Python's standard library is made of"),
+    "names": ("lines", "32,033 first names"),
+    "tinyshakespeare": ("stream", "1.1 million characters of Shakespeare's plays"),
+    "nl2bash": ("pairs", "12,607 descriptions of a task -> its Bash command"),
+}
+
+
+class Download(NamedTuple):
+    """A file that never changes: its address names a commit, and its content is pinned."""
+
+    url: str
+    file: str
+    sha256: str
+    max_bytes: int
+
+
+RAW = "https://raw.githubusercontent.com"
+SHAKESPEARE = f"{RAW}/karpathy/char-rnn/6f9487a6fe5b420b7ca9afb0d7c078e37c1d1b4e/data"
+NL2BASH = f"{RAW}/TellinaTool/nl2bash/466c5fe873ab08c7cc0112ea1521cc6ad9c20992/data/bash"
+DOWNLOADS = {
+    "names": (
+        Download(
+            f"{RAW}/karpathy/makemore/988aa59/names.txt",
+            "names.txt",
+            "0a30b5557f192f32ab962680889aac5f6fda0f4cecf40a6d0b5694f58ea8cc4d",
+            1_000_000,
+        ),
+    ),
+    "tinyshakespeare": (
+        Download(
+            f"{SHAKESPEARE}/tinyshakespeare/input.txt",
+            "tinyshakespeare.txt",
+            "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
+            4_000_000,
+        ),
+    ),
+    "nl2bash": (
+        Download(
+            f"{NL2BASH}/all.nl",
+            "nl2bash.nl",
+            "1db0c529c350b463919624550b8f5882a97c42ad5051c7d49fbc496bc4e8b770",
+            4_000_000,
+        ),
+        Download(
+            f"{NL2BASH}/all.cm",
+            "nl2bash.cm",
+            "3a72eaced7fa14a0938354cefc42b2dcafb2d47297102f1279086e18c3abe57e",
+            4_000_000,
+        ),
+    ),
+}
+
+
+def named_files(name: str, cache: Path, log: Callable[[str], None]) -> tuple[Path, ...]:
+    """The files of a source by name, made or downloaded where they are not in `cache` yet."""
+    try:
+        if name in DOWNLOADS:
+            return fetch(name, cache, log)
+        return (_standard_library(name, cache, log),)
+    except OSError as error:
+        raise UserError(
+            f"cannot keep {name} in {cache} ({error}): set data.cache_dir to a folder you can write"
+        ) from None
+
+
+# The standard library -----------------------------------------------------------------------------
+
+
+def _standard_library(name: str, cache: Path, log: Callable[[str], None]) -> Path:
+    """The file in `cache` that holds the pairs or words of this Python, made if it is not there.
+
+    Its name holds the hash of all the sources. These include ast.py, so that whatever else Python
+    would extract has another name, too.
+    """
+    root = Path(sysconfig.get_paths()["stdlib"])
+    digest = hashlib.blake2b(VERSION.encode(), digest_size=8)
+    texts = []
+    for data in _python_files(root):
+        digest.update(data)
+        try:
+            texts.append(data.decode("utf-8"))
+        except UnicodeDecodeError:
+            continue  # an old encoding: too few to matter
+    suffix, extract = {"stdlib": ("jsonl", _signatures), "stdlib_words": ("txt", _words)}[name]
+    path = cache / f"{name}-{digest.hexdigest()}.{suffix}"
+    if path.exists():
+        return path
+    log(f"{name}: extracting from {len(texts)} files of {root}")
+    started = time.monotonic()
+    lines = extract(texts)
+    if not lines:
+        raise UserError(f"data.source = {name}: {root} has no sources: give --data.path FILE")
+    _publish(path, lines)
+    log(f"{name}: {len(lines):,} {NAMED[name][0]} in {time.monotonic() - started:.1f} s: {path}")
+    return path
+
+
+def _python_files(root: Path) -> Iterator[bytes]:
+    """The sources below `root` in the order of their names, without tests and vendored packages."""
+    for folder, subfolders, names in os.walk(root):
+        subfolders[:] = sorted(set(subfolders) - SKIPPED)
+        for name in sorted(names):
+            if name.endswith(".py") and os.path.isfile(os.path.join(folder, name)):
+                yield Path(folder, name).read_bytes()
+
+
+def _signatures(texts: list[str]) -> list[str]:
+    """A line of JSONL for each function with a docstring, in order, none twice."""
+    pairs = {}  # keeps the order of insertion, as a set would not
+    for text in texts:
+        with warnings.catch_warnings(action="ignore"):  # invalid escapes in old sources
+            try:
+                tree = ast.parse(text)
+            except (SyntaxError, ValueError):  # ValueError: a NUL, in older Pythons
+                continue
+        functions = (ast.FunctionDef, ast.AsyncFunctionDef)
+        found = [node for node in ast.walk(tree) if isinstance(node, functions)]
+        for node in sorted(found, key=lambda node: node.lineno):
+            paragraph = (ast.get_docstring(node) or "").split("\n\n")[0]
+            prompt = textwrap.shorten(paragraph, MAX_PROMPT, placeholder="")  # at a word's end
+            if prompt and not SURROGATE.search(prompt):
+                node.body, node.decorator_list = [], []  # what is left is the signature
+                pairs[prompt, ast.unparse(node).strip()] = True
+    return [json.dumps({"prompt": prompt, "completion": name}) for prompt, name in pairs]
+
+
+def _words(texts: list[str]) -> list[str]:
+    """The distinct runs of letters that are a-z only and 2 to 15 long, sorted."""
+    runs = set().union(*(re.findall(r"[^\W\d_]+", text) for text in texts))
+    return sorted(run for run in runs if re.fullmatch("[a-z]{2,15}", run))
+
+
+def _publish(path: Path, lines: list[str]) -> None:
+    """Write a file that is there whole or not at all, whatever happens meanwhile."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        with part.open("w", encoding="utf-8", newline="\n") as file:
+            file.writelines(f"{line}\n" for line in lines)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+# Downloads ----------------------------------------------------------------------------------------
+
+
+def fetch(name: str, cache: Path, log: Callable[[str], None] = print) -> tuple[Path, ...]:
+    """The files of a source by name in `cache`/downloads; fetched if not there or damaged."""
+    paths = []
+    for wanted in DOWNLOADS[name]:
+        path = cache / "downloads" / wanted.file
+        if not path.exists() or hash_file(path) != wanted.sha256:
+            log(f"downloading {wanted.url}")
+            download(wanted.url, path, wanted.sha256, wanted.max_bytes)
+        paths.append(path)
+    return tuple(paths)
+
+
+def download(
+    url: str,
+    path: Path,
+    sha256: str,
+    max_bytes: int,
+    timeout: float = 30.0,
+    allow_local_http: bool = False,
+) -> None:
+    """Put the file at `url` at `path`, over https only, if it has this hash; else raise UserError.
+
+    An interrupted transfer leaves PATH.part, from which the next one goes on. A file that stands at
+    `path` stays until a right one takes its place. `timeout` is how many seconds the server may be
+    silent; `allow_local_http` lets the tests serve from 127.0.0.1.
+    """
+    part = path.with_name(f"{path.name}.part")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        _transfer(url, part, max_bytes, timeout, allow_local_http)
+        found = hash_file(part)
+        if found != sha256:
+            part.unlink()
+            raise OSError(f"its sha256 is {found} instead of {sha256}")
+        part.replace(path)
+    # ValueError: what urllib finds wrong with a server's addresses and numbers
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        reason = str(error).removeprefix("<urlopen error ").removesuffix(">") or repr(error)
+        raise UserError(
+            f"{url}: {reason}: try again, fetch it by hand to {path}, or give --data.path FILE"
+        ) from None
+
+
+def _transfer(url: str, part: Path, max_bytes: int, timeout: float, local: bool) -> None:
+    """Append to `part` what it lacks. OSError if that fails, with `part` left to go on from."""
+    from tqdm import tqdm
+
+    _require_https(url, local)
+    done = part.stat().st_size if part.exists() else 0
+    # S310 asks for a check of the scheme: it is made above, and again at each redirect
+    request = urllib.request.Request(url, headers={"Range": f"bytes={done}-"} if done else {})  # noqa: S310, https only
+    try:
+        response = urllib.request.build_opener(_Redirects(local)).open(request, timeout=timeout)
+    except urllib.error.HTTPError as error:
+        error.close()
+        if error.code == 416 and done:  # nothing lacks: the hash will tell whether it is right
+            return
+        raise
+    with response:
+        goes_on = response.headers.get("Content-Range", "").startswith(f"bytes {done}-")
+        if response.status != 206 or not goes_on:
+            done = 0
+        length = response.headers.get("Content-Length", "")
+        total = done + int(length) if length.isdecimal() else None
+        # disable=None: no bar where stderr is not a terminal
+        bar = tqdm(total=total, initial=done, unit="B", unit_scale=True, disable=None)
+        with part.open("ab" if done else "wb") as file, bar:
+            while max(done, total or 0) <= max_bytes and (block := response.read1(1 << 16)):
+                file.write(block)
+                bar.update(len(block))
+                done += len(block)
+    if max(done, total or 0) > max_bytes:
+        part.unlink()
+        raise OSError(f"it is larger than {max_bytes} bytes")
+    if done < (total or 0):
+        raise OSError(f"cut off after {done} of {total} bytes")
+
+
+class _Redirects(urllib.request.HTTPRedirectHandler):
+    """Follows redirects, to https only."""
+
+    def __init__(self, local: bool):
+        self.local = local
+
+    def redirect_request(self, request, response, code, message, headers, url):
+        _require_https(url, self.local)
+        return super().redirect_request(request, response, code, message, headers, url)
+
+
+def _require_https(url: str, local: bool) -> None:
+    parts = urlsplit(url)
+    if parts.scheme != "https" and not (local and parts.hostname == "127.0.0.1"):
+        raise OSError(f"leads to {url}, which is not https")
+
+
+# The command line ---------------------------------------------------------------------------------
+
+
+def main() -> int:
+    """`python -m data.builtin`."""
+    parser = cli.Parser(prog="python -m data.builtin", description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("list", help="the sources by name")
+    fetching = commands.add_parser("fetch", help="prepare one beforehand")
+    fetching.add_argument("name", choices=SOURCES)
+    options = parser.parse_args()
+    if options.command == "fetch":
+        print(*named_files(options.name, DEFAULT_CACHE_DIR, print), sep="\n")
+    else:
+        for name, (kind, description) in NAMED.items():
+            print(f"{name:15} {kind:7} {description}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run("python -m data.builtin", main))

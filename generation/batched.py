@@ -1,0 +1,117 @@
+"""Generating with the PyTorch decoder: a cache of keys and values, prefill, and decode.
+
+    ids = generate(model, [[5, 6, 7], [8]], Sampling(top_k=50), end_id=3)
+
+Prefill reads all of a prompt but its last token in one pass; then each decode step reads one token
+of every row and chooses the next. A row gives what it gives alone, whatever stands beside it: in
+float64 exactly, in narrower floats up to rounding.
+
+Shapes: B rows, T tokens, L layers, H heads of width D, S places in the cache, V = vocab_size.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+
+from generation import cpu_decoder
+from generation.cpu_decoder import CPUDecoder
+from generation.kv_cache import KVCache
+from generation.sampling import Sampling, uniform, window
+from generation.sequential import check, number_samples
+from generation.torch_sampling import sample_tokens
+
+PAYS = 8  # new tokens from which it pays to lay out the weights anew: it costs a few steps
+
+
+@torch.inference_mode()
+def generate(
+    model,
+    prompts: Sequence[Sequence[int]],
+    rules: Sampling,
+    *,
+    seed: int = 0,
+    samples: Sequence[int] | None = None,
+    end_id: int | None = None,
+    on_token: Callable[[int, int], bool | None] | None = None,
+    on_logits: Callable[[int, list[float], int], None] | None = None,
+) -> list[list[int]]:
+    """The new ids of each prompt, up to `end_id` (not included) or rules.max_new_tokens of them.
+
+    seed, samples: which random numbers decide (`sampling.uniform`); without `samples` a prompt is
+    sample 0, and equal prompts are 0, 1, 2 and so on.
+    on_token: called with (index of the prompt, id) for each new token; True ends that row.
+    on_logits: called before it with (index, logits (V), id), the end included, for `explain`.
+    A text longer than `model.max_len` is read through `sampling.window`. PyTorch's random state is
+    not touched, and the model is left in the mode it was in. Raises UserError for an empty prompt,
+    ids outside the vocabulary, and a model whose logits are not finite.
+    """
+    check(model, prompts)
+    texts = [list(prompt) for prompt in prompts]
+    samples = number_samples(prompts) if samples is None else samples
+    rows = list(range(len(texts)))  # rows[b]: the prompt that row b of the cache goes on with
+    longest = max(map(len, texts), default=0) + rules.max_new_tokens
+    quick = rules.max_new_tokens >= PAYS and cpu_decoder.is_supported(model)
+    places = min(model.max_len, longest - 1)  # the last token is never read
+    cache = KVCache(model, len(rows), places, cpu_decoder.CACHE_DTYPE if quick else None)
+    step = CPUDecoder(model) if quick and rows else partial(plain_step, model)
+
+    def finished(row: int, token: int) -> bool:
+        if token == end_id:
+            return True
+        texts[row].append(token)
+        stopped = on_token is not None and on_token(row, token)
+        return bool(stopped) or len(texts[row]) - len(prompts[row]) == rules.max_new_tokens
+
+    training = model.training
+    model.eval()
+    try:
+        while rows:
+            logits = next_logits(model, step, cache, [texts[row] for row in rows])
+            numbers = [uniform(seed, samples[row], len(texts[row])) for row in rows]
+            tokens = sample_tokens(logits, rules, numbers)
+            if on_logits is not None:
+                for row, values, token in zip(rows, logits.tolist(), tokens, strict=True):
+                    on_logits(row, values, token)
+            done = [b for b, row in enumerate(rows) if finished(row, tokens[b])]
+            for b in reversed(done):
+                cache.drop(b)
+                rows[b] = rows[-1]
+                rows.pop()
+    finally:
+        model.train(training)
+    return [text[len(prompt) :] for text, prompt in zip(texts, prompts, strict=True)]
+
+
+def plain_step(model, ids, cache: KVCache) -> torch.Tensor:
+    """What a CPUDecoder gives, by the module itself: on every device, in every precision."""
+    return model(ids, cache=cache)[:, -1]
+
+
+def next_logits(model, step, cache: KVCache, texts: list[list[int]]) -> torch.Tensor:
+    """Logits (B, V) after each text, of which the cache holds all but the last token, or should."""
+    seen = [window(len(text), model.max_len) for text in texts]
+    stale = [b for b, n in enumerate(cache.lengths) if n != seen[b] - 1]  # new, or its window moved
+    if stale:
+        prefill(model, cache, stale, [texts[b][-seen[b] : -1] for b in stale])
+    newest = torch.tensor([text[-1:] for text in texts], device=cache.keys.device)  # (B, 1)
+    return step(newest, cache)
+
+
+def prefill(model, cache: KVCache, rows: list[int], texts: list[list[int]]):
+    """Reads whole texts into `rows` of the cache, whatever they held: each from place 0."""
+    lengths = [len(text) for text in texts]
+    T = max(lengths)
+    # a part of the rows is read into a cache of its own; all of them need no second one
+    own = cache
+    if len(rows) < len(cache.lengths):
+        own = KVCache(model, len(rows), T, cache.keys.dtype)
+    if T > 0:
+        ids = [text + [0] * (T - len(text)) for text in texts]  # no token sees what is on its right
+        own.lengths = [0] * len(rows)
+        model.hidden(torch.tensor(ids, device=cache.keys.device), cache=own)
+    if own is not cache:
+        cache.keys[:, rows, :, :T] = own.keys
+        cache.values[:, rows, :, :T] = own.values
+    for row, length in zip(rows, lengths, strict=True):
+        cache.lengths[row] = length

@@ -1,0 +1,129 @@
+"""The PyTorch decoder reading one token a row on a CPU, as fast as it can.
+
+    decoder = CPUDecoder(model)        # while the weights stay as they are
+    logits = decoder(ids, cache)       # (B, 1) -> (B, V), as model(ids, cache=cache)[:, -1]
+
+With one token a row a step is bound by reading the weights, and by the calls between products. So
+the weights are laid out as oneDNN reads them fastest, and Q, K and V are one product. What comes
+after what is the model's own `DecoderLayer.forward`: only its parts are replaced. Attention is in
+float32 in any case: its kernel is many times slower in bfloat16.
+
+Shapes: B rows, L layers, H heads of width D, C = H D, S keys, V = vocab_size.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from generation.kv_cache import KVCache, LayerCache
+
+LAYOUT_ROWS = 16  # the layout asked for: the fastest from 1 row to 32, which that for 1 row is not
+CACHE_DTYPE = torch.float32  # what a KVCache for a CPUDecoder stores
+
+
+def is_supported(model: nn.Module) -> bool:
+    """Whether a CPUDecoder can stand in for the module: on a CPU, in float32 or bfloat16.
+
+    In float64 a row must give the same in any batch, which the module's plain products do. Under
+    autocast the module decides what is computed in low precision.
+    """
+    weight = model.embed.weight
+    if weight.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
+        return False
+    if not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):
+        return False
+    has_bf16 = torch.ops.mkldnn._is_mkldnn_bf16_supported
+    return weight.dtype == torch.float32 or (weight.dtype == torch.bfloat16 and has_bf16())
+
+
+class PackedLinear:
+    """x W^T + b of one linear layer, or of several side by side, from a packed copy of W."""
+
+    def __init__(self, *linears: nn.Linear):
+        weight, self.bias = linears[0].weight, linears[0].bias
+        if len(linears) > 1:
+            weight = torch.cat([linear.weight for linear in linears])
+            if self.bias is not None:
+                self.bias = torch.cat([linear.bias for linear in linears])
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), LAYOUT_ROWS)
+        self.product = torch.ops.mkldnn._linear_pointwise.default  # here: not every build has it
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        # oneDNN could add a residual or apply ReLU as well, but setting that up takes longer
+        return self.product(x, self.weight, self.bias, "none", [], "")
+
+
+class PackedAttention:
+    """`MultiHeadAttention` for one token a row."""
+
+    def __init__(self, attention: nn.Module):
+        self.n_heads = attention.n_heads
+        self.qkv = PackedLinear(attention.W_q, attention.W_k, attention.W_v)
+        self.output = PackedLinear(attention.W_o)
+
+    def __call__(
+        self, x: torch.Tensor, mask: torch.Tensor | None, cache: LayerCache
+    ) -> torch.Tensor:
+        qkv = self.qkv(x).to(CACHE_DTYPE).view(len(x), 3, self.n_heads, 1, -1)
+        Q, K, V = qkv.unbind(1)  # (B, H, 1, D)
+        K, V = cache.extend(K, V)  # (B, H, S, D)
+        y = F.scaled_dot_product_attention(Q, K, V, mask)
+        return self.output(y.reshape(x.shape).type_as(x))
+
+
+class PackedFeedForward:
+    """`FeedForward`."""
+
+    def __init__(self, feed_forward: nn.Module):
+        self.linear1 = PackedLinear(feed_forward.linear1)
+        self.linear2 = PackedLinear(feed_forward.linear2)
+        relu = isinstance(feed_forward.activation, nn.ReLU)
+        self.activation = torch.relu_ if relu else feed_forward.activation.forward
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear2(self.activation(self.linear1(x)))
+
+
+class PackedLayer:
+    """`DecoderLayer`, whose forward pass runs on these parts: (B, C) -> (B, C)."""
+
+    def __init__(self, layer: nn.Module):
+        self.norm_first = layer.norm_first
+        self.self_attn = PackedAttention(layer.self_attn)
+        self.feed_forward = PackedFeedForward(layer.feed_forward)
+        self.norm1, self.norm2 = layer.norm1.forward, layer.norm2.forward
+        self.dropout1 = self.dropout2 = unchanged
+        self.layer_forward = type(layer).forward
+
+    def __call__(
+        self, x: torch.Tensor, mask: torch.Tensor | None, cache: LayerCache
+    ) -> torch.Tensor:
+        return self.layer_forward(self, x, mask, cache)
+
+
+def unchanged(x: torch.Tensor) -> torch.Tensor:
+    """Dropout while generating."""
+    return x
+
+
+class CPUDecoder:
+    """A decoder that reads one token of each row. Holds a second copy of all weights it multiplies.
+
+    The copy is of the weights as they are now: make a new one when they have changed.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.embed, self.positions = model.embed.weight, model.pos_encoding
+        self.scale = model.embedding_scale
+        self.embed_norm, self.final_norm = model.embed_norm.forward, model.final_norm.forward
+        self.layers = [PackedLayer(layer) for layer in model.layers]
+        self.output = PackedLinear(model.output)
+
+    def __call__(self, ids: torch.Tensor, cache: KVCache) -> torch.Tensor:
+        """Logits (B, V) after `ids` (B, 1), which follow on what the KVCache has seen."""
+        table = cache.take(self.positions, 1)  # (1, C) or (B, 1, C)
+        x = F.embedding(ids, self.embed) * self.scale + table  # (B, 1, C)
+        x = self.embed_norm(x[:, 0])
+        for layer, layer_cache in zip(self.layers, cache.layers, strict=True):
+            x = layer(x, cache.mask, layer_cache)
+        return self.output(self.final_norm(x))

@@ -1,0 +1,83 @@
+"""Keys and values of what has been read, for the PyTorch decoder.
+
+Shapes: B rows, T tokens, L layers, H heads of width D, S places in the cache.
+"""
+
+import torch
+
+
+class KVCache:
+    """Keys and values of the tokens each row has read, in memory allocated once.
+
+    The decoder's forward pass, without gradients, calls `take` and then each layer's `extend`. A
+    pass over several tokens needs an empty cache (prefill); a pass over one token adds it to each
+    row at that row's own place (decode). `lengths` may be set by who knows that the end of a row
+    was padding.
+    """
+
+    def __init__(self, model, rows: int, places: int, dtype: torch.dtype | None = None):
+        config, like = model.config, model.embed.weight
+        width = config.d_model // config.n_heads
+        shape = (config.n_layers, rows, config.n_heads, places, width)  # (L, B, H, S, D)
+        # zeros, because attention multiplies also what it masks, and 0 times NaN is NaN
+        self.keys = torch.zeros(shape, dtype=dtype or like.dtype, device=like.device)
+        self.values = torch.zeros_like(self.keys)
+        self.lengths = [0] * rows
+        self.layers = [LayerCache(self, i) for i in range(config.n_layers)]
+        self.mask = None  # (B, 1, 1, S): which keys each row's token sees; None: all, or causal
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory: 2 L B H S D times the size of a number."""
+        return 2 * self.keys.numel() * self.keys.element_size()
+
+    def take(self, table, T: int):
+        """Makes room for T more tokens a row; their positions in `table`: (T, C) or (B, 1, C)."""
+        first, last, B = min(self.lengths), max(self.lengths), len(self.lengths)
+        if T > 1 and last > 0:
+            raise ValueError(f"{T} tokens at once need an empty cache; this one holds {last}")
+        if last + T > self.keys.shape[3]:
+            raise ValueError(
+                f"the cache has {self.keys.shape[3]} places, and {last + T} are needed"
+            )
+        self.lengths = [n + T for n in self.lengths]
+        self.seen_keys = self.keys[:, :B, :, : last + T].unbind()  # L times (B, H, S, D)
+        self.seen_values = self.values[:, :B, :, : last + T].unbind()
+        self.new_keys = self.keys[:, :B, :, last : last + T].unbind()  # L times (B, H, T, D)
+        self.new_values = self.values[:, :B, :, last : last + T].unbind()
+        if first == last:  # the new tokens are the last ones of every row: no mask
+            self.mask = self.places = None
+            return table[last : last + T]
+        rows, every = (torch.arange(n, device=table.device) for n in (B, last + 1))
+        places = torch.tensor(self.lengths, device=table.device) - 1  # (B,)
+        self.mask = (every <= places[:, None])[:, None, None]
+        self.places = (rows, slice(None), places)
+        return table[places][:, None]
+
+    def drop(self, row: int):
+        """Forgets a row; the last one takes its place."""
+        last = len(self.lengths) - 1
+        if row != last:
+            self.keys[:, row] = self.keys[:, last]
+            self.values[:, row] = self.values[:, last]
+            self.lengths[row] = self.lengths[last]
+        self.lengths.pop()
+
+
+class LayerCache:
+    """One layer's part of a cache."""
+
+    def __init__(self, cache: KVCache, layer: int):
+        self.cache, self.layer = cache, layer
+
+    def extend(self, K, V):
+        """Stores K and V (B, H, T, D) at the places taken; all that is stored: (B, H, S, D)."""
+        cache, layer = self.cache, self.layer
+        keys, values = cache.seen_keys[layer], cache.seen_values[layer]
+        if cache.places is None:
+            cache.new_keys[layer].copy_(K)
+            cache.new_values[layer].copy_(V)
+        else:
+            keys[cache.places] = K[:, :, 0].type_as(keys)
+            values[cache.places] = V[:, :, 0].type_as(values)
+        return keys.type_as(K), values.type_as(V)  # a cache may be wider than what comes

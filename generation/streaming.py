@@ -1,0 +1,41 @@
+"""Tokens to text while they come: whole characters, cut in front of a stop string."""
+
+from data.tokenizer import ESCAPE, Tokenizer
+
+
+class StreamedText:
+    """The text of one row as its tokens come."""
+
+    def __init__(self, tokenizer: Tokenizer, stops: tuple[str, ...]):
+        self.tokenizer, self.stops = tokenizer, stops
+        self.text = ""
+        self.stopped = False
+        self.pending: list[int] = []  # tokens that end inside a character
+        self.shown = 0
+
+    def add(self, token: int) -> bool:
+        """Takes a token; whether a stop string is complete."""
+        self.pending.append(token)
+        # U+FFFD: bytes of a character of which more may come; ESCAPE: half of an escaped one
+        if not self.tokenizer.decode(self.pending).endswith(("\ufffd", ESCAPE)):
+            self.flush()
+        return self.stopped
+
+    def flush(self):
+        """Makes text of the tokens held back."""
+        before = len(self.text)
+        self.text += self.tokenizer.decode(self.pending)
+        self.pending = []
+        found = [self.text.find(stop, max(0, before - len(stop))) for stop in self.stops]
+        if any(at >= 0 for at in found):
+            self.text = self.text[: min(at for at in found if at >= 0)]
+            self.stopped = True
+
+    def new_text(self, complete: bool = False) -> str:
+        """Text not returned yet; unless complete, without what may begin a stop string."""
+        end = len(self.text)
+        if not complete:
+            held = (n for s in self.stops for n in range(1, len(s)) if self.text.endswith(s[:n]))
+            end -= max(held, default=0)
+        start, self.shown = self.shown, max(self.shown, end)
+        return self.text[start:end]

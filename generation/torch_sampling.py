@@ -1,0 +1,190 @@
+"""How the PyTorch engine chooses the next token of each row: `sampling.sample_token`, fast.
+
+    tokens = sample_tokens(logits, rules, numbers)     # (B, V) and one number a row -> B ids
+
+The result is that of the definition in `sampling`, whose sums are in float64. What float32 can
+decide is decided in it, and where rounding would have a say, float64 is asked.
+
+Shapes: B rows, V = vocab_size, N candidates.
+"""
+
+import numpy as np
+import torch
+
+from common.errors import UserError
+from generation.sampling import Sampling
+
+MORE = 14  # logits that are looked at beyond the k of top-k: these may tie
+FEW = 1024  # tokens of a vocabulary that needs no short cuts
+BLOCK = 512  # tokens whose weights are summed first
+SKEW = 16  # how much heavier than the mean the tokens that top-p keeps are expected to be
+COLD = 1e-30  # a temperature that float32 may take for 0
+DOUBT = 2.0**-18  # share of all weight by which a sum of float32 numbers may be wrong
+
+
+def sample_tokens(logits: torch.Tensor, rules: Sampling, numbers: list[float]) -> list[int]:
+    """`sampling.sample_token` for each row of logits (B, V), with one number a row."""
+    if rules.deterministic:
+        largest, ids = logits.max(-1)  # the lowest id of equal ones
+        check_finite(largest)
+        return ids.tolist()
+    V = logits.shape[-1]
+    narrow = logits.dtype != torch.float64 and rules.temperature > COLD
+    if narrow and V > FEW and rules.top_p == 1 and not 0 < rules.top_k < V:
+        return among_all(logits, rules, numbers)
+    return drawn(logits, rules, numbers)
+
+
+def drawn(logits: torch.Tensor, rules: Sampling, numbers: list[float]) -> list[int]:
+    """The token of each row at which the sum of its candidates' weights passes its number."""
+    ids, weights = candidates(logits, rules)
+    reached = weights.cumsum(-1)
+    thresholds = torch.tensor(numbers, dtype=torch.float64)[:, None] * reached[:, -1:]
+    chosen = torch.searchsorted(reached, thresholds, right=True)
+    return ids.gather(-1, chosen).flatten().tolist()
+
+
+def among_all(logits: torch.Tensor, rules: Sampling, numbers: list[float]) -> list[int]:
+    """`drawn` where no rule drops a token, but weighed in float32, and in blocks.
+
+    A row whose number comes so near to a border that rounding could decide is drawn in float64.
+    """
+    values = logits.cpu()
+    B, V = values.shape
+    largest = values.amax(-1, keepdim=True)
+    check_finite(largest)
+    weights = torch.zeros(B, -(-V // BLOCK) * BLOCK)
+    torch.sub(values.float(), largest.float(), out=weights[:, :V]).div_(rules.temperature).exp_()
+    weights = weights.view(B, -1, BLOCK)
+    reached = weights.sum(-1, dtype=torch.float64).cumsum(-1)  # up to the end of each block
+    total = reached[:, -1:]
+    wanted = torch.tensor(numbers, dtype=torch.float64)[:, None] * total
+    block = torch.searchsorted(reached, wanted, right=True)  # (B, 1)
+    before = torch.nn.functional.pad(reached, (1, 0)).gather(-1, block)
+    inside = before + weights[torch.arange(B), block[:, 0]].double().cumsum(-1)  # (B, BLOCK)
+    least = torch.searchsorted(inside, wanted - DOUBT * total, right=True)
+    most = torch.searchsorted(inside, wanted + DOUBT * total, right=True)
+    sure = (least == most) & (most < BLOCK) & (wanted - DOUBT * total >= before)
+    tokens = (block * BLOCK + least).flatten().tolist()
+    for row in (~sure[:, 0]).nonzero().flatten().tolist():
+        tokens[row] = drawn(values[row : row + 1], rules, [numbers[row]])[0]
+    return tokens
+
+
+def check_finite(largest: torch.Tensor):
+    """Raises UserError if the largest logit of a row, NaN counting as such, is no number."""
+    if not largest.isfinite().all():
+        raise UserError("the logits are not finite: the weights are of a run that diverged")
+
+
+def candidates(logits: torch.Tensor, rules: Sampling) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids (B, N), ascending, and their weights, float64: softmax without its divisor, 0 if dropped.
+
+    N is V, or with top-k about as many as are kept. All but top-k is done on the CPU, where sums
+    have one order (CUDA's have none, mps lacks float64), so each device chooses the same.
+    """
+    V = logits.shape[-1]
+    if 0 < rules.top_k < V:
+        values, ids = most_probable(logits, rules.top_k)
+    else:
+        values, ids = logits.cpu(), torch.arange(V).expand_as(logits)
+    largest = values.amax(-1, keepdim=True)
+    check_finite(largest)
+    if rules.top_p < 1 and values.shape[-1] > FEW:
+        few = heavy(values, largest, rules)
+        if few is not None:
+            return few
+    weights = weigh(values, largest, rules.temperature)
+    if rules.top_p < 1:
+        # not masked_fill_, which branches at each number
+        weights = torch.where(beyond_top_p(values, largest, rules), 0.0, weights)
+    return ids, weights
+
+
+def most_probable(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits and ids, ascending, of a row's k largest and of all that tie with the last of them.
+
+    Both (B, N), on the CPU, where N is at least what any row needs; what it does not is -inf.
+    """
+    N = min(k + MORE, logits.shape[-1])
+    values, ids = logits.topk(N)
+    least = values[:, k - 1 : k]
+    if (values[:, -1:] == least).any():  # perhaps still others tie
+        N = int((logits >= least).sum(-1).max())
+        values, ids = logits.topk(N)
+    ids, by_id = ids.cpu().sort()
+    values = values.cpu().gather(-1, by_id)
+    return values.masked_fill_(values < least.cpu(), -torch.inf), ids
+
+
+def weigh(values: torch.Tensor, largest: torch.Tensor, temperature: float) -> torch.Tensor:
+    """exp((values - largest) / temperature) in float64, on the CPU."""
+    exact = values.double()
+    exact = exact.sub_(largest) if exact is not values else exact - largest
+    exact = exact.div_(temperature).numpy()
+    return torch.from_numpy(np.exp(exact, out=exact))  # NumPy's is twice as fast
+
+
+def heavy(values, largest, rules: Sampling) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """What `candidates` returns, from those tokens alone that top-p may keep; None if in doubt.
+
+    Those that weigh less than (1 - top_p) / V of all are together less than 1 - top_p, so none of
+    them is kept. Most often none that weighs SKEW times as much is either, which shows when the
+    others are ranked. Which is which, weights in float32 tell.
+    """
+    V, array = values.shape[-1], plain(values)
+    rough = (values.float() - largest.float()).div_(rules.temperature).exp_()
+    total = rough.sum(-1, keepdim=True, dtype=torch.float64)
+    bound = total * ((1 - rules.top_p) / V * (1 - DOUBT) ** 2)
+    for skew in (SKEW, 1):
+        places = np.flatnonzero((rough >= (skew * bound).float()).numpy())
+        if len(places) > array.size // 4:  # so flat that it pays no more
+            return None
+        ids, head = padded(array, places)
+        dropped = beyond_top_p(head, largest, rules, total, slack=DOUBT)
+        if dropped is not None:
+            return ids, torch.where(dropped, 0.0, weigh(head, largest, rules.temperature))
+    return None
+
+
+def padded(array: np.ndarray, places: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+    """Columns and values (B, N) at some places of a flattened array (B, V), in their order.
+
+    Rows that have fewer than others end in columns 0 and values -inf, which weigh nothing.
+    """
+    rows, columns = np.divmod(places, array.shape[-1])
+    counts = np.bincount(rows, minlength=len(array))
+    slots = np.arange(len(rows)) - np.repeat(counts.cumsum() - counts, counts)
+    ids = np.zeros((len(array), counts.max()), np.int64)
+    values = np.full(ids.shape, -np.inf, array.dtype)
+    ids[rows, slots], values[rows, slots] = columns, array.ravel()[places]
+    return torch.from_numpy(ids), torch.from_numpy(values)
+
+
+def beyond_top_p(values, largest, rules: Sampling, total=None, slack=0.0) -> torch.Tensor | None:
+    """Which of `values` (B, N) top-p drops, as a mask.
+
+    total, slack: the weight (B, 1) of all, where `values` are but the largest of them, and what
+    share of it may be wrong. None is returned where `values` or the slack do not allow an answer.
+    """
+    array = plain(values)
+    ranked = torch.from_numpy(np.sort(array)).flip(-1)  # NumPy sorts many times faster
+    reached = weigh(ranked, largest, rules.temperature).cumsum(-1)
+    border = rules.top_p * (reached[:, -1:] if total is None else total)
+    last = torch.searchsorted(reached, border * (1 - slack))  # (B, 1): of those that are kept
+    if total is not None:
+        latest = torch.searchsorted(reached, border * (1 + slack))
+        if not last.equal(latest) or (last == reached.shape[-1]).any():
+            return None
+    values, least = torch.from_numpy(array), ranked.gather(-1, last)
+    dropped = values < least
+    surplus = (~dropped).sum(-1, keepdim=True) - (last + 1)
+    if surplus.any():  # of equal ones the lowest ids are kept
+        tied = values == least
+        dropped |= tied & (tied.cumsum(-1) > tied.sum(-1, keepdim=True) - surplus)
+    return dropped
+
+
+def plain(values: torch.Tensor) -> np.ndarray:
+    """As an array; NumPy has no bfloat16."""
+    return (values.float() if values.dtype in (torch.bfloat16, torch.float16) else values).numpy()

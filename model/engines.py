@@ -1,0 +1,78 @@
+"""The three engines by name: what each can be asked for, and its decoder with given weights.
+
+Imports are made where they are needed: with "numpy" there is no torch, with "python" no NumPy
+either.
+"""
+
+from typing import Literal
+
+from checkpoint.reader import Checkpoint
+from common.errors import UserError
+from common.memory import keep_freed_memory
+from common.signals import defer_interrupts
+from model.config import ModelConfig
+
+Engine = Literal["torch", "numpy", "python"]
+WEIGHTS = "model.safetensors"
+
+
+def check(engine: Engine, device: str, precision: str):
+    """Raises UserError for what only torch has."""
+    if engine == "torch":
+        return
+    if device not in ("auto", "cpu"):
+        raise UserError(f"--device {device}: the {engine} engine computes on the CPU alone")
+    if precision not in ("fp32", "fp64"):
+        has = "fp32 and fp64" if engine == "numpy" else "fp64, which Python's numbers are"
+        raise UserError(f"--precision {precision}: the {engine} engine has only {has}")
+
+
+def read_weights(engine: Engine, checkpoint: Checkpoint) -> dict:
+    """The weights by name: arrays, or nested lists for "python". Raises CheckpointError."""
+    return checkpoint.lists(WEIGHTS) if engine == "python" else checkpoint.tensors(WEIGHTS)
+
+
+def load_model(engine: Engine, config: ModelConfig, weights: dict, device: str, precision: str):
+    """The engine's decoder with the weights that `read_weights` gave. Raises UserError."""
+    if engine == "python":
+        model = decoder(engine).from_config(config)
+    elif engine == "numpy":
+        dtype = {"fp32": "float32", "fp64": "float64"}[precision]
+        model = decoder(engine).from_config(config, dtype)
+    else:
+        keep_freed_memory()  # which each token would have cleared anew
+        kind = decoder(engine)  # first, because it says what is missing
+        from common.device import choose_device, choose_precision
+
+        place = choose_device(device)
+        dtype = choose_precision(precision, place)[0].products
+        model = kind.from_config(config, dtype).to(place)
+    model.load_weights(weights)
+    return model.eval()
+
+
+def decoder(engine: Engine) -> type:
+    """The engine's decoder. Raises UserError where what it is built on is not installed."""
+    try:
+        if engine == "python":
+            from model.transformer_micro import TransformerDecoderMicro as Decoder
+        elif engine == "numpy":
+            from model.transformer_lite import TransformerDecoderLite as Decoder
+        else:
+            with defer_interrupts():
+                from model.transformer_full import TransformerDecoder as Decoder
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"--engine {engine}: {error.name} is not installed: pip install {error.name}, or use "
+            "another engine (python needs nothing)"
+        ) from None
+    return Decoder
+
+
+def generator(engine: Engine):
+    """The `generate` of the engine: many prompts at once with torch, one by one with the others."""
+    if engine == "torch":
+        from generation.batched import generate
+    else:
+        from generation.sequential import generate
+    return generate

@@ -1,0 +1,175 @@
+"""data/dataset.py: prepared once, no prompt on both sides, refused if wrong."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from common.errors import UserError
+from data.config import DataConfig
+from data.dataset import prepare, share
+from tests.helpers import ROOT, TEXT
+
+
+@pytest.fixture
+def config(tmp_path):
+    return DataConfig(path=str(TEXT), tokenizer="char", cache_dir=str(tmp_path / "cache"))
+
+
+def quiet(_):
+    pass
+
+
+def write_pairs(path, pairs):
+    lines = [json.dumps({"prompt": p, "completion": c}) for p, c in pairs]
+    path.write_text("\n".join(lines), encoding="utf-8")
+    return str(path)
+
+
+def test_a_stream_is_cut_in_one_place(config):
+    data = prepare(config, quiet)
+    text = TEXT.read_text(encoding="utf-8")
+    cut = len(text) - round(len(text) / 10)
+    assert data.tokenizer.decode(data.train.ids.tolist()) == text[:cut]
+    assert data.tokenizer.decode(data.val.ids.tolist()) == text[cut:]
+    assert data.val.bytes == len(text[cut:].encode())
+
+
+def test_a_prompt_never_stands_on_both_sides(config, tmp_path):
+    pairs = [(f"Prompt {i % 40}", f"completion {i}") for i in range(400)]
+    pairs += [(f"  prompt   {i}", "again") for i in range(40)]  # the same but for case and space
+    path = write_pairs(tmp_path / "pairs.jsonl", pairs)
+    data = prepare(replace(config, path=path), quiet)
+
+    def prompts(split):
+        texts = [
+            data.tokenizer.decode(split.ids[start : start + n].tolist())
+            for start, n in zip(split.starts, split.prompts, strict=False)
+        ]
+        return {" ".join(t.casefold().split()) for t in texts}
+
+    assert prompts(data.train) | prompts(data.val) == {f"prompt {i}" for i in range(40)}
+    assert not prompts(data.train) & prompts(data.val)
+    assert len(data.train.starts) + len(data.val.starts) - 2 == len(pairs)
+    held_out = [" ".join(h["prompt"].casefold().split()) for h in data.held_out]
+    assert set(held_out) <= prompts(data.val)
+    assert len(set(held_out)) == len(held_out)
+
+
+def test_pairs_are_laid_out_as_promised(config, tmp_path):
+    path = write_pairs(tmp_path / "pairs.jsonl", [("ab", "c"), ("", "ab")])
+    data = prepare(replace(config, path=path, val_fraction=0.0), quiet)
+    encode = data.tokenizer.encode
+    assert data.train.ids.tolist() == [*encode("ab"), 2, *encode("c"), 3, 2, *encode("ab"), 3]
+    assert data.train.starts.tolist() == [0, 5, 9]
+    assert data.train.prompts.tolist() == [3, 1]
+    assert data.val is None
+
+
+def test_lines_split_by_their_text(config, tmp_path):
+    (tmp_path / "lines.txt").write_text("\n".join(f"line {i}" for i in range(500)))
+    data = prepare(replace(config, path=str(tmp_path / "lines.txt"), kind="lines"), quiet)
+    assert data.kind == "lines"
+    expected = sum(share(f"line {i}") < 0.1 for i in range(500))
+    assert len(data.val.starts) - 1 == expected
+    assert 25 < expected < 80
+
+
+def test_it_is_prepared_once_and_again_when_anything_changes(config, tmp_path):
+    said = []
+    first = prepare(config, said.append)
+    assert any("tokens" in line for line in said)
+    said.clear()
+    assert prepare(config, said.append).fingerprint == first.fingerprint
+    assert not any("tokens" in line for line in said)
+    moved = tmp_path / "moved.txt"
+    moved.write_bytes(TEXT.read_bytes())
+    assert prepare(replace(config, path=str(moved)), quiet).fingerprint == first.fingerprint
+    moved.write_bytes(TEXT.read_bytes() + b"!")
+    assert prepare(replace(config, path=str(moved)), quiet).fingerprint != first.fingerprint
+    assert prepare(replace(config, val_fraction=0.2), quiet).fingerprint != first.fingerprint
+
+
+def test_a_given_tokenizer_is_used(config, tmp_path):
+    tokenizer = prepare(config, quiet).tokenizer
+    (tmp_path / "other.txt").write_text("abc " * 50 + "\u1234")
+    data = prepare(replace(config, path=str(tmp_path / "other.txt")), quiet, tokenizer)
+    assert data.tokenizer.fingerprint == tokenizer.fingerprint
+    assert data.tokenizer_given
+    assert tokenizer.unk_id in data.val.ids
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda f: (f / "train.ids").write_bytes(b"\1\0\2"), r"train.ids: 3 bytes where"),
+        (lambda f: (f / "train.ids").unlink(), "not a prepared data set"),
+        (lambda f: (f / "manifest.json").write_text("{"), "not a prepared data set"),
+        (lambda f: (f / "manifest.json").write_text("[]"), "not a prepared data set"),
+        (lambda f: overwrite(f / "train.ids", 60000), "holds id 60000, the vocabulary has"),
+        (lambda f: overwrite(f / "train.ids", 5), "train.ids: its sha256 is not the one"),
+        (lambda f: cut_seal(f / "manifest.json"), "does not match its own sha256"),
+    ],
+)
+def test_a_damaged_cache_is_refused_with_the_mend(config, damage, said):
+    prepare(config, quiet)
+    (folder,) = (p for p in (ROOT / config.cache_dir).iterdir() if p.is_dir())
+    damage(folder)
+    with pytest.raises(UserError, match=said) as error:
+        prepare(config, quiet)
+    assert "remove" in str(error.value)
+    assert "prepared again" in str(error.value)
+
+
+def overwrite(path, number):
+    ids = np.fromfile(path, "<u2")
+    ids[len(ids) // 2] = number
+    ids.tofile(path)
+
+
+def cut_seal(path):
+    path.write_bytes(path.read_bytes().replace(b'"bytes": ', b'"bytes": 1'))
+
+
+def test_an_empty_side_is_refused(config, tmp_path):
+    path = write_pairs(tmp_path / "one.jsonl", [("a", "b")])
+    with pytest.raises(UserError, match=r"data.val_fraction"):
+        prepare(replace(config, path=path), quiet)
+    assert not [p for p in (tmp_path / "cache").iterdir() if p.is_dir()], "half a cache is left"
+    assert prepare(replace(config, path=path, val_fraction=0.0), quiet).val is None
+
+
+def test_an_unwritable_cache_is_refused(config, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"data\.cache_dir"):
+        prepare(replace(config, cache_dir=str(tmp_path / "file" / "cache")), quiet)
+
+
+def test_preparing_a_large_text_does_not_hold_it(tmp_path):
+    """48 MB of text, prepared in a process that grows by less than a quarter of it."""
+    line = "the quick brown fox jumps over the lazy dog 0123456789\n"
+    with open(tmp_path / "large.txt", "w") as file:
+        for _ in range(48):
+            file.write(line * (2**20 // len(line)))
+    code = (
+        "import sys, resource\n"
+        "from data.config import DataConfig\n"
+        "from data.dataset import prepare\n"
+        "import numpy, filelock, tqdm\n"
+        "grown = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024\n"
+        "before = grown()\n"
+        "c = DataConfig(path=sys.argv[1], tokenizer='char', cache_dir=sys.argv[2])\n"
+        "data = prepare(c, print)\n"
+        "print(len(data.train.ids), grown() - before)\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code, tmp_path / "large.txt", tmp_path / "cache"],
+        cwd=ROOT, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    tokens, grown = map(int, result.stdout.split()[-2:])
+    assert tokens > 40e6
+    # the memory-mapped ids count as resident once their range is checked: 2 bytes for each
+    assert grown - 2 * tokens * 1.12 < 12e6

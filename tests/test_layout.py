@@ -1,0 +1,158 @@
+"""The folders and their imports: one direction, no cycles, and each program loads what it uses."""
+
+import ast
+import json
+import subprocess
+import sys
+from graphlib import CycleError, TopologicalSorter
+
+import pytest
+
+from tests.helpers import ROOT
+from tests.test_generate import save_run
+
+# from the ground up: a folder imports its own level's folders never, and lower ones freely
+LEVELS = (
+    {"common"},
+    {"data", "torchlite", "torchmicro"},
+    {"checkpoint", "generation"},
+    {"model"},
+    {"evaluation"},
+    {"training"},
+    {"tools", "comparison"},
+    {"train", "generate", "compare"},
+    {"benchmarks", "examples", "docs"},
+)
+LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
+PROGRAMS = {"train", "generate", "compare"}
+
+
+def sources() -> dict[str, ast.Module]:
+    """The syntax tree of every module of the project but its tests, by dotted name."""
+    files = [*ROOT.glob("*.py"), *(f for name in LEVEL for f in (ROOT / name).rglob("*.py"))]
+    return {
+        ".".join(file.relative_to(ROOT).with_suffix("").parts): ast.parse(file.read_text("utf-8"))
+        for file in files
+    }
+
+
+def imports(tree: ast.Module, known: set[str]) -> set[str]:
+    """The project's modules that a module imports anywhere in it, in functions too."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names = {f"{node.module}.{alias.name}" for alias in node.names} & known
+            found |= names or {node.module}
+    return found & known
+
+
+def graph() -> dict[str, set[str]]:
+    """Each module's imports."""
+    trees = sources()
+    return {name: imports(tree, trees.keys()) for name, tree in trees.items()}
+
+
+def wrong_direction(edges: dict[str, set[str]]) -> list[str]:
+    """Imports that lead up, or across to a folder of the same level."""
+    return [
+        f"{name} imports {target}"
+        for name, targets in edges.items()
+        for target in targets
+        if (a := name.split(".")[0]) != (b := target.split(".")[0]) and LEVEL[a] <= LEVEL[b]
+    ]
+
+
+def test_every_folder_with_code_has_its_level():
+    here = {f.relative_to(ROOT).parts[0].removesuffix(".py") for f in ROOT.glob("[!.]*/*.py")}
+    here |= {f.stem for f in ROOT.glob("*.py")}
+    assert here - {"tests", "build"} == LEVEL.keys()
+
+
+def test_imports_point_one_way():
+    assert wrong_direction(graph()) == []
+
+
+def test_no_file_imports_itself_by_way_of_others():
+    TopologicalSorter(graph()).prepare()  # raises CycleError
+
+
+def test_nothing_imports_a_program():
+    found = {(n, t) for n, targets in graph().items() for t in targets & PROGRAMS}
+    assert found == set()
+
+
+def test_the_checks_find_what_they_look_for():
+    known = {"common.cli", "model.loss", "train"}
+    tree = ast.parse("def f():\n    from model import loss\nimport train\n")
+    assert imports(tree, known) == {"model.loss", "train"}
+    assert wrong_direction({"common.cli": {"model.loss"}}) == ["common.cli imports model.loss"]
+    assert wrong_direction({"generation.a": {"checkpoint.b"}})
+    with pytest.raises(CycleError):
+        TopologicalSorter({"a": {"b"}, "b": {"a"}}).prepare()
+
+
+@pytest.mark.parametrize("folder", [name for name in LEVEL if name not in PROGRAMS])
+def test_every_init_is_empty(folder):
+    assert all(file.read_text() == "" for file in (ROOT / folder).rglob("__init__.py"))
+
+
+def test_tests_mirror_the_folders():
+    """Each folder of tests but these is named after the folder that it tests."""
+    others = {"faults", "golden", "parity", "fixtures"}
+    folders = {f.name for f in (ROOT / "tests").iterdir() if f.is_dir() and f.name[0] not in "._"}
+    assert folders - others <= LEVEL.keys()
+    for folder in folders - others:
+        for file in (ROOT / "tests" / folder).glob("test_*.py"):
+            assert (ROOT / folder).is_dir(), file
+
+
+# What a program loads -----------------------------------------------------------------------------
+
+# torch and what it loads by itself come first, so that these are not held against generate.py
+CODE = """
+import json, runpy, sys
+if sys.argv[1] == "torch":
+    import torch
+before = set(sys.modules)
+sys.argv = ["generate.py", "--engine", sys.argv[1], "--checkpoint", sys.argv[2], "--device", "cpu"]
+try:
+    runpy.run_path("generate.py", run_name="__main__")
+except SystemExit as end:
+    assert not end.code
+print(json.dumps(sorted(set(sys.modules) - before)))
+"""
+HEAVY = ("torch._dynamo", "torch._inductor", "torch.distributed", "torch.onnx", "sympy", "pandas")
+HEAVY += ("tensorboard", "torch.utils.tensorboard", "pydantic", "matplotlib", "rich", "tqdm")
+OWN = {  # what generate.py loads of the project, but for common/, checkpoint/ and data/
+    "torch": {
+        "generation.batched", "generation.cpu_decoder", "generation.kv_cache",
+        "generation.torch_sampling", "model.transformer_full", "model.bf16_attention",
+    },
+    "numpy": {
+        "model.transformer_lite", "torchlite.functional", "torchlite.nn", "torchlite.tensor",
+    },
+    "python": {
+        "model.transformer_micro", "torchmicro.nn", "torchmicro.scalar", "torchmicro.vector",
+    },
+}  # fmt: skip
+ALWAYS = {"generation.explain", "generation.sampling", "generation.sequential"}
+ALWAYS |= {"generation.streaming", "model.config", "model.engines"}
+
+
+@pytest.mark.parametrize("kind", ["pairs", "lines"])
+@pytest.mark.parametrize("engine", OWN)
+def test_generating_loads_nothing_it_does_not_use(tmp_path, engine, kind):
+    save_run(tmp_path / "run", kind)
+    done = subprocess.run(
+        [sys.executable, "-c", CODE, engine, tmp_path / "run"],
+        cwd=ROOT, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    loaded = json.loads(done.stdout.splitlines()[-1])
+    assert not [m for m in loaded if any(m == name or m.startswith(f"{name}.") for name in HEAVY)]
+    own = {m for m in loaded if "." in m and m.split(".")[0] in LEVEL}
+    own = {m for m in own if m.split(".")[0] not in ("common", "checkpoint", "data")}
+    assert own == OWN[engine] | ALWAYS
+    others = {"torch": set(), "numpy": {"torch"}, "python": {"torch", "numpy", "safetensors"}}
+    assert not others[engine] & set(loaded)

@@ -1,0 +1,46 @@
+"""Compares TensorBoard's files with `metrics.jsonl`, and rebuilds them.
+
+python -m tools.tensorboard_files check RUN      whether TensorBoard shows what it holds
+python -m tools.tensorboard_files rebuild RUN    makes it so; the old files are set aside
+"""
+
+import sys
+from pathlib import Path
+
+from common import cli
+from common.errors import UserError
+from common.jsonl import read_records
+from training.run_folder import refuse_if_busy
+from training.tensorboard_files import find_difference, rebuild, recorded_points
+
+
+def main() -> int:
+    parser = cli.Parser(
+        prog="python -m tools.tensorboard_files",
+        description="TensorBoard's files against metrics.jsonl.",
+    )
+    parser.add_argument("command", choices=("check", "rebuild"))
+    parser.add_argument("run", type=Path, help="a run's folder")
+    options = parser.parse_args()
+    file, folder = options.run / "metrics.jsonl", options.run / "tensorboard"
+    if not file.is_file():
+        raise UserError(f"{file}: no such file, so there is nothing to compare with")
+    records = read_records(file)
+    wrong = find_difference(folder, records)
+    if not wrong:
+        print(
+            f"{folder}: all {len(recorded_points(records)):,} points of metrics.jsonl, none twice"
+        )
+        return 0
+    print(f"{folder}: {wrong}")
+    if options.command == "check":
+        return 1
+    refuse_if_busy(options.run)
+    for path in rebuild(folder, records):
+        print(f"set aside: {path}")
+    print(f"{folder}: rebuilt with all {len(recorded_points(records)):,} points of metrics.jsonl")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run("python -m tools.tensorboard_files", main))

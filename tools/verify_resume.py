@@ -1,0 +1,227 @@
+"""Whether a resumed run is the same as one that was never stopped, for any configuration.
+
+python -m tools.verify_resume --steps 40 --config configs/mini.toml --model.dropout 0.2
+"""
+
+import argparse
+import contextlib
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from checkpoint.reader import Checkpoint, list_steps, step_path
+from common import cli
+from common.errors import UserError
+from common.jsonl import read_records
+from training.command_line import read_command_line, underscored
+
+PROGRAM = "python -m tools.verify_resume"
+DESCRIPTION = """Trains a few steps straight; trains them again with a SIGKILL in the middle and a
+resume; compares every loss, every tensor and every counter bit for bit, and names the first that
+differs. All other flags go to train.py (python train.py --help). Nothing is kept, unless something
+differs or fails. Exit status: 0 all the same, 1 something differs, else that of the train.py that
+failed."""
+SCRIPT = Path(__file__).parent.parent / "train.py"
+EXACT = ("lr", "loss/train", "grad_norm", "loss/val")  # of a step, what comes first first
+
+
+class Failed(Exception):
+    """A train.py that did not do what it should: what it said, and its exit status."""
+
+
+@dataclass
+class Compared:
+    """What was compared, and the first difference in words ("" where there is none)."""
+
+    losses: int = 0
+    validations: int = 0
+    tensors: int = 0
+    difference: str = ""
+
+
+def main() -> int:
+    options, flags = read_flags(sys.argv[1:])
+    folder = Path(tempfile.mkdtemp(prefix="verify_resume-"))
+    keep = False
+    try:
+        flags = flags_of_both(flags, options, folder)
+        if flags is None:
+            return 0
+        train_all(flags, options, folder)
+        found = compare(folder / "straight", folder / "stopped", options.steps)
+        keep = bool(found.difference)
+    except Failed as error:
+        said, status = error.args
+        print(said, file=sys.stderr)
+        keep = any(folder.glob("*/checkpoints/step_*"))  # something to look at
+        if keep:
+            print(f"{PROGRAM}: the runs are kept in {folder}", file=sys.stderr)
+        return status
+    finally:
+        if not keep:
+            shutil.rmtree(folder, ignore_errors=True)
+    if found.difference:
+        print(f"NOT the same: the first difference: {found.difference}\nboth runs: {folder}")
+        return 1
+    print(
+        f"{options.steps} steps, stopped after {options.stop_at} and resumed: "
+        f"{found.losses} training losses, {found.validations} validation losses, "
+        f"{found.tensors} tensors: the same bit for bit"
+    )
+    return 0
+
+
+def read_flags(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Our own flags, and those for train.py."""
+    parser = cli.Parser(prog=PROGRAM, description=DESCRIPTION, allow_abbrev=False)
+    parser.add_argument("--steps", type=int, default=40, help="how many to train (default: 40)")
+    parser.add_argument("--stop_at", type=int, default=0, help="stopped after so many (half)")
+    options, flags = parser.parse_known_args([underscored(flag) for flag in argv])
+    if options.steps < 2:
+        raise UserError(f"--steps {options.steps} must be at least 2")
+    options.stop_at = options.stop_at or options.steps // 2
+    if not 0 < options.stop_at < options.steps:
+        raise UserError(f"--stop_at {options.stop_at} must be from 1 to {options.steps - 1}")
+    for flag in flags:
+        name = flag.partition("=")[0]
+        if name in ("--resume", "--name", "--extend"):
+            raise UserError(f"{name}: both runs are made here: leave it out")
+    return options, flags
+
+
+def flags_of_both(flags: list[str], options, folder: Path) -> list[str] | None:
+    """What both runs are given: the user's flags, and ours, which win. None: nothing to train.
+
+    The learning rate is that of the whole run the user has in mind, however few steps are made.
+    """
+    flags = [*flags, "--runs_dir", str(folder)]
+    plan = read_command_line(lambda line: None, flags)
+    if plan is None:
+        return None
+    stop_at, interval = options.stop_at, plan.config.train.eval_interval or options.stop_at
+    ours = {
+        "max_steps": options.steps,
+        "optimizer.schedule_steps": plan.config.horizon,
+        "train.log_interval": 1,
+        "train.save_interval": stop_at,
+        "train.eval_interval": min(interval, stop_at),  # also on either side of the stop
+    }
+    return [*flags, *(part for key, value in ours.items() for part in (f"--{key}", str(value)))]
+
+
+def train_all(flags: list[str], options, folder: Path):
+    """The run that is not stopped, and the one that is, each start of train.py in a process."""
+    steps, stop_at, stopped = options.steps, options.stop_at, folder / "stopped"
+    middle = step_path(stopped, stop_at)
+    with progress(f"straight: {steps} steps"):
+        train([*flags, "--name", "straight"], folder)
+    with progress(f"stopped: killed after the checkpoint of step {stop_at}"):
+        train([*flags, "--name", "stopped"], folder, kill_at=middle)
+    for path in list_steps(stopped):  # steps made while the signal was on its way
+        if path > middle:
+            shutil.rmtree(path)
+    with progress(f"resumed: {steps - stop_at} steps"):
+        train(["--resume", str(middle), "--runs_dir", str(folder)], folder)  # its own settings
+
+
+@contextlib.contextmanager
+def progress(what: str):
+    """A line that says what is done, and when it is, how long it took."""
+    print(what, end=" ... ", flush=True)
+    began = time.perf_counter()
+    try:
+        yield
+    except BaseException:
+        print("failed", flush=True)
+        raise
+    print(f"{time.perf_counter() - began:.0f} s", flush=True)
+
+
+def train(flags: list[str], folder: Path, kill_at: Path | None = None):
+    """One process of train.py; killed as soon as it says that it has saved `kill_at`."""
+    with open(folder / "stderr.txt", "w+", encoding="utf-8", errors="replace") as errors:
+        process = subprocess.Popen(  # noqa: S603, our own program
+            [sys.executable, str(SCRIPT), *flags], stdin=subprocess.DEVNULL, stderr=errors,
+            stdout=subprocess.PIPE, text=True, encoding="utf-8", errors="replace",
+        )  # fmt: skip
+        said = ""
+        try:
+            for line in process.stdout:
+                said = line.strip() or said
+                if kill_at and line.startswith("saved ") and kill_at.name in line:
+                    return
+        finally:
+            if kill_at or sys.exc_info()[0]:
+                process.kill()
+            status = process.wait()
+            process.stdout.close()
+        errors.seek(0)
+        said = errors.read().strip() or said
+    if kill_at or status:
+        status = 128 - status if status < 0 else status or 1  # below 0: minus a signal
+        raise Failed(said or f"train.py: ended with {status}", status)
+
+
+# Comparing ----------------------------------------------------------------------------------------
+
+
+def compare(straight: Path, stopped: Path, steps: int) -> Compared:
+    """Both runs' metrics step by step, then the tensors and counters of their last checkpoints."""
+    found = Compared()
+    records = [by_step(run) for run in (straight, stopped)]
+    for key in sorted(records[0].keys() | records[1].keys()):
+        step, tag = key[0], EXACT[key[1]]
+        found.losses += tag == "loss/train"
+        found.validations += tag == "loss/val"
+        note(found, f"{tag} of step {step}", *(r.get(key, "none") for r in records))
+    if not found.difference and found.losses != steps:
+        found.difference = f"metrics.jsonl has {found.losses} training losses of {steps}"
+    last = [Checkpoint(list_steps(run)[-1]) for run in (straight, stopped)]
+    for name in ("model.safetensors", "optimizer.safetensors"):
+        tensors = [checkpoint.tensors(name) for checkpoint in last]
+        for key in sorted(tensors[0].keys() | tensors[1].keys()):
+            found.tensors += 1
+            compare_tensors(found, f"{name}, {key}", *(t.get(key) for t in tensors))
+    states = [checkpoint.state for checkpoint in last]
+    for key in states[0].keys() | states[1].keys():
+        note(found, f"state.json, {key}", *(state.get(key, "none") for state in states))
+    return found
+
+
+def by_step(run: Path) -> dict[tuple[int, int], float]:
+    """The values of a run that have to be the same, by step and place in EXACT."""
+    found = {}
+    for record in read_records(run / "metrics.jsonl"):
+        for place, tag in enumerate(EXACT):
+            if tag in record:
+                found[record["step"], place] = record[tag]
+    return found
+
+
+def compare_tensors(found: Compared, name: str, a, b):
+    """Notes where two arrays differ in dtype, shape or the bits of a number."""
+    kinds = ["none" if t is None else f"{t.dtype} {t.shape}" for t in (a, b)]
+    if kinds[0] != kinds[1]:
+        note(found, name, *kinds)
+    elif a.tobytes() != b.tobytes():
+        size = a.dtype.itemsize
+        bits = [np.frombuffer(t.tobytes(), np.uint8).reshape(-1, size) for t in (a, b)]
+        place = int(np.flatnonzero((bits[0] != bits[1]).any(1))[0])
+        index = ", ".join(str(int(i)) for i in np.unravel_index(place, a.shape))
+        note(found, f"{name}[{index}]", a.flat[place].item(), b.flat[place].item(), same=False)
+
+
+def note(found: Compared, name: str, a, b, same: bool | None = None):
+    """Keeps the first difference."""
+    if not found.difference and not (a == b if same is None else same):
+        found.difference = f"{name}: {a} straight, {b} resumed"
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(PROGRAM, main))

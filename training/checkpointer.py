@@ -1,0 +1,81 @@
+"""The checkpoints of a run: saving and pruning them, and which one is the best."""
+
+import contextlib
+import math
+from collections.abc import Callable
+
+from checkpoint.reader import list_steps, read_best, step_of, step_path
+from checkpoint.writer import prune, save, set_best
+from common.files import set_aside
+from training.resume import RunSpec
+from training.schedule import save_due
+from training.setup import TrainState
+
+
+class Checkpointer:
+    """Saves `state` into the run's folder. A save that fails costs that save only.
+
+    log: gets lines for people. before_save: puts on disk what a checkpoint builds on (the metrics).
+    """
+
+    def __init__(
+        self,
+        state: TrainState,
+        spec: RunSpec,
+        log: Callable[[str], object],
+        before_save: Callable[[], object],
+    ):
+        self.state, self.run, self.log = state, spec.run, log
+        self.before_save = before_save
+        self.failure = ""  # why the last save failed
+        self.first_step = state.progress.step if spec.is_new else None
+        self.set_aside_damaged()
+
+    def set_aside_damaged(self):
+        """Renames the damaged steps that a resume skipped, and corrects best.json."""
+        progress, best_file = self.state.progress, self.run / "checkpoints" / "best.json"
+        for path in list_steps(self.run):
+            if step_of(path) > progress.step:
+                set_aside(path)
+        best = read_best(self.run)
+        if best is None and best_file.exists():
+            self.log(f"{best_file}: damaged; it is written again")
+        elif best is None or best["step"] <= progress.step:
+            return
+        known = progress.best_val_loss is not None
+        if known and step_path(self.run, progress.best_step).is_dir():
+            set_best(self.run, progress.best_step, progress.best_val_loss)
+        else:
+            best_file.unlink()
+
+    def due(self, step: int) -> bool:
+        """Whether to save the state after `step` steps; a new run saves its first state too."""
+        return step == self.first_step or save_due(self.state.config, step)
+
+    def save(self):
+        """Publishes a checkpoint of this step, and removes those that are no longer kept."""
+        step = self.state.progress.step
+        try:
+            self.before_save()
+            path = save(self.run, step, self.state.checkpoint_files())
+            self.failure = ""
+        except OSError as error:
+            self.failure = f"step {step} could not be saved: {error}"
+            self.log(f"{self.failure}; the older checkpoints are as they were")
+            return
+        with contextlib.suppress(OSError):  # Windows: somebody reads in an old one
+            prune(self.run, self.state.config.train.keep)
+        self.log(f"saved {path}")
+
+    def update_best(self, val_loss: float) -> bool:
+        """Points best.json at this step if its validation loss is strictly the lowest so far."""
+        progress, best = self.state.progress, self.state.progress.best_val_loss
+        if self.failure or not math.isfinite(val_loss) or (best is not None and val_loss >= best):
+            return False  # a step that could not be saved is never the best
+        try:
+            set_best(self.run, progress.step, val_loss)
+        except OSError as error:
+            self.log(f"the best step could not be recorded: {error}")
+            return False
+        progress.best_step, progress.best_val_loss = progress.step, val_loss
+        return True

@@ -1,0 +1,155 @@
+"""The command line of train.py, all of it checked before torch is imported.
+
+The settings are, from weakest to strongest: the dataclasses' defaults, the TOML file (on resuming:
+what the checkpoint carries), the flags.
+"""
+
+import argparse
+import os
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from common import cli
+from common.errors import UserError
+from model.config import read_model_config
+from training.config import Config, load, to_toml
+from training.resume import (
+    RunSpec,
+    find_resume,
+    is_finished,
+    keep_resolved,
+    load_weights_of,
+    plan_resume,
+    stored_config,
+)
+from training.run_folder import name_run
+
+DESCRIPTION = (
+    "Trains a transformer decoder. Flags beat the configuration file, whatever their order."
+)
+DEFAULT = Path(__file__).parent.parent / "configs" / "default.toml"
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Flags beat the configuration file, whatever their order."""
+
+    settings: Annotated[Config, tyro.conf.arg(name="")]
+    config: str = ""
+    """TOML file with the settings; empty: configs/default.toml."""
+    name: str = ""
+    """Name of the run, a folder in runs_dir; empty: after the configuration and the time."""
+    runs_dir: str = "runs"
+    """Where runs are kept."""
+    resume: tuple[str, ...] | None = None
+    """Go on with the newest run (or --name), or with the run or checkpoint PATH."""
+    init_from: str = ""
+    """Start anew from the weights of a run or checkpoint, on the same or other data."""
+    extend: bool = False
+    """With --resume: let --max_steps move the end of the learning-rate schedule."""
+    print_config: bool = False
+    """Print the resolved settings as TOML and exit."""
+
+
+def read_command_line(log, argv: list[str] | None = None) -> RunSpec | None:
+    """What train.py is to do; None when there is nothing to do. `log` gets lines for people."""
+    scan = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    scan.add_argument("--config", default="")
+    scan.add_argument("--name", default="")
+    scan.add_argument("--runs_dir", default="runs")
+    scan.add_argument("--init_from", default="")
+    scan.add_argument("--resume", nargs="*")
+    argv = [underscored(flag) for flag in (sys.argv[1:] if argv is None else argv)]
+    early = scan.parse_known_args(argv)[0]  # what the other flags' defaults depend on
+    if early.resume is not None and len(early.resume) > 1:
+        raise UserError(f"--resume takes one path, not {len(early.resume)}")
+    if early.resume is not None and early.init_from:
+        raise UserError("--resume goes on with a run, --init_from starts one: give one of them")
+
+    if early.resume is None and "--extend" in argv:
+        raise UserError("--extend goes with --resume")
+    found = weights = None
+    if early.resume is not None:
+        path = early.resume[0] if early.resume else None
+        found = find_resume(Path(early.runs_dir), path, early.name, log)
+    stored = stored_config(found[1]) if found else None
+    settings = stored if stored and not early.config else load(Path(early.config or DEFAULT))
+    if early.init_from:
+        weights = load_weights_of(early.init_from)
+        shape = read_model_config(weights)
+        kept = {k: getattr(settings.model, k) for k in ("dropout", "attention_dropout")}
+        settings = replace(settings, model=replace(shape, **kept))
+    arguments = cli.parse(Arguments, DESCRIPTION, Arguments(settings), argv)
+    if arguments.print_config:
+        print(to_toml(arguments.settings))
+        return None
+    check_runs_dir(Path(arguments.runs_dir))
+    spec = make_spec(arguments, found, weights, log)
+    if spec is not None:
+        log(describe(arguments, spec))
+    return spec
+
+
+def underscored(flag: str) -> str:
+    """`--init-from=x` as `--init_from=x`: both spellings are taken."""
+    if not flag.startswith("--"):
+        return flag
+    name, equals, value = flag.partition("=")
+    return "--" + name[2:].replace("-", "_") + equals + value
+
+
+def check_runs_dir(folder: Path):
+    """Refuses a folder of runs that cannot be written, before any work is done."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--runs_dir {folder}: {error.strerror}: choose another folder") from None
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"--runs_dir {folder}: cannot be written: choose another folder")
+
+
+def make_spec(arguments: Arguments, found, weights, log) -> RunSpec | None:
+    """What to do; None when a resumed run is at its end already."""
+    config, runs_dir = arguments.settings, Path(arguments.runs_dir)
+    stem = Path(arguments.config or DEFAULT).stem
+    if found is None:
+        if weights and replace(config.model, dropout=0, attention_dropout=0) != replace(
+            read_model_config(weights), dropout=0, attention_dropout=0
+        ):
+            raise UserError(f"--init_from {weights.path}: its model has another shape: leave it")
+        return RunSpec(name_run(runs_dir, arguments.name, stem), config, weights=weights)
+    folder, checkpoint, forks = found
+    if arguments.name and not forks and arguments.name != folder.name:
+        raise UserError(
+            f"--name {arguments.name}: --resume goes on with {folder}; leave --name out, or start "
+            "a run of your own with --init_from"
+        )
+    stored = stored_config(checkpoint)
+    config = keep_resolved(stored, config)
+    config, changes = plan_resume(stored, config, arguments.extend)
+    for change in changes:
+        log(f"changed: {change.key}: {change.before} -> {change.after}")
+    if checkpoint.step >= config.max_steps and is_finished(folder, checkpoint, config.max_steps):
+        log(
+            f"{folder}: finished at step {checkpoint.step}; to train on: "
+            f"python train.py --resume {folder} --extend --max_steps {2 * checkpoint.step}"
+        )
+        return None
+    if forks:
+        name = "" if arguments.name == folder.name else arguments.name
+        folder = name_run(runs_dir, name, folder.name)
+    return RunSpec(folder, config, resume=checkpoint, changes=tuple(changes), is_new=forks)
+
+
+def describe(arguments: Arguments, spec: RunSpec) -> str:
+    """The first line: what is about to happen, and where to find it."""
+    if spec.resume and spec.is_new:
+        return f"a new run {spec.run} from step {spec.resume.step} of {spec.resume.path}"
+    if spec.resume:
+        return f"going on with {spec.run} from step {spec.resume.step}"
+    origin = f" from the weights of {spec.weights.path}" if spec.weights else ""
+    return f"{arguments.config or 'configs/default.toml'} -> {spec.run}{origin}"

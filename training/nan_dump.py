@@ -1,0 +1,145 @@
+"""NaN dumps: what a run leaves that stopped at a loss or gradient that is not finite.
+
+A dump is a checkpoint of the state before the update, with the step's batch and `nan_dump.json`
+beside it. tools/replay.py runs the step again and finds where the first NaN or infinity came from.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.numpy import save as to_safetensors
+
+from checkpoint.reader import NAN_DUMP_BATCH, Checkpoint, CheckpointError
+from checkpoint.writer import publish
+from common.device import Precision, choose_device, choose_precision
+from data.batches import Batch
+from model.loss import LossModule
+from model.transformer_full import TransformerDecoder
+from training.config import Config
+from training.resume import stored_config
+from training.setup import TrainState, configure_torch, restore_scaler
+
+NOTE = "nan_dump.json"
+EARLIER_NOTE = "capsule.json"  # what it was called in version 0.1
+
+
+@dataclass
+class RestoredStep:
+    """The step of a dump, ready to be run again by `micro_step`."""
+
+    config: Config
+    device: torch.device
+    precision: Precision
+    loss_module: LossModule
+    scaler: torch.amp.GradScaler
+    batches: list[Batch]
+    step: int
+    targets: int
+    reason: str
+    seed: int
+
+
+def write_nan_dump(
+    state: TrainState, run: Path, micro_batches: Sequence[Batch], targets: int, reason: str
+) -> Path:
+    """Writes the dump of the step that has just failed. Returns its folder. Raises OSError."""
+    step = state.progress.step
+    note = {"step": step, "targets": targets, "why": reason, "seed": state.config.seed}
+    arrays = {}
+    for micro, batch in enumerate(micro_batches):
+        parts = {"ids": batch.ids, "targets": batch.targets}
+        parts["target_indices"] = batch.target_indices
+        arrays |= {f"{micro}/{name}": a for name, a in parts.items() if a is not None}
+    path, earlier = run / f"nonfinite_step_{step + 1}", 0
+    while path.exists():  # of an earlier try, which may have had other settings
+        earlier += 1
+        path = run / f"nonfinite_step_{step + 1}_{earlier}"
+    files = {NOTE: json.dumps(note, indent=1).encode(), NAN_DUMP_BATCH: to_safetensors(arrays)}
+    return publish(path, {**state.checkpoint_files(), **files})
+
+
+def explain_stop(
+    state: TrainState, run: Path, micro_batches: Sequence[Batch], targets: int, reason: str
+) -> str:
+    """Writes the dump, and returns what to tell the user in one line."""
+    try:
+        path = write_nan_dump(state, run, micro_batches, targets, reason)
+        where = f"python -m tools.replay {path} shows where it begins"
+    except (OSError, MemoryError) as failure:
+        where = f"its state could not be kept: {failure}"
+    return (
+        f"{reason}: stopped before the update; {where}; lower optimizer.lr, or use "
+        "--precision fp32, and --resume from the last checkpoint"
+    )
+
+
+def restore_nan_dump(path: Path, device_name: str = "") -> RestoredStep:
+    """Reads a dump and rebuilds the state before its step. Raises CheckpointError, UserError."""
+    dump = Checkpoint(path).verify()
+    notes = [name for name in (NOTE, EARLIER_NOTE) if name in dump.manifest["files"]]
+    if not dump.is_nan_dump or not notes:
+        raise CheckpointError(f"{path}: not a NaN dump: it has no {NOTE}; see {path.parent}")
+    note, batches, config = dump.json(notes[0]), read_batches(dump), stored_config(dump)
+    check_note(path, config, note, batches)
+    device = choose_device(device_name or config.device)
+    precision, _ = choose_precision(config.precision, device)
+    configure_torch(config.train, device)
+    model = TransformerDecoder.from_config(config.model, precision.weights)
+    model.load_weights(dump.tensors("model.safetensors"))
+    scaler = torch.amp.GradScaler(device.type, enabled=precision.name == "fp16")
+    restore_scaler(scaler, dump)
+    loss_module = LossModule(model.to(device)).train()
+    return RestoredStep(
+        config, device, precision, loss_module, scaler, batches,
+        note["step"], note["targets"], note["why"], note.get("seed", config.seed),
+    )  # fmt: skip
+
+
+def read_batches(dump: Checkpoint) -> list[Batch]:
+    """The micro-batches of the step."""
+    arrays = dump.tensors(NAN_DUMP_BATCH)
+    batches = []
+    while f"{len(batches)}/ids" in arrays:
+        ids, targets, target_indices, positions = (
+            arrays.get(f"{len(batches)}/{name}")
+            for name in ("ids", "targets", "target_indices", "positions")
+        )
+        # positions: what version 0.1 called the indices of the targets
+        indices = positions if target_indices is None else target_indices
+        batches.append(Batch(ids, targets, indices, ids.size))
+    return batches
+
+
+def check_note(path: Path, config: Config, note: dict, batches: list[Batch]):
+    """Raises CheckpointError for a dump that no run has written."""
+    size = config.model.vocab_size
+
+    def fits(batch: Batch) -> bool:
+        return (
+            batch.ids.ndim == 2
+            and batch.targets is not None
+            and all(within(a, size) for a in (batch.ids, batch.targets))
+            and (batch.target_indices is None or within(batch.target_indices, batch.ids.size))
+        )
+
+    whole = (
+        isinstance(note.get("why"), str)
+        and type(note.get("step")) is int
+        and type(note.get("targets")) is int
+        and note["targets"] > 0
+        and bool(batches)
+        and all(map(fits, batches))
+    )
+    if not whole:
+        raise CheckpointError(
+            f"{path}: {NOTE} or {NAN_DUMP_BATCH} is not what a run writes; use another NaN dump"
+        )
+
+
+def within(numbers: np.ndarray, size: int) -> bool:
+    """Whether all are from 0 to size - 1."""
+    return bool(0 <= numbers.min(initial=0) and numbers.max(initial=0) < size)
