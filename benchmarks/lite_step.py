@@ -6,16 +6,16 @@ Random ids, 64 pairs of 32 tokens, half of them to predict, dropout 0, Adam; nei
 all logits. The sides take turns, each time in a new process; what is printed are medians.
 """
 
-import argparse
 import json
-import os
 import random
 import statistics
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 
+from benchmarks.harness import Result, in_turns, parser, spread
+from benchmarks.harness import median as middle
+from common import cli
 from comparison.trainers import Adam, create, timed_step
 from model.config import IGNORE_INDEX
 from training.config import load
@@ -23,6 +23,8 @@ from training.config import load
 CONFIG = Path(__file__).parent.parent / "configs" / "lite.toml"
 VOCABULARY, PAIRS, LENGTH = 9500, 64, 32
 WARM_UP, STEPS = 3, 10
+PARTS = ("forward", "backward", "update", "step")
+ENGINES = {"torch": "PyTorch, eager", "numpy": "NumPy (TorchLite)"}
 
 
 def measure(engine: str) -> dict[str, float]:
@@ -48,36 +50,27 @@ def measure(engine: str) -> dict[str, float]:
         times.append([1000 * s for s in seconds])
     parts = [statistics.median(part) for part in zip(*times[WARM_UP:], strict=True)]
     total = statistics.median(map(sum, times[WARM_UP:]))
-    return dict(zip(("forward", "backward", "update", "step"), [*parts, total], strict=True))
+    return dict(zip(PARTS, [*parts, total], strict=True))
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--json", type=Path, help="write the figures there too")
-    parser.add_argument("--side", help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.side:
-        print(json.dumps(measure(arguments.side)))
-        return
-    found = {"torch": [], "numpy": []}
-    for _ in range(arguments.rounds):
-        for engine, runs in found.items():
-            command = [sys.executable, "-m", "benchmarks.lite_step", "--side", engine]
-            done = subprocess.run(command, stdout=subprocess.PIPE, check=True)  # noqa: S603, ours
-            runs.append(json.loads(done.stdout))
-    steps = {}
-    print(f"{os.cpu_count()} cores; milliseconds, medians of {arguments.rounds} processes")
-    for engine, runs in found.items():
-        medians = {part: statistics.median(run[part] for run in runs) for part in runs[0]}
-        steps[engine] = medians["step"]
-        spread = f"({min(r['step'] for r in runs):.0f} to {max(r['step'] for r in runs):.0f})"
-        parts = "  ".join(f"{part} {ms:6.1f}" for part, ms in medians.items())
-        print(f"{engine:6} {parts} {spread}")
-    print(f"NumPy takes {steps['numpy'] / steps['torch']:.2f} times as long as PyTorch")
-    if arguments.json:
-        arguments.json.write_text(json.dumps(found, indent=1))
+def main() -> int:
+    options = parser(__doc__).parse_args()
+    if options.side:
+        print(json.dumps(measure(*options.side)))
+        return 0
+    found = in_turns("lite_step", {"torch": ["torch"], "numpy": ["numpy"]}, options.rounds)
+    result = Result("lite_step", "A training step of `lite.toml` in float32: NumPy beside PyTorch")
+    rows = [
+        [ENGINES[engine], *(middle(runs, part) for part in PARTS), spread(runs, "step")]
+        for engine, runs in found.items()
+    ]
+    columns = ["engine", *(f"{part} [ms]" for part in PARTS), "step, from to"]
+    result.table("", columns, rows, f"Medians of {options.rounds} processes a side.")
+    ratio = middle(found["numpy"], "step") / middle(found["torch"], "step")
+    result.claim("the time of a NumPy step over PyTorch's", ratio, 2.0, at_most=True)
+    result.finish(options.json)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(cli.run("python -m benchmarks.lite_step", main))

@@ -9,8 +9,8 @@ PyTorch and NumPy; and microgpt.toml trained in float64. What is printed is the 
 over the largest logit, over the largest of all gradients, and in nats.
 """
 
-import argparse
 import random
+import sys
 from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from common import cli
 from comparison.trainers import Adam, create
 from model.config import IGNORE_INDEX, ModelConfig
 from model.transformer_full import TransformerDecoder
@@ -88,7 +89,7 @@ def losses_apart(shape: ModelConfig, steps: int) -> tuple[float, dict[str, list[
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = cli.Parser(prog="python -m comparison.parity", description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=200)
     arguments = parser.parse_args()
     dice = random.Random(0)  # noqa: S311, not for secrets
@@ -110,4 +111,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(cli.run("python -m comparison.parity", main))

@@ -7,7 +7,6 @@ sampled in float32, where rounding decides now and then. Prompts are of the vali
 ones of pairs, the first two characters of lines.
 """
 
-import argparse
 import sys
 import time
 from dataclasses import fields
@@ -19,6 +18,7 @@ from data.dataset import prepare
 from data.prompt_format import end_id, prompt_ids
 from data.tokenizer import load_tokenizer
 from generation.sampling import Sampling
+from model.config import read_model_config
 from model.engines import generator, load_model, read_weights
 
 ENGINES = ("torch", "numpy", "python")
@@ -51,7 +51,7 @@ def prompts_of(checkpoint: Checkpoint, tokenizer, count: int) -> list[list[int]]
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = cli.Parser(prog="python -m comparison.same_text", description=__doc__.splitlines()[0])
     parser.add_argument("run", help="a run or a checkpoint's folder, of lines or pairs")
     parser.add_argument("--prompts", type=int, default=100)
     arguments = parser.parse_args()
@@ -64,7 +64,7 @@ def main():
         texts, notes = {}, []
         for engine in ENGINES:
             weights = read_weights(engine, checkpoint)
-            model = load_model(engine, checkpoint.model_config(), weights, "cpu", precision)
+            model = load_model(engine, read_model_config(checkpoint), weights, "cpu", precision)
             began = time.perf_counter()
             texts[engine] = generator(engine)(model, prompts, rules, seed=1, end_id=end)
             seconds = time.perf_counter() - began
@@ -75,4 +75,4 @@ def main():
 
 
 if __name__ == "__main__":
-    sys.exit(cli.run("comparison.same_text", main))
+    sys.exit(cli.run("python -m comparison.same_text", main))

@@ -1,7 +1,7 @@
 """A SentencePiece vocabulary learned from text of any size.
 
-`train_sentencepiece` trains in a process of its own, `python -m data.train_tokenizer bpe 2048`: text
-on stdin, the model on stdout.
+`train_sentencepiece` trains in a process of its own, `python -m data.train_tokenizer bpe 2048`:
+text on stdin, the model on stdout.
 """
 
 import io

@@ -210,9 +210,9 @@ def goes_on(tally: Tally, server, path: Path, what: str):
 def through_proxy(tally: Tally, server, folder: Path, page: str):
     """The program itself, in a copy of the code, behind a proxy that answers wrongly."""
     code, tally.tried = folder / "code", tally.tried + 1
-    for room in ("data", "model"):
+    for folder in ("common", "data"):
         shutil.copytree(
-            ROOT / room, code / room, ignore=shutil.ignore_patterns("cache"), dirs_exist_ok=True
+            ROOT / folder, code / folder, ignore=shutil.ignore_patterns("cache"), dirs_exist_ok=True
         )
     old = code / "data" / "cache" / "downloads" / "names.txt"
     old.parent.mkdir(parents=True, exist_ok=True)
