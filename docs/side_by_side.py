@@ -178,7 +178,7 @@ def main(arguments: list[str] | None = None, root: Path = ROOT) -> int:
     """The exit status: 1 if --check finds a difference, 2 for a faulty template."""
     summary = __doc__.splitlines()[0]
     parser = argparse.ArgumentParser(description=summary)
-    parser.add_argument("--check", action="store_true", help="only say whether it is up to date")
+    parser.add_argument("--check", action="store_true", help="only report whether it is up to date")
     check = parser.parse_args(arguments).check
     path = root / DOCUMENT
     try:
@@ -189,7 +189,7 @@ def main(arguments: list[str] | None = None, root: Path = ROOT) -> int:
     if not check:
         path.write_text(text, encoding="utf-8", newline="\n")
     elif not path.exists() or path.read_text(encoding="utf-8") != text:
-        print(f"{DOCUMENT} is out of date; this mends it: {COMMAND}", file=sys.stderr)
+        print(f"{DOCUMENT} is out of date; to update it: {COMMAND}", file=sys.stderr)
         return 1
     return 0
 
