@@ -93,7 +93,8 @@ def commands(text: str) -> list[str]:
             shown = line.startswith("$ ")
             if line.strip() and (shown or language.strip() in SHELL):
                 found.append(line.removeprefix("$ "))
-    return found + [s for s in SPAN.findall(prose(text)) if re.match(r"python3? [\w-]", s)]
+    spans = SPAN.findall(prose(text))  # `python -m benchmarks.` heads a column of names
+    return found + [s for s in spans if re.match(r"python3? [\w-]", s) and not s.endswith(".")]
 
 
 def split(line: str) -> list[list[str]]:
@@ -378,7 +379,7 @@ tensorboard --logdir runs
 
     python indented.py
 
-and `python -m b --y` beside `--z`, `x.py`
+and `python -m b --y` beside `--z`, `x.py`, `python -m c.`
 ```
 $ python shown.py
 what it printed
