@@ -22,7 +22,7 @@ from benchmarks.harness import ROOT, Result, in_turns, median, parser, spread, w
 from common import cli
 from common.memory import keep_freed_memory
 from generation.batched import generate
-from generation.cpu_decoder import CPUDecoder, Product
+from generation.cpu_decoder import CPUDecoder, PackedLinear
 from generation.kv_cache import KVCache
 from generation.sampling import Sampling
 from model.transformer_full import TransformerDecoder
@@ -117,7 +117,13 @@ def limits(precision: str) -> dict:
     """What a step reads, how fast that can be read, and what the linear layers alone allow."""
     model, _ = ours(precision)
     config, step = model.config, CPUDecoder(model)
-    products = [p for layer in step.layers for p in vars(layer).values() if isinstance(p, Product)]
+    products = [
+        product
+        for layer in step.layers
+        for part in (layer.self_attn, layer.feed_forward)
+        for product in vars(part).values()
+        if isinstance(product, PackedLinear)
+    ]
     products.append(step.output)
     weights = sum(m.weight.nbytes for m in model.modules() if isinstance(m, torch.nn.Linear))
     found = {"weights": weights, "memory": bandwidth(LARGE), "cache": bandwidth(weights)}
@@ -126,7 +132,7 @@ def limits(precision: str) -> dict:
         narrow, wide = (
             torch.randn(batch, n).to(DTYPES[precision]) for n in (config.d_model, config.d_ff)
         )
-        down, seconds = {layer.down for layer in step.layers}, []
+        down, seconds = {layer.feed_forward.linear2 for layer in step.layers}, []
         for _ in range(100):
             began = time.perf_counter()
             for product in products:

@@ -17,7 +17,7 @@ import torch
 from benchmarks.harness import Result, in_turns, median, parser
 from common import cli
 from common.memory import keep_freed_memory
-from generation.cpu_decoder import CACHE, CPUDecoder
+from generation.cpu_decoder import CACHE_DTYPE, CPUDecoder
 from generation.kv_cache import KVCache
 from generation.sampling import Sampling
 from generation.torch_sampling import sample_tokens
@@ -46,7 +46,7 @@ def measure(precision: str, batch: int) -> dict:
     keep_freed_memory()  # as generate.py does
     torch.manual_seed(0)
     model = TransformerDecoder.from_config(SHAPE).to(dtype).eval()
-    step, cache = CPUDecoder(model), KVCache(model, batch, PLACE + 1, CACHE)
+    step, cache = CPUDecoder(model), KVCache(model, batch, PLACE + 1, CACHE_DTYPE)
     ids = torch.randint(0, SHAPE.vocab_size, (batch, 1))
     ranks = torch.rand(batch, SHAPE.vocab_size).argsort(-1) + 1.0
     peaked = (-1.5 * ranks.log()).to(dtype)
