@@ -90,7 +90,7 @@ DOWNLOADS = {
 }
 
 
-def named_files(name: str, cache: Path, log: Callable[[str], None]) -> tuple[Path, ...]:
+def named_files(name: str, cache: Path, log: Callable[[str], object]) -> tuple[Path, ...]:
     """The files of a source by name, made or downloaded where they are not in `cache` yet."""
     try:
         if name in DOWNLOADS:
@@ -105,7 +105,7 @@ def named_files(name: str, cache: Path, log: Callable[[str], None]) -> tuple[Pat
 # The standard library -----------------------------------------------------------------------------
 
 
-def _standard_library(name: str, cache: Path, log: Callable[[str], None]) -> Path:
+def _standard_library(name: str, cache: Path, log: Callable[[str], object]) -> Path:
     """The file in `cache` that holds the pairs or words of this Python, made if it is not there.
 
     Its name holds the hash of all the sources. These include ast.py, so that whatever else Python
@@ -186,7 +186,7 @@ def _publish(path: Path, lines: list[str]) -> None:
 # Downloads ----------------------------------------------------------------------------------------
 
 
-def fetch(name: str, cache: Path, log: Callable[[str], None] = print) -> tuple[Path, ...]:
+def fetch(name: str, cache: Path, log: Callable[[str], object] = print) -> tuple[Path, ...]:
     """The files of a source by name in `cache`/downloads; fetched if not there or damaged."""
     paths = []
     for wanted in DOWNLOADS[name]:
@@ -270,9 +270,9 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
     def __init__(self, local: bool):
         self.local = local
 
-    def redirect_request(self, request, response, code, message, headers, url):
-        _require_https(url, self.local)
-        return super().redirect_request(request, response, code, message, headers, url)
+    def redirect_request(self, req, fp, code, msg, headers, newurl):
+        _require_https(newurl, self.local)
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
 def _require_https(url: str, local: bool) -> None:

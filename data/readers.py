@@ -41,7 +41,7 @@ class Source:
     fingerprint: str  # hex hash of all that the readers give
 
 
-def open_source(config: DataConfig, report: Callable[[str], None], cache: Path) -> Source:
+def open_source(config: DataConfig, report: Callable[[str], object], cache: Path) -> Source:
     """The source that `config` names, checked as far as its first text; `cache` keeps what is made.
 
     Raises UserError for a file that is missing, unreadable, empty, or not of the kind asked for.
