@@ -18,6 +18,7 @@ One record stands for a whole operation on a vector, such as a linear layer for 
 """
 
 import math
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from functools import reduce
 from itertools import chain
@@ -38,7 +39,7 @@ class Tape:
         return len(self.records)
 
     @contextmanager
-    def paused(self):
+    def paused(self) -> Generator[None]:
         """Nothing is recorded inside the `with`; all else stays until the next `backward()`."""
         before, self.record = self.record, lambda record: None
         try:
@@ -226,7 +227,7 @@ class Vector:
         mine = map(add, grad[start:stop], self.grad)
         x.grad = [*grad[:start], *mine, *grad[stop:]]
 
-    def join(self, others: list["Vector"]):
+    def join(self, others: Sequence["Vector"]):
         """This vector and the others, end to end."""
         parts = [self, *others]
         data = chain.from_iterable([part.data for part in parts])
@@ -299,7 +300,7 @@ class Rectified(Vector):
         x.accumulate(grad)
 
 
-def concat(parts: list[Vector]) -> Vector:
+def concat(parts: Sequence[Vector]) -> Vector:
     """The parts end to end, as one vector."""
     return parts[0].join(parts[1:])
 
