@@ -27,7 +27,7 @@ from urllib.parse import urlsplit
 from common import cli
 from common.errors import UserError
 from common.files import hash_file
-from data.config import DEFAULT_CACHE_DIR, SOURCES
+from data.config import DEFAULT_CACHE_DIR, SOURCES, Kind
 from data.tokenizer import SURROGATE
 
 VERSION = "1"  # of the extraction: raise it when the same standard library comes to give other text
@@ -35,7 +35,7 @@ MAX_PROMPT = 160  # characters of a docstring's first paragraph that make a prom
 SKIPPED = {"test", "tests", "idlelib", "lib2to3", "site-packages", "dist-packages"}
 SKIPPED |= {"_vendor", "_bundled", "__pycache__"}
 
-NAMED = {  # name: (kind, what it is)
+NAMED: dict[str, tuple[Kind, str]] = {  # name: (kind, what it is)
     "stdlib": ("pairs", "docstring -> signature, from this Python's standard library"),
     "stdlib_words": ("lines", "the words that this Python's standard library is made of"),
     "names": ("lines", "32,033 first names"),

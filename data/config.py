@@ -7,6 +7,7 @@ from typing import Literal, get_args
 from common.errors import UserError
 
 DEFAULT_CACHE_DIR = Path(__file__).parent / "cache"  # what an empty data.cache_dir means
+Kind = Literal["stream", "lines", "pairs"]
 SourceName = Literal["stdlib", "stdlib_words", "names", "tinyshakespeare", "nl2bash"]
 SOURCES: tuple[str, ...] = get_args(SourceName)
 

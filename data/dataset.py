@@ -24,7 +24,7 @@ from filelock import FileLock
 
 from common.errors import UserError
 from common.files import checksummed_json, hash_file, read_checksummed_json
-from data.config import DEFAULT_CACHE_DIR, DataConfig
+from data.config import DEFAULT_CACHE_DIR, DataConfig, Kind
 from data.prompt_format import are_pairs
 from data.readers import Pair, Source, open_source
 from data.token_files import Split, open_split, write_documents, write_stream
@@ -44,7 +44,7 @@ class Dataset:
     """A prepared source: its tokenizer, its splits, and pairs held out to generate from."""
 
     name: str
-    kind: str  # "stream", "lines" or "pairs"
+    kind: Kind
     fingerprint: str
     tokenizer: Tokenizer
     tokenizer_given: bool  # not made from this source

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from generation.kv_cache import KVCache, LayerCache, CachedModel
+from generation.kv_cache import CachedModel, KVCache, LayerCache
 
 LAYOUT_ROWS = 16  # the layout asked for: the fastest from 1 row to 32, which that for 1 row is not
 CACHE_DTYPE = torch.float32  # what a KVCache for a CPUDecoder stores

@@ -40,7 +40,9 @@ class KVCache:
     was padding.
     """
 
-    def __init__(self, model: CachedModel, rows: int, places: int, dtype: torch.dtype | None = None):
+    def __init__(
+        self, model: CachedModel, rows: int, places: int, dtype: torch.dtype | None = None
+    ):
         config, like = model.config, model.embed.weight
         width = config.d_model // config.n_heads
         shape = (config.n_layers, rows, config.n_heads, places, width)  # (L, B, H, S, D)

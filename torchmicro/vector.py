@@ -18,7 +18,7 @@ One record stands for a whole operation on a vector, such as a linear layer for 
 """
 
 import math
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from functools import reduce
 from itertools import chain
@@ -80,10 +80,12 @@ class Vector:
     """
 
     __slots__ = ("data", "grad", "tape")
+    grad: list[float]
 
-    def __init__(self, data: list[float], tape: Tape, backward=None, *inputs):
+    def __init__(self, data: list[float], tape: Tape, backward: Callable | None = None, *inputs):
         self.data = data
-        self.grad = None
+        # a derivative runs only where a gradient has come
+        self.grad = None  # pyrefly: ignore[bad-assignment]
         self.tape = tape
         if backward is not None:
             tape.record((backward, self, inputs))
@@ -287,7 +289,10 @@ class Rectified(Vector):
         inputs = (self, rows, bias, live, x, weights)
         return Vector(data, self.tape, Rectified.dots_backward, *inputs)
 
-    def dots_backward(self, x, rows, bias, live, numbers, weights):
+    # never called through an instance: its record holds it and what it takes
+    def dots_backward(  # pyrefly: ignore[bad-override]
+        self, x, rows, bias, live, numbers, weights
+    ):
         if bias is not None:
             bias.accumulate(self.grad)
         for row, g in zip(rows, self.grad, strict=True):
