@@ -188,6 +188,7 @@ def run_engine(job: Job, engine: str, steps: int) -> dict:
         ) as worker,
         tqdm(total=steps, desc=f"{job.name:9} {engine:9}", unit="step", ncols=100) as bar,
     ):
+        assert worker.stdout is not None  # a pipe
         try:
             for line in worker.stdout:
                 bar.update(1)

@@ -12,13 +12,14 @@ With --json each text is one JSON object on a line of its own, exact, with how i
 """
 
 import contextlib
+import io
 import json
 import sys
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, cast
 
 import tyro
 
@@ -160,8 +161,8 @@ def open_source(arguments: Arguments) -> Source:
             raise
         return open_source(arguments)  # training removed this step: it has published a newer one
     best = read_best(checkpoint.path.parent.parent)
-    known = best is not None and best["step"] == checkpoint.step
-    loss = f", validation loss {best['val_loss']:.4f}" if known else ""
+    known = best if best is not None and best["step"] == checkpoint.step else None
+    loss = f", validation loss {known['val_loss']:.4f}" if known else ""
     print(f"{checkpoint.path}: step {checkpoint.step:,}{loss}", file=sys.stderr, flush=True)
     return source
 
@@ -294,7 +295,7 @@ def converse(arguments: Arguments, source: Source) -> int:
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401, line editing and history, where the system has them
     model = load_model(arguments, source)
-    sys.stdin.reconfigure(errors="replace")
+    cast(io.TextIOWrapper, sys.stdin).reconfigure(errors="replace")
     asked = Counter()
     try:
         while True:

@@ -53,6 +53,7 @@ def train(spec: "RunSpec") -> int:
         Recorder(state, spec, stop) as recorder,
     ):
         checkpointer = Checkpointer(state, spec, recorder.log, recorder.metrics.flush)
+        micro_batches, targets = [], 0
         try:
             for step in range(progress.step, config.max_steps + 1):
                 stopping = bool(stop.signal)  # once: a later signal waits for the next step

@@ -12,7 +12,7 @@ import json
 import statistics
 import sys
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import replace
 
 import torch
@@ -74,7 +74,8 @@ def transformers(precision: str):
             n_layer=config.n_layers, n_head=config.n_heads, n_inner=config.d_ff,
             tie_word_embeddings=config.tie_embeddings, bos_token_id=0, eos_token_id=0,
         )
-    ).to(DTYPES[precision]).eval()  # fmt: skip
+    )  # fmt: skip
+    model.to(DTYPES[precision]).eval()  # pyrefly: ignore[bad-argument-type], wrapped untyped
 
     def write(prompts):
         return model.generate(
@@ -88,7 +89,7 @@ def transformers(precision: str):
 def measure(side: str, precision: str) -> dict:
     """Tokens per second at each batch: medians of several calls."""
     model, write = {"ours": ours, "transformers": transformers}[side](precision)
-    found = {"parameters": sum(p.numel() for p in model.parameters())}
+    found: dict[str, float] = {"parameters": sum(p.numel() for p in model.parameters())}
     for batch in BATCHES:
         prompts = torch.randint(1, VOCABULARY, (batch, PROMPT))
         seconds = []
@@ -154,7 +155,7 @@ def shares(precision: str) -> dict:
             began = time.perf_counter()
             write(prompts)
             seconds = time.perf_counter() - began
-        spent = Counter()
+        spent: dict[str, float] = defaultdict(float)
         for event in record.key_averages():
             kinds = (k for k, names in KINDS.items() if any(name in event.key for name in names))
             spent[next(kinds, "other operations")] += event.self_cpu_time_total / 1e6

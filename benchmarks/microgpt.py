@@ -45,6 +45,7 @@ def reference(script: Path, names: Path) -> float:
         shutil.copy(names, Path(folder) / "input.txt")  # where it looks for them
         command = [sys.executable, "-u", str(script.resolve())]
         with subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE) as process:  # noqa: S603, ours
+            assert process.stdout is not None  # a pipe
             said, began = b"", None
             while f"step {REFERENCE_STEPS:4d} /".encode() not in said:
                 piece = os.read(process.stdout.fileno(), 1 << 16)
@@ -54,6 +55,7 @@ def reference(script: Path, names: Path) -> float:
                 if began is None and b"num params" in said:
                     began = time.perf_counter()
             process.kill()
+            assert began is not None  # it tells its size before the first step
             return time.perf_counter() - began
 
 

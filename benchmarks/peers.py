@@ -88,7 +88,7 @@ def ours(
         torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
         for optimizer in optimizers:
             optimizer.step()
-        return total.item()
+        return float(total)
 
     return step
 
@@ -99,6 +99,7 @@ def nanogpt_module(checkout: Path):
     if not file.is_file():
         raise UserError(f"--nanogpt {checkout}: no model.py there; give a checkout of nanoGPT")
     spec = importlib.util.spec_from_file_location("nanogpt_model", file)
+    assert spec is not None and spec.loader is not None  # of a file of Python
     module = importlib.util.module_from_spec(spec)
     sys.modules["nanogpt_model"] = module
     spec.loader.exec_module(module)

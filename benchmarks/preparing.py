@@ -20,11 +20,11 @@ from pathlib import Path
 
 from benchmarks.harness import Result, in_turns, median, parser, spread, worker
 from common import cli
-from data.config import DataConfig
+from data.config import DataConfig, Kind
 from data.dataset import prepare
 from data.readers import CHUNK
 from data.token_files import write_documents, write_stream
-from data.tokenizer import cores, load_tokenizer
+from data.tokenizer import SentencePieceTokenizer, cores, load_tokenizer
 from data.train_tokenizer import train_sentencepiece
 
 KINDS = {"stream": "text.txt", "lines": "text.txt", "pairs": "pairs.jsonl"}
@@ -79,11 +79,11 @@ def strings(folder: Path, kind: str) -> list[str]:
     return lines if kind == "stream" else [line for line in lines if line.strip()]
 
 
-def measure(side: str, folder: str, kind: str):
+def measure(side: str, folder: str, kind: Kind):
     """Prints the megabytes of text a second of one side, and this process's peak memory."""
     place = Path(folder)
     tokenizer = None if side == "training" else load_tokenizer(place / "tokenizer.model")
-    size = 0
+    size, given = 0, []
     if side in ("library", "write"):
         given = strings(place, kind)
         size = sum(len(text.encode()) for text in given)
@@ -93,6 +93,7 @@ def measure(side: str, folder: str, kind: str):
         )
         began = time.perf_counter()
         if side == "library":
+            assert isinstance(tokenizer, SentencePieceTokenizer)  # train_sentencepiece's
             tokenizer._processor.encode(given, num_threads=cores())
         elif side == "write":
             write(given, kind, tokenizer, Path(cache, "train"))
@@ -133,7 +134,7 @@ def child_peak() -> float:
 
 def speed(result: Result, folder: Path, rounds: int):
     """The table of speeds, and a claim for each kind."""
-    rows = []
+    rows, size = [], 0.0
     for kind in KINDS:
         sides = {f"{kind}, {side}": [side, folder, kind] for side in SIDES}
         found = dict(zip(SIDES, in_turns("preparing", sides, rounds).values(), strict=True))

@@ -53,6 +53,7 @@ def first_bytes(arguments: list[str]) -> dict[str, float]:
     process = subprocess.Popen(  # noqa: S603, ours
         [sys.executable, *arguments], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
+    assert process.stderr is not None and process.stdout is not None  # pipes
     found = {}
     with selectors.DefaultSelector() as waiting:
         waiting.register(process.stderr, selectors.EVENT_READ, "line")

@@ -52,6 +52,7 @@ def nanogpt(checkout: Path, seed: int, path: str) -> dict:
     import torch
 
     data = splits(path)
+    assert data.val is not None  # the configuration holds some out
     first = int(min(data.train.ids.min(), data.val.ids.min()))  # it has no special tokens
     ids = np.asarray(data.train.ids, dtype=np.uint16) - first
     torch.manual_seed(seed)

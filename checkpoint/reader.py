@@ -36,7 +36,7 @@ class CheckpointError(UserError):
 class Checkpoint:
     """One step's directory. Files are read when asked for, and verified when read."""
 
-    def __init__(self, path):
+    def __init__(self, path: Path | str):
         self.path = Path(path)
         self.manifest = read_manifest(self.path)
 
@@ -98,7 +98,7 @@ class Checkpoint:
             )
         return content
 
-    def json(self, name: str):
+    def json(self, name: str) -> dict:
         """A verified JSON file."""
         try:
             content = json.loads(self.read(name))
@@ -137,7 +137,7 @@ class Checkpoint:
         return self
 
     @classmethod
-    def find(cls, path, log: Callable[[str], object] = print) -> "Checkpoint":
+    def find(cls, path: Path | str, log: Callable[[str], object] = print) -> "Checkpoint":
         """The checkpoint at `path`: a step's directory, or a run's best step, else its newest.
 
         The optimizer's state is not read. `log` gets a line for each one that is passed over.
@@ -203,7 +203,9 @@ def step_path(run: Path, step: int) -> Path:
 
 def step_of(path: Path) -> int:
     """The step that the name of a checkpoint's folder says."""
-    return int(STEP.fullmatch(path.name)[1])
+    found = STEP.fullmatch(path.name)
+    assert found is not None  # list_steps and step_path give no other name
+    return int(found[1])
 
 
 def list_steps(run: Path) -> list[Path]:
@@ -229,4 +231,4 @@ def newest_run(runs_dir: Path) -> Path | None:
         for step in list_steps(run)[-1:]:
             with contextlib.suppress(OSError):  # pruned meanwhile
                 published[run] = step.stat().st_mtime_ns
-    return max(published, key=published.get, default=None)
+    return max(published, key=published.__getitem__, default=None)

@@ -45,7 +45,7 @@ class Tensor:
     shape: tuple[int, ...]
     data: memoryview
 
-    def tolist(self):
+    def tolist(self) -> list | float:
         """Nested lists of Python numbers, as `numpy.ndarray.tolist` gives; a scalar is a number.
 
         Raises ValueError for shapes such as (2**40, 0): no number in more lists than memory holds.
@@ -53,6 +53,7 @@ class Tensor:
         size = math.prod(self.shape)
         if size == 0 and math.prod(self.shape[: self.shape.index(0)]) > MAX_EMPTY_LISTS:
             raise ValueError(f"shape {self.shape} is too many empty lists")
+        numbers: list | tuple
         if self.dtype == "BF16":
             wide = bytearray(4 * size)
             wide[2::4], wide[3::4] = self.data[0::2], self.data[1::2]
@@ -129,7 +130,7 @@ def read_header(header: bytes) -> dict[str, tuple]:
     return {name: read_info(name, info) for name, info in parsed if name != "__metadata__"}
 
 
-def read_info(name: str, info) -> tuple[str, tuple[int, ...], tuple[int, int]]:
+def read_info(name: str, info: object) -> tuple[str, tuple[int, ...], tuple[int, int]]:
     """What the header says of one tensor, if it has the form: dtype, shape, offsets."""
     if isinstance(info, Pairs):
         found = [[value for key, value in info if key == field] for field in FIELDS]
@@ -162,7 +163,7 @@ def parse_real(text: str) -> float:
     return float(text)
 
 
-def check_nesting(value, depth: int = 1):
+def check_nesting(value: object, depth: int = 1):
     """Raises ValueError where the real reader does and Python's json does not."""
     if isinstance(value, str):
         value.encode()  # lone surrogates have no UTF-8

@@ -8,15 +8,20 @@ import os
 import re
 import signal
 import sys
+from collections.abc import Callable
+from typing import NoReturn, TypeVar, cast
 
 from common.errors import UserError
 from common.signals import handle_interrupts
 
 ANSI = re.compile("\x1b\\[[0-9;]*m")
 CONTROL = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f]")  # all but tab and newline
+T = TypeVar("T")
 
 
-def parse(arguments: type, description: str, default=None, argv: list[str] | None = None):
+def parse(
+    arguments: type[T], description: str, default: T | None = None, argv: list[str] | None = None
+) -> T:
     """An instance of the dataclass `arguments`: the command line on top of `default`.
 
     A wrong flag ends the program with status 2 and the nearest flag's name.
@@ -50,11 +55,11 @@ def unboxed(box: str) -> str:
 class Parser(argparse.ArgumentParser):
     """argparse for small programs: a wrong flag is one line. Subparsers are of the same kind."""
 
-    def error(self, message):
+    def error(self, message: str) -> NoReturn:
         raise UserError(message)
 
 
-def run(program: str, main) -> int:
+def run(program: str, main: Callable[[], int | None]) -> int:
     """Calls main() and returns its exit status: 2 and one line on stderr for a user's mistake.
 
     Ctrl-C and SIGTERM unwind the program, so that nothing half made is left: 130 and 143.
@@ -63,7 +68,7 @@ def run(program: str, main) -> int:
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):  # a terminal that lacks a character is no error
-        stream.reconfigure(errors="backslashreplace")
+        cast(io.TextIOWrapper, stream).reconfigure(errors="backslashreplace")
     with handle_interrupts() as interrupt:
         try:
             return main() or 0

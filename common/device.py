@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from common.errors import UserError
 from common.memory import resident_memory
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 class Precision:
     """What the parameters are stored in, and what matrix products are computed in."""
 
-    name: str
+    name: Literal["fp32", "bf16", "fp16", "fp64"]
     weights_dtype: str
     products_dtype: str
 

@@ -9,7 +9,8 @@ import contextlib
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator
+from types import FrameType
 
 HANDLED = (signal.SIGINT, signal.SIGTERM)
 
@@ -21,7 +22,7 @@ class Interrupt:
         self.received: list[int] = []
         self.deferred = False
 
-    def __call__(self, number, _frame):
+    def __call__(self, number: int, _frame: FrameType | None):
         self.received.append(number)
         for each in HANDLED:  # a second one quits at once
             signal.signal(each, signal.SIG_DFL)
@@ -33,7 +34,7 @@ INTERRUPT = Interrupt()
 
 
 @contextlib.contextmanager
-def handle_interrupts() -> Iterator[Interrupt]:
+def handle_interrupts() -> Generator[Interrupt]:
     """While entered, a signal raises KeyboardInterrupt; the yielded object knows which came."""
     INTERRUPT.received.clear()
     handlers = {number: signal.signal(number, INTERRUPT) for number in HANDLED}
@@ -45,7 +46,7 @@ def handle_interrupts() -> Iterator[Interrupt]:
 
 
 @contextlib.contextmanager
-def defer_interrupts() -> Iterator[None]:
+def defer_interrupts() -> Generator[None]:
     """The block is not interrupted, but at its end: PyTorch aborts if its loading is."""
     INTERRUPT.deferred = True
     try:
@@ -72,7 +73,7 @@ class StopRequest:
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
 
-    def receive(self, number, _frame):
+    def receive(self, number: int, _frame: FrameType | None):
         if self.signal:  # the second: as if nobody had listened
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)

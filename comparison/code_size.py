@@ -101,6 +101,7 @@ def lines_by_definition(engine: str) -> dict[str, int]:
     lines, found = code_line_numbers(source), {}
     for node in ast.parse(source).body:
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            assert node.end_lineno is not None  # ast.parse sets it
             name = re.sub("(Lite|Micro)$", "", node.name)
             found[name] = len(lines.intersection(range(node.lineno, node.end_lineno + 1)))
     return found
@@ -119,8 +120,10 @@ def code_line_numbers(source: str) -> set[int]:
             lines.update(range(token.start[0], token.end[0] + 1))
     for node in ast.walk(ast.parse(source)):
         # any string that stands alone: under a class's fields as under its name
-        alone = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
-        if alone and isinstance(node.value.value, str):
+        if not isinstance(node, ast.Expr) or not isinstance(node.value, ast.Constant):
+            continue
+        if isinstance(node.value.value, str):
+            assert node.end_lineno is not None  # ast.parse sets it
             lines.difference_update(range(node.lineno, node.end_lineno + 1))
     return lines
 
@@ -141,7 +144,9 @@ def dependencies(engine: str) -> list[tuple[str, str, int]]:
         found[name] = (name, package.version, size)
         for requirement in package.requires or ():
             if not re.search(r"\bextra\b", requirement.partition(";")[2]):
-                waiting.append(re.match(r"[\w.-]+", requirement)[0])
+                begins = re.match(r"[\w.-]+", requirement)
+                assert begins is not None  # with the name of a package
+                waiting.append(begins[0])
     return sorted(found.values(), key=lambda package: -package[2])
 
 

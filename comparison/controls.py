@@ -111,5 +111,5 @@ def correctness(part: Part) -> list[str]:
     if not rows:
         return []
     verdict = f"{count(failed, 'check')} failed." if failed else "All checks passed."
-    head = ["", *map(LABELS.get, engines), "at most"]
+    head = ["", *map(LABELS.__getitem__, engines), "at most"]
     return [f"Measured after training. {verdict}", table(head, [*rows, [*row, "below 0"]])]

@@ -10,11 +10,12 @@ Prints one line of JSON.
 import json
 import sys
 import time
+from typing import cast
 
 from common.memory import peak_memory
 from generation.sampling import Sampling
 from model.config import ModelConfig
-from model.engines import decoder, generator
+from model.engines import Engine, decoder, generator
 
 VOCABULARY = 65
 TOKENS = 50
@@ -32,7 +33,7 @@ def shape(size: str) -> ModelConfig:
     )  # fmt: skip
 
 
-def main(engine: str, size: str, tokens: int) -> dict:
+def main(engine: Engine, size: str, tokens: int) -> dict:
     """Times the generation of `tokens` tokens; making the model is counted apart."""
     began = time.perf_counter()
     model = decoder(engine).from_config(shape(size)).eval()
@@ -52,4 +53,5 @@ def main(engine: str, size: str, tokens: int) -> dict:
 
 
 if __name__ == "__main__":
-    print(json.dumps(main(sys.argv[1], sys.argv[2], int(sys.argv[3]))))
+    engine = cast(Engine, sys.argv[1])  # by compare.py
+    print(json.dumps(main(engine, sys.argv[2], int(sys.argv[3]))))

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save
 
-from data.batches import Batches, Examples
-from data.dataset import Dataset, prepare
+from data.batches import Batch, Batches, Examples
+from data.dataset import Dataset, Report, prepare
 from data.prompt_format import end_id, prompt_ids
 from data.rng import key
 from model.config import IGNORE_INDEX
@@ -42,7 +42,9 @@ class Job:
         return self.dataset.tokenizer.decode(ids)
 
 
-def create(folder: Path, name: str, config: Config, steps: int, precision: str, report) -> Job:
+def create(
+    folder: Path, name: str, config: Config, steps: int, precision: str, report: Report
+) -> Job:
     """Prepares the data, draws the weights, and writes the job's folder. Raises UserError."""
     dataset = prepare(config.data, report)
     tokenizer = dataset.tokenizer
@@ -74,7 +76,7 @@ def create(folder: Path, name: str, config: Config, steps: int, precision: str, 
     return Job(name, folder, config, dataset, precision, steps, examples.count, parameters)
 
 
-def rows(batch) -> list[tuple[list[int], list[int]]]:
+def rows(batch: Batch) -> list[tuple[list[int], list[int]]]:
     """(ids, targets) for each sequence, up to its last target: nothing after it has any effect."""
     B, T = batch.ids.shape
     targets = np.full(B * T, IGNORE_INDEX, np.int64)

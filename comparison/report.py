@@ -188,10 +188,11 @@ def losses(part: Part) -> list[str]:
         cells = [f"{loss[0]:.4f}" if loss else NONE for loss in at]
         rows.append([f"{step:,}", *cells, figure(part.gap(step), 2)])
     gaps = {s: gap for s in range(1, end + 1) if (gap := part.gap(s)) is not None}
-    blocks = [table(["step", *map(LABELS.get, part.trained), "largest difference"], rows)]
+    head = ["step", *map(LABELS.__getitem__, part.trained), "largest difference"]
+    blocks = [table(head, rows)]
     if not gaps:
         return blocks if rows else []
-    worst, gradients = max(gaps, key=gaps.get), part.gradient_gap()
+    worst, gradients = max(gaps, key=gaps.__getitem__), part.gradient_gap()
     lines = [
         f"The largest difference between the engines (controls apart) over all {len(gaps):,} "
         f"steps: {figure(gaps[worst], 2)}, at step {worst:,}."

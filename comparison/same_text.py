@@ -13,15 +13,16 @@ from dataclasses import fields
 
 from checkpoint.reader import Checkpoint
 from common import cli
+from common.errors import UserError
 from data.config import DataConfig
 from data.dataset import prepare
 from data.prompt_format import end_id, prompt_ids
-from data.tokenizer import load_tokenizer
+from data.tokenizer import Tokenizer, load_tokenizer
 from generation.sampling import Sampling
 from model.config import read_model_config
-from model.engines import generator, load_model, read_weights
+from model.engines import Engine, generator, load_model, read_weights
 
-ENGINES = ("torch", "numpy", "python")
+ENGINES: tuple[Engine, ...] = ("torch", "numpy", "python")
 RULES = {  # name: (rules, precision of torch and numpy)
     "greedy, fp32": (Sampling(greedy=True, max_new_tokens=32), "fp32"),
     "sampled, fp64": (Sampling(0.8, top_k=50, top_p=0.95, max_new_tokens=32), "fp64"),
@@ -29,17 +30,20 @@ RULES = {  # name: (rules, precision of torch and numpy)
 }
 
 
-def prompts_of(checkpoint: Checkpoint, tokenizer, count: int) -> list[list[int]]:
+def prompts_of(checkpoint: Checkpoint, tokenizer: Tokenizer, count: int) -> list[list[int]]:
     """Different prompts, as ids."""
     known = {field.name for field in fields(DataConfig)}
     settings = {k: v for k, v in checkpoint.config["data"].items() if k in known}
     dataset = prepare(DataConfig(**settings), lambda line: None, tokenizer)
     split, found = dataset.val or dataset.train, []
-    for number in range(len(split.starts) - 1):
-        start = int(split.starts[number])
-        document = split.ids[start : int(split.starts[number + 1])].tolist()
+    starts, lengths = split.starts, split.prompts
+    if starts is None or lengths is None:
+        raise UserError(f"{checkpoint.path}: is of a stream: it has no prompts")
+    for number in range(len(starts) - 1):
+        start = int(starts[number])
+        document = split.ids[start : int(starts[number + 1])].tolist()
         if dataset.kind == "pairs":  # <start> is the last token of the prompt's part
-            ids = document[: int(split.prompts[number])]
+            ids = document[: int(lengths[number])]
         else:
             text = tokenizer.decode([t for t in document if t != tokenizer.start_id])
             ids = prompt_ids(dataset.kind, tokenizer, text[:2])

@@ -15,10 +15,16 @@ import time
 from dataclasses import dataclass
 from itertools import pairwise
 from random import Random
+from typing import TYPE_CHECKING, Protocol
 
 from common.memory import keep_freed_memory
 from model.config import IGNORE_INDEX, ModelConfig
-from model.engines import load_model
+from model.engines import Engine, load_model
+
+if TYPE_CHECKING:
+    from torchmicro.vector import Vector
+
+Rows = list[tuple[list[int], list[int]]]
 
 LABELS = {  # in the order of the report
     "unfused": "Python, a node for each + and *",
@@ -30,7 +36,7 @@ LABELS = {  # in the order of the report
     "random": "control: random gradients",
     "stack": "control: stack-order backward",
 }
-BUILT_ON = {"unfused": "python", "random": "python", "stack": "python"}
+BUILT_ON: dict[str, Engine] = {"unfused": "python", "random": "python", "stack": "python"}
 BUILT_ON |= {"python": "python", "numpy": "numpy"}
 BUILT_ON |= {"torch": "torch", "compiled": "torch", "cuda": "torch"}
 
@@ -44,10 +50,18 @@ class Adam:
     eps: float
 
 
+class Trainer(Protocol):
+    """What every engine's trainer does in a step; a batch is what its own `batch` makes."""
+
+    def forward(self, batch) -> float: ...
+    def backward(self) -> None: ...
+    def update(self, lr: float) -> None: ...
+
+
 class PythonTrainer:
     """The plain-Python engine; `unfused` makes each + and * a node."""
 
-    def __init__(self, config: ModelConfig, weights, adam: Adam, unfused=False):
+    def __init__(self, config: ModelConfig, weights: dict, adam: Adam, unfused: bool = False):
         from model.transformer_micro import TransformerDecoderMicro
         from torchmicro import optim, vector
 
@@ -55,9 +69,10 @@ class PythonTrainer:
         self.model.load_weights(weights)
         self.mean = vector.mean
         self.optimizer = optim.Adam(self.model.parameters(), adam.beta1, adam.beta2, adam.eps)
+        self.loss: Vector | None = None
         self.nodes = 0
 
-    def batch(self, rows):
+    def batch(self, rows: Rows) -> list[tuple[list[int], list[int], list[int]]]:
         """Rows as `forward` takes them: (ids, places, targets) each."""
         batch = []
         for ids, targets in rows:
@@ -76,6 +91,7 @@ class PythonTrainer:
         return self.loss.data[0]
 
     def backward(self):
+        assert self.loss is not None  # forward() comes first
         self.loss.backward()
 
     def update(self, lr: float):
@@ -120,6 +136,7 @@ class StackOrder(PythonTrainer):
     def backward(self):
         from torchmicro.vector import inputs_of
 
+        assert self.loss is not None  # forward() comes first
         records = {id(record[1]): record for record in self.model.tape.records}
         self.loss.grad = [1.0]
         stack, visited = list(getattr(self.loss, "values", [self.loss])), set()
@@ -143,7 +160,7 @@ CONTROLS = {"random": RandomGradients, "stack": StackOrder}
 class NumpyTrainer:
     """The NumPy engine, on TorchLite."""
 
-    def __init__(self, config: ModelConfig, weights, adam: Adam, precision: str):
+    def __init__(self, config: ModelConfig, weights: dict, adam: Adam, precision: str):
         from torchlite import functional, optim
 
         keep_freed_memory()  # as train.py does
@@ -165,6 +182,7 @@ class NumpyTrainer:
             x = x[target_indices]
         output = self.model.output
         self.loss = self.F.linear_cross_entropy(x, output.weight, output.bias, targets)
+        assert self.loss.tape is not None  # its weights require gradients
         self.nodes = len(self.loss.tape)
         return self.loss.item()
 
@@ -257,7 +275,7 @@ class TorchTrainer:
             return self.model(self.torch.tensor([ids], device=self.device))[0].cpu().numpy()
 
 
-def timed_step(trainer, batch, lr: float) -> tuple[float, list[float]]:
+def timed_step(trainer: Trainer, batch, lr: float) -> tuple[float, list[float]]:
     """One training step: its loss, and the seconds of forward pass, backward pass and update."""
     clock = time.perf_counter
     marks = [clock()]
@@ -270,7 +288,7 @@ def timed_step(trainer, batch, lr: float) -> tuple[float, list[float]]:
     return loss, [after - before for before, after in pairwise(marks)]
 
 
-def padded(rows):
+def padded(rows: Rows):
     """ids (B, T), target_indices (N,), targets (N,), int64."""
     import numpy as np
 

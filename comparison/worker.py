@@ -38,7 +38,8 @@ def main(folder: Path, engine: str, steps: int) -> dict:
     weights = read_weights(folder / "weights.safetensors", engine)
     trainer = create(engine, config, weights, Adam(*job["adam"]), job["precision"])
     batches = [trainer.batch(rows) for rows in job["batches"][:steps]]
-    result = {"engine": engine, "steps": steps, "parameters": trainer.model.num_parameters()}
+    result: dict = {"engine": engine, "steps": steps}
+    result["parameters"] = trainer.model.num_parameters()
     result["of_steps"] = len(job["batches"])
     result["share"] = tokens(job["batches"][:steps]) / tokens(job["batches"])  # of the job's work
     del job["batches"]  # as Python's numbers they are large

@@ -8,7 +8,7 @@ accumulation changes what an optimizer step learns from.
 
 import math
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -56,6 +56,7 @@ class Examples:
             self.count = max(min(1, windows), (len(split.ids) - seq_len) // seq_len)
             self.shifts = max(1, min(seq_len, len(split.ids) - self.count * seq_len))
             return
+        assert split.prompts is not None  # a split of documents has both
         lengths = np.diff(split.starts) - 1  # the last token of a document is only predicted
         self.kept = np.flatnonzero(lengths <= seq_len)
         self.lengths = lengths[self.kept]
@@ -72,13 +73,15 @@ class Examples:
             tokens = self.split.ids[window].astype(np.int64)  # (B, T + 1)
             ids = np.ascontiguousarray(tokens[:, :-1])
             return Batch(ids, tokens[:, 1:].reshape(-1), None, ids.size)
+        prompts = self.split.prompts
+        assert prompts is not None  # a split of documents has both
         T = int(self.lengths[chosen].max(initial=1))
         tokens = np.full((len(chosen), T + 1), self.pad_id, dtype=np.int64)
         taken = np.zeros((len(chosen), T), dtype=bool)
         for row, number in enumerate(self.kept[chosen]):
             start, end = self.split.starts[number], self.split.starts[number + 1]
             tokens[row, : end - start] = self.split.ids[start:end]
-            taken[row, self.split.prompts[number] - 1 : end - start - 1] = True
+            taken[row, prompts[number] - 1 : end - start - 1] = True
         target_indices = np.flatnonzero(taken)
         n = int(self.lengths[chosen].sum())
         return Batch(tokens[:, :-1].copy(), tokens[:, 1:][taken], target_indices, n)
@@ -101,7 +104,7 @@ class Batches:
             )
         self.examples, self.batch_size, self.seed = examples, batch_size, seed
         self.steps_per_epoch = math.ceil(examples.count / batch_size)
-        self._plan = (-1, [], 0)
+        self._plan: tuple[int, list[np.ndarray], int] = (-1, [], 0)
 
     def plan(self, epoch: int) -> tuple[list[np.ndarray], int]:
         """The examples of each batch of an epoch, and the shift of its windows."""
@@ -131,7 +134,9 @@ class Batches:
         """Tokens to predict in a step over all ranks and micro-steps: the loss's divisor."""
         return self.examples.target_count(self.chosen(step)[0])
 
-    def __call__(self, step: int, accumulation: int = 1, rank: int = 0, world: int = 1):
+    def __call__(
+        self, step: int, accumulation: int = 1, rank: int = 0, world: int = 1
+    ) -> list[Batch]:
         """The micro-batches of a step for one rank: a list of at most `accumulation` Batches."""
         chosen, shift = self.chosen(step)
         mine = chosen[rank::world]
@@ -145,12 +150,12 @@ class Prefetch:
     def __init__(self, batches: Batches, accumulation: int):
         self.batches, self.accumulation = batches, accumulation
         self.pool = ThreadPoolExecutor(1)
-        self.pending = {}
+        self.pending: dict[int, Future[tuple[list[Batch], int]]] = {}
 
-    def make(self, step: int):
+    def make(self, step: int) -> tuple[list[Batch], int]:
         return self.batches(step, self.accumulation), self.batches.target_count(step)
 
-    def __call__(self, step: int):
+    def __call__(self, step: int) -> tuple[list[Batch], int]:
         """The micro-batches of a step, and its number of targets."""
         future = self.pending.pop(step, None) or self.pool.submit(self.make, step)
         result = future.result()

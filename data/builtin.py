@@ -27,7 +27,7 @@ from urllib.parse import urlsplit
 from common import cli
 from common.errors import UserError
 from common.files import hash_file
-from data.config import DEFAULT_CACHE_DIR, SOURCES
+from data.config import DEFAULT_CACHE_DIR, SOURCES, Kind
 from data.tokenizer import SURROGATE
 
 VERSION = "1"  # of the extraction: raise it when the same standard library comes to give other text
@@ -35,7 +35,7 @@ MAX_PROMPT = 160  # characters of a docstring's first paragraph that make a prom
 SKIPPED = {"test", "tests", "idlelib", "lib2to3", "site-packages", "dist-packages"}
 SKIPPED |= {"_vendor", "_bundled", "__pycache__"}
 
-NAMED = {  # name: (kind, what it is)
+NAMED: dict[str, tuple[Kind, str]] = {  # name: (kind, what it is)
     "stdlib": ("pairs", "docstring -> signature, from this Python's standard library"),
     "stdlib_words": ("lines", "the words that this Python's standard library is made of"),
     "names": ("lines", "32,033 first names"),
@@ -90,7 +90,7 @@ DOWNLOADS = {
 }
 
 
-def named_files(name: str, cache: Path, log: Callable[[str], None]) -> tuple[Path, ...]:
+def named_files(name: str, cache: Path, log: Callable[[str], object]) -> tuple[Path, ...]:
     """The files of a source by name, made or downloaded where they are not in `cache` yet."""
     try:
         if name in DOWNLOADS:
@@ -105,7 +105,7 @@ def named_files(name: str, cache: Path, log: Callable[[str], None]) -> tuple[Pat
 # The standard library -----------------------------------------------------------------------------
 
 
-def _standard_library(name: str, cache: Path, log: Callable[[str], None]) -> Path:
+def _standard_library(name: str, cache: Path, log: Callable[[str], object]) -> Path:
     """The file in `cache` that holds the pairs or words of this Python, made if it is not there.
 
     Its name holds the hash of all the sources. These include ast.py, so that whatever else Python
@@ -186,7 +186,7 @@ def _publish(path: Path, lines: list[str]) -> None:
 # Downloads ----------------------------------------------------------------------------------------
 
 
-def fetch(name: str, cache: Path, log: Callable[[str], None] = print) -> tuple[Path, ...]:
+def fetch(name: str, cache: Path, log: Callable[[str], object] = print) -> tuple[Path, ...]:
     """The files of a source by name in `cache`/downloads; fetched if not there or damaged."""
     paths = []
     for wanted in DOWNLOADS[name]:
@@ -270,9 +270,9 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
     def __init__(self, local: bool):
         self.local = local
 
-    def redirect_request(self, request, response, code, message, headers, url):
-        _require_https(url, self.local)
-        return super().redirect_request(request, response, code, message, headers, url)
+    def redirect_request(self, req, fp, code, msg, headers, newurl):
+        _require_https(newurl, self.local)
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
 def _require_https(url: str, local: bool) -> None:

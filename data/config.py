@@ -2,19 +2,21 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from common.errors import UserError
 
 DEFAULT_CACHE_DIR = Path(__file__).parent / "cache"  # what an empty data.cache_dir means
-SOURCES = ("stdlib", "stdlib_words", "names", "tinyshakespeare", "nl2bash")
+Kind = Literal["stream", "lines", "pairs"]
+SourceName = Literal["stdlib", "stdlib_words", "names", "tinyshakespeare", "nl2bash"]
+SOURCES: tuple[str, ...] = get_args(SourceName)
 
 
 @dataclass(frozen=True)
 class DataConfig:
     """The text, the tokenizer and the split."""
 
-    source: Literal[SOURCES] = "stdlib"
+    source: SourceName = "stdlib"
     """A source by name: the stdlib ones are read from this Python, the others downloaded once."""
     path: str = ""
     """Your own .txt, .jsonl or folder of train.nl train.cm dev.nl dev.cm; wins over source."""

@@ -12,29 +12,31 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 from filelock import FileLock
 
 from common.errors import UserError
 from common.files import checksummed_json, hash_file, read_checksummed_json
-from data.config import DEFAULT_CACHE_DIR, DataConfig
+from data.config import DEFAULT_CACHE_DIR, DataConfig, Kind
 from data.prompt_format import are_pairs
-from data.readers import Source, open_source
+from data.readers import Pair, Source, open_source
 from data.token_files import Split, open_split, write_documents, write_stream
-from data.tokenizer import CharTokenizer, load_tokenizer
+from data.tokenizer import CharTokenizer, Tokenizer, load_tokenizer
 from data.train_tokenizer import train_sentencepiece
 
 FORMAT = 1  # of the token ids: another one is other data, on which no older run can be resumed
 LAYOUT = 2  # of the folder: another one is prepared beside those of older versions
 HELD_OUT = 10  # validation pairs that travel with every checkpoint
 
-Report = Callable[[str], None]
+Report = Callable[[str], object]
+Reader = Callable[[], Iterator[str]]  # of a stream
 
 
 @dataclass(frozen=True)
@@ -42,16 +44,18 @@ class Dataset:
     """A prepared source: its tokenizer, its splits, and pairs held out to generate from."""
 
     name: str
-    kind: str  # "stream", "lines" or "pairs"
+    kind: Kind
     fingerprint: str
-    tokenizer: object
+    tokenizer: Tokenizer
     tokenizer_given: bool  # not made from this source
     train: Split
     val: Split | None
     held_out: list[dict]
 
 
-def prepare(config: DataConfig, report: Report = print, tokenizer=None) -> Dataset:
+def prepare(
+    config: DataConfig, report: Report = print, tokenizer: Tokenizer | None = None
+) -> Dataset:
     """Opens the data set of `config`, after preparing it if it is not in the cache yet.
 
     `tokenizer` is used in place of the one that `config` describes.
@@ -82,7 +86,7 @@ def prepare(config: DataConfig, report: Report = print, tokenizer=None) -> Datas
 
 
 @contextmanager
-def built_at(folder: Path) -> Iterator[Path]:
+def built_at(folder: Path) -> Generator[Path]:
     """A hidden folder that becomes `folder` when the block ends well, and vanishes otherwise."""
     prefix = f".{folder.name}-"
     for left in folder.parent.glob(prefix + "*"):  # of a process that was killed; we hold the lock
@@ -112,7 +116,7 @@ def build(
     fingerprint: str,
     folder: Path,
     report: Report,
-    tokenizer=None,
+    tokenizer: Tokenizer | None = None,
 ):
     """Tokenizer, token files and manifest of a source, into an existing empty folder."""
     names = ["train", "val"] if source.val or config.val_fraction else ["train"]
@@ -120,7 +124,7 @@ def build(
     tokenizer = tokenizer or make_tokenizer(config, source, readers, report)
     tokenizer.save(folder)
     dtype = "<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4"
-    manifest = {
+    manifest: dict = {
         "format": FORMAT,
         "name": source.name,
         "kind": source.kind,
@@ -161,10 +165,12 @@ def check_not_empty(splits: dict, config: DataConfig, source: Source):
 # Splitting ------------------------------------------------------------------------------------
 
 
-def split_stream(source: Source, config: DataConfig) -> dict[str, Callable]:
+def split_stream(source: Source, config: DataConfig) -> dict[str, Reader]:
     """Readers of the training part and of the last `val_fraction` of the characters."""
-    if source.val or not config.val_fraction:
+    if source.val:
         return {"train": source.train, "val": source.val}
+    if not config.val_fraction:
+        return {"train": source.train}
     total = sum(map(len, source.train()))
     cut = total - round(total * config.val_fraction)
 
@@ -181,7 +187,7 @@ def split_stream(source: Source, config: DataConfig) -> dict[str, Callable]:
     return {"train": lambda: part(0, cut), "val": lambda: part(cut, total)}
 
 
-def split_documents(source: Source, config: DataConfig) -> Iterator[tuple[str, str | tuple]]:
+def split_documents(source: Source, config: DataConfig) -> Iterator[tuple[str, str | Pair]]:
     """Each document with its side, in one pass: the hash of the normalised prompt decides.
 
     So a prompt never stands on both sides, however often it occurs, and a document stays on its
@@ -194,7 +200,7 @@ def split_documents(source: Source, config: DataConfig) -> Iterator[tuple[str, s
         yield "val", document
 
 
-def share(document) -> float:
+def share(document: str | Pair) -> float:
     """Where a document falls in [0, 1): by its prompt, or by its text where there is none."""
     text = document if isinstance(document, str) else document[0] or document[1]
     normalised = " ".join(text.casefold().split())
@@ -222,19 +228,23 @@ def hold_out(by_share: dict[float, tuple[str, str]]) -> list[dict]:
 # Tokenising -----------------------------------------------------------------------------------
 
 
-def make_tokenizer(config: DataConfig, source: Source, readers: dict | None, report: Report):
+def make_tokenizer(
+    config: DataConfig, source: Source, readers: dict[str, Reader] | None, report: Report
+) -> Tokenizer:
     """Characters of the whole source, or a SentencePiece model of its training part."""
     if config.tokenizer in ("bpe", "unigram"):
         report(f"tokenizer: training SentencePiece {config.tokenizer} of {config.vocab_size:,}")
         if readers:
             texts = readers["train"]()
         else:
-            texts = (d for name, d in split_documents(source, config) if name == "train")
-            texts = chain.from_iterable(texts) if source.kind == "pairs" else texts
+            documents = (d for name, d in split_documents(source, config) if name == "train")
+            pairs = source.kind == "pairs"
+            # a document of another kind than pairs is its text
+            texts = chain.from_iterable(documents) if pairs else cast(Iterator[str], documents)
         return train_sentencepiece(texts, config.tokenizer, config.vocab_size, report)
     characters = set()
-    readers = [source.train()] + ([source.val()] if source.val else [])
-    for document in chain.from_iterable(readers):
+    both = [source.train()] + ([source.val()] if source.val else [])
+    for document in chain.from_iterable(both):
         characters.update(*((document,) if isinstance(document, str) else document))
     tokenizer = CharTokenizer(characters, config.tokenizer)
     report(f"tokenizer: {tokenizer.vocab_size:,} characters and special tokens")

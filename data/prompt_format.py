@@ -1,7 +1,12 @@
 """Where a prompt stands in what the model reads, for each kind of data."""
 
+from typing import TYPE_CHECKING
 
-def prompt_ids(kind: str, tokenizer, prompt: str) -> list[int]:
+if TYPE_CHECKING:
+    from data.tokenizer import Tokenizer
+
+
+def prompt_ids(kind: str, tokenizer: "Tokenizer", prompt: str) -> list[int]:
     """What the model reads first: never empty. Raises UserError for characters it cannot know.
 
     A prompt stands before <start> for pairs, after it for lines, and alone for a stream, where an
@@ -18,7 +23,7 @@ def prompt_ids(kind: str, tokenizer, prompt: str) -> list[int]:
     return ids or [tokenizer.start_id]
 
 
-def are_pairs(value) -> bool:
+def are_pairs(value: object) -> bool:
     """Whether a value from JSON is a list of prompts and completions."""
     return isinstance(value, list) and all(
         isinstance(pair, dict) and isinstance(pair.get(key), str)
@@ -27,6 +32,6 @@ def are_pairs(value) -> bool:
     )
 
 
-def end_id(kind: str, tokenizer) -> int | None:
+def end_id(kind: str, tokenizer: "Tokenizer") -> int | None:
     """The token that ends a text; a stream has none."""
     return None if kind == "stream" else tokenizer.end_id

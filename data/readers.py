@@ -16,7 +16,7 @@ from pathlib import Path
 
 from common.errors import UserError
 from data.builtin import NAMED, named_files
-from data.config import DataConfig
+from data.config import DataConfig, Kind
 from data.tokenizer import SURROGATE
 
 Pair = tuple[str, str]  # (prompt, completion)
@@ -35,19 +35,20 @@ class Source:
     """
 
     name: str  # for people and for the cache folder's name
-    kind: str  # "stream" | "lines" | "pairs"
+    kind: Kind
     train: Callable[[], Iterator]
     val: Callable[[], Iterator] | None  # None: split by val_fraction
     fingerprint: str  # hex hash of all that the readers give
 
 
-def open_source(config: DataConfig, report: Callable[[str], None], cache: Path) -> Source:
+def open_source(config: DataConfig, report: Callable[[str], object], cache: Path) -> Source:
     """The source that `config` names, checked as far as its first text; `cache` keeps what is made.
 
     Raises UserError for a file that is missing, unreadable, empty, or not of the kind asked for.
     What only reading to the end can find, the readers raise it for, with the line or the byte.
     """
-    val = ()
+    val: tuple[Path, ...] = ()
+    natural: Kind
     if config.path:
         path = Path(os.path.expanduser(config.path))
         train = _own_files(path, "data.path", "train")

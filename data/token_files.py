@@ -7,7 +7,7 @@ train.prompts  documents only: int32, how many of its ids are prompt and <start>
 
 import gc
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from common.errors import UserError
 from common.memory import return_freed_memory
+from data.tokenizer import Tokenizer
 
 DOCUMENTS, CHARACTERS = 1 << 12, 1 << 18  # tokenised at a time: whichever is reached first
 TRIM = 32  # pieces of work after which freed memory is given back
@@ -42,14 +43,14 @@ class Split:
 
     def targets_per_byte(self) -> float:
         """Tokens to predict for each byte of text: nats a token times this are nats a byte."""
-        targets = len(self.ids) if self.starts is None else len(self.ids) - int(self.prompts.sum())
+        targets = len(self.ids) - (0 if self.prompts is None else int(self.prompts.sum()))
         return targets / max(1, self.bytes)
 
 
 # Writing ----------------------------------------------------------------------------------------
 
 
-def write_stream(texts: Iterable[str], tokenizer, path: Path, dtype: str) -> dict:
+def write_stream(texts: Iterable[str], tokenizer: Tokenizer, path: Path, dtype: str) -> dict:
     """Writes the ids of one long text. Returns its counts."""
 
     def encode(text: str):
@@ -64,7 +65,9 @@ def write_stream(texts: Iterable[str], tokenizer, path: Path, dtype: str) -> dic
     return {"tokens": tokens, "bytes": size}
 
 
-def write_documents(documents: Iterable[tuple], tokenizer, paths: dict[str, Path], dtype: str):
+def write_documents(
+    documents: Iterable[tuple], tokenizer: Tokenizer, paths: dict[str, Path], dtype: str
+) -> dict[str, dict]:
     """Writes documents as `prompt <start> completion <end>`, lines as `<start> text <end>`.
 
     documents: (name of its split, document); paths: where each split goes. Returns the counts of
@@ -88,7 +91,7 @@ def write_documents(documents: Iterable[tuple], tokenizer, paths: dict[str, Path
             for what in ("ids", "starts", "prompts")
         }
         for name in paths:
-            files[name, "starts"].write(np.zeros(1, "<i8"))
+            files[name, "starts"].write(np.zeros(1, "<i8").data)
         stack.enter_context(uncollected())
         for name, ids, lengths, size in in_order(encode, blocks(documents), tokenizer.threads):
             count = counts[name]
@@ -137,7 +140,7 @@ def in_order(work: Callable, items: Iterable, threads: int) -> Iterator:
 
 
 @contextmanager
-def uncollected() -> Iterator[None]:
+def uncollected() -> Generator[None]:
     """No search for cycles meanwhile: among lists of ids it would take a tenth of the time."""
     collecting = gc.isenabled()
     gc.disable()

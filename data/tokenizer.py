@@ -13,8 +13,12 @@ from collections.abc import Iterable
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from common.errors import UserError
+
+if TYPE_CHECKING:
+    import numpy as np
 
 SPECIALS = ("<pad>", "<unk>", "<start>", "<end>")  # ids 0 to 3; text never encodes to these
 SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can spell these, UTF-8 cannot hold them
@@ -48,6 +52,26 @@ class Tokenizer(ABC):
     unk_id: int | None  # None: text with unknown characters is refused
     start_id: int
     end_id: int
+
+    @abstractmethod
+    def encode(self, text: str) -> list[int]:
+        """The ids of a text. Raises UserError for what has none."""
+
+    @abstractmethod
+    def encode_array(self, text: str) -> "np.ndarray":
+        """The same as an int32 array (T,), faster."""
+
+    @abstractmethod
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        """The ids of many texts."""
+
+    @abstractmethod
+    def decode(self, ids: "Iterable[int | np.integer]") -> str:
+        """The text of `ids`; special tokens have none."""
+
+    @abstractmethod
+    def token(self, i: int) -> str:
+        """One token, for people to read."""
 
     @abstractmethod
     def files(self) -> dict[str, bytes]:
@@ -97,9 +121,10 @@ class CharTokenizer(Tokenizer):
                 f"{unknown[:20]!r}: the model has not seen these characters; "
                 f"it knows {self.characters[:80]!r}"
             )
-        return [self._ids.get(character, self.unk_id) for character in text]
+        unknown = -1 if self.unk_id is None else self.unk_id  # -1: there is none, as seen above
+        return [self._ids.get(character, unknown) for character in text]
 
-    def encode_array(self, text: str):
+    def encode_array(self, text: str) -> "np.ndarray":
         """The same as an int32 array (T,), many times faster."""
         import numpy as np
 
@@ -110,7 +135,7 @@ class CharTokenizer(Tokenizer):
         return ids
 
     @cached_property
-    def _table(self):
+    def _table(self) -> "np.ndarray":
         """Code point -> id; the last entry stands for all code points beyond."""
         import numpy as np
 
@@ -122,7 +147,7 @@ class CharTokenizer(Tokenizer):
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         return [self.encode(text) for text in texts]
 
-    def decode(self, ids: Iterable[int]) -> str:
+    def decode(self, ids: "Iterable[int | np.integer]") -> str:
         """The text of `ids`; special tokens have none."""
         special = {self.pad_id, self.unk_id, self.start_id, self.end_id}
         return "".join(self._tokens[i] for i in ids if i not in special)
@@ -172,7 +197,7 @@ class SentencePieceTokenizer(Tokenizer):
     def encode(self, text: str) -> list[int]:
         return self._processor.encode(escape(text))
 
-    def encode_array(self, text: str):
+    def encode_array(self, text: str) -> "np.ndarray":
         """The same as an int32 array (T,), twice as fast for a long text.
 
         No merge of BPE crosses a newline, which no piece holds, so lines are encoded one by one. A
@@ -196,7 +221,7 @@ class SentencePieceTokenizer(Tokenizer):
         """Many texts at once, by this thread alone, which does not hold Python's lock meanwhile."""
         return self._processor.encode([escape(text) for text in texts], num_threads=1)
 
-    def decode(self, ids: Iterable[int]) -> str:
+    def decode(self, ids: "Iterable[int | np.integer]") -> str:
         """The text of `ids`; special tokens have none, bytes that are not UTF-8 give U+FFFD."""
         text = self._processor.decode([int(i) for i in ids if i >= len(SPECIALS)])
         # a space that comes as bytes, because the training text had none, still reads U+2581

@@ -25,7 +25,7 @@ def train_sentencepiece(
     texts: Iterable[str],
     model_type: str,
     vocab_size: int,
-    report: Callable[[str], None] = print,
+    report: Callable[[str], object] = print,
 ) -> SentencePieceTokenizer:
     """A "bpe" or "unigram" vocabulary for `texts`, of which it sees an even sample of 20 MB.
 
@@ -116,7 +116,10 @@ def _train_from_stdin(model_type: str, vocab_size: str) -> None:
         unk_id=1,
         bos_id=2,
         eos_id=3,
-        **dict(zip(("pad_piece", "unk_piece", "bos_piece", "eos_piece"), SPECIALS, strict=True)),
+        pad_piece=SPECIALS[0],
+        unk_piece=SPECIALS[1],
+        bos_piece=SPECIALS[2],
+        eos_piece=SPECIALS[3],
         # exact round trips
         normalization_rule_name="identity",
         add_dummy_prefix=False,

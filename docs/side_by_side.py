@@ -63,7 +63,9 @@ class TemplateError(ValueError):
     """A line of the template stands for nothing."""
 
 
-def definitions(parent: ast.AST, prefix: str = "") -> Iterator[tuple[str, ast.stmt]]:
+def definitions(
+    parent: ast.Module | ast.ClassDef, prefix: str = ""
+) -> Iterator[tuple[str, ast.stmt]]:
     """Functions, classes and methods, each with its qualified name."""
     for node in parent.body:
         if isinstance(node, ast.FunctionDef | ast.ClassDef):

@@ -88,7 +88,8 @@ def card(
     )
     time.sleep(1)
     whole = Image.open(io.BytesIO(driver.get_screenshot_as_png()))
-    return whole.crop([round(SCALE * edge) for edge in place])
+    left, top, right, bottom = (round(SCALE * edge) for edge in place)
+    return whole.crop((left, top, right, bottom))
 
 
 def composed(left: Image.Image, right: Image.Image, below: Image.Image) -> Image.Image:

@@ -11,22 +11,32 @@ Shapes: B rows, T tokens, L layers, H heads of width D, S places in the cache, V
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Protocol
 
 import torch
 
 from generation import cpu_decoder
-from generation.cpu_decoder import CPUDecoder
+from generation.cpu_decoder import CPUDecoder, Decoder
 from generation.kv_cache import KVCache
 from generation.sampling import Sampling, uniform, window
-from generation.sequential import check, number_samples
+from generation.sequential import AnyDecoder, check, number_samples
 from generation.torch_sampling import sample_tokens
 
 PAYS = 8  # new tokens from which it pays to lay out the weights anew: it costs a few steps
 
+Step = Callable[[torch.Tensor, KVCache], torch.Tensor]
+
+
+class BatchedDecoder(Decoder, AnyDecoder, Protocol):
+    """What is asked here of a `TransformerDecoder`."""
+
+    def __call__(self, ids: torch.Tensor, *, cache: KVCache) -> torch.Tensor: ...
+    def hidden(self, ids: torch.Tensor, *, cache: KVCache) -> torch.Tensor: ...
+
 
 @torch.inference_mode()
 def generate(
-    model,
+    model: BatchedDecoder,
     prompts: Sequence[Sequence[int]],
     rules: Sampling,
     *,
@@ -83,12 +93,14 @@ def generate(
     return [text[len(prompt) :] for text, prompt in zip(texts, prompts, strict=True)]
 
 
-def plain_step(model, ids, cache: KVCache) -> torch.Tensor:
+def plain_step(model: BatchedDecoder, ids: torch.Tensor, cache: KVCache) -> torch.Tensor:
     """What a CPUDecoder gives, by the module itself: on every device, in every precision."""
     return model(ids, cache=cache)[:, -1]
 
 
-def next_logits(model, step, cache: KVCache, texts: list[list[int]]) -> torch.Tensor:
+def next_logits(
+    model: BatchedDecoder, step: Step, cache: KVCache, texts: list[list[int]]
+) -> torch.Tensor:
     """Logits (B, V) after each text, of which the cache holds all but the last token, or should."""
     seen = [window(len(text), model.max_len) for text in texts]
     stale = [b for b, n in enumerate(cache.lengths) if n != seen[b] - 1]  # new, or its window moved
@@ -98,7 +110,7 @@ def next_logits(model, step, cache: KVCache, texts: list[list[int]]) -> torch.Te
     return step(newest, cache)
 
 
-def prefill(model, cache: KVCache, rows: list[int], texts: list[list[int]]):
+def prefill(model: BatchedDecoder, cache: KVCache, rows: list[int], texts: list[list[int]]):
     """Reads whole texts into `rows` of the cache, whatever they held: each from place 0."""
     lengths = [len(text) for text in texts]
     T = max(lengths)

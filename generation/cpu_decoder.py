@@ -11,17 +11,69 @@ float32 in any case: its kernel is many times slower in bfloat16.
 Shapes: B rows, L layers, H heads of width D, C = H D, S keys, V = vocab_size.
 """
 
+from collections.abc import Callable
+from typing import Protocol, cast
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from generation.kv_cache import KVCache, LayerCache
+from generation.kv_cache import CachedModel, KVCache, LayerCache
 
 LAYOUT_ROWS = 16  # the layout asked for: the fastest from 1 row to 32, which that for 1 row is not
 CACHE_DTYPE = torch.float32  # what a KVCache for a CPUDecoder stores
 
 
-def is_supported(model: nn.Module) -> bool:
+class Attention(Protocol):
+    """What is asked here of a `MultiHeadAttention`."""
+
+    n_heads: int
+    W_q: nn.Linear
+    W_k: nn.Linear
+    W_v: nn.Linear
+    W_o: nn.Linear
+
+
+class FeedForward(Protocol):
+    """What is asked here of a `FeedForward`."""
+
+    linear1: nn.Linear
+    linear2: nn.Linear
+    activation: nn.Module
+
+
+class Layer(Protocol):
+    """What is asked here of a `DecoderLayer`."""
+
+    norm_first: bool
+    self_attn: Attention
+    feed_forward: FeedForward
+    norm1: nn.Module
+    norm2: nn.Module
+
+    def forward(
+        self, x: torch.Tensor, mask: torch.Tensor | None, cache: LayerCache
+    ) -> torch.Tensor: ...
+
+
+class Decoder(CachedModel, Protocol):
+    """What is asked here of a `TransformerDecoder`; its layers are as `Layer` says."""
+
+    @property
+    def pos_encoding(self) -> torch.Tensor: ...
+    @property
+    def embedding_scale(self) -> float: ...
+    @property
+    def embed_norm(self) -> nn.Module: ...
+    @property
+    def final_norm(self) -> nn.Module: ...
+    @property
+    def layers(self) -> nn.ModuleList: ...
+    @property
+    def output(self) -> nn.Linear: ...
+
+
+def is_supported(model: CachedModel) -> bool:
     """Whether a CPUDecoder can stand in for the module: on a CPU, in float32 or bfloat16.
 
     In float64 a row must give the same in any batch, which the module's plain products do. Under
@@ -56,7 +108,7 @@ class PackedLinear:
 class PackedAttention:
     """`MultiHeadAttention` for one token a row."""
 
-    def __init__(self, attention: nn.Module):
+    def __init__(self, attention: Attention):
         self.n_heads = attention.n_heads
         self.qkv = PackedLinear(attention.W_q, attention.W_k, attention.W_v)
         self.output = PackedLinear(attention.W_o)
@@ -74,7 +126,7 @@ class PackedAttention:
 class PackedFeedForward:
     """`FeedForward`."""
 
-    def __init__(self, feed_forward: nn.Module):
+    def __init__(self, feed_forward: FeedForward):
         self.linear1 = PackedLinear(feed_forward.linear1)
         self.linear2 = PackedLinear(feed_forward.linear2)
         relu = isinstance(feed_forward.activation, nn.ReLU)
@@ -87,13 +139,13 @@ class PackedFeedForward:
 class PackedLayer:
     """`DecoderLayer`, whose forward pass runs on these parts: (B, C) -> (B, C)."""
 
-    def __init__(self, layer: nn.Module):
+    def __init__(self, layer: Layer):
         self.norm_first = layer.norm_first
         self.self_attn = PackedAttention(layer.self_attn)
         self.feed_forward = PackedFeedForward(layer.feed_forward)
         self.norm1, self.norm2 = layer.norm1.forward, layer.norm2.forward
         self.dropout1 = self.dropout2 = unchanged
-        self.layer_forward = type(layer).forward
+        self.layer_forward: Callable[..., torch.Tensor] = type(layer).forward
 
     def __call__(
         self, x: torch.Tensor, mask: torch.Tensor | None, cache: LayerCache
@@ -112,11 +164,11 @@ class CPUDecoder:
     The copy is of the weights as they are now: make a new one when they have changed.
     """
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: Decoder):
         self.embed, self.positions = model.embed.weight, model.pos_encoding
         self.scale = model.embedding_scale
         self.embed_norm, self.final_norm = model.embed_norm.forward, model.final_norm.forward
-        self.layers = [PackedLayer(layer) for layer in model.layers]
+        self.layers = [PackedLayer(cast(Layer, layer)) for layer in model.layers]
         self.output = PackedLinear(model.output)
 
     def __call__(self, ids: torch.Tensor, cache: KVCache) -> torch.Tensor:

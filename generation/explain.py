@@ -1,7 +1,9 @@
 """Why each token of a text was chosen, for people (`generate.py --explain`) and as JSON."""
 
 import os
+from collections.abc import Callable
 from dataclasses import asdict
+from typing import TextIO
 
 from common import cli
 from data.tokenizer import ESCAPE, Tokenizer
@@ -50,7 +52,7 @@ class Explained:
             lines.append("  ".join([*cells, name]))
         return "\n".join(lines) + "\n"
 
-    def name(self, token: int, quote=repr) -> str:
+    def name(self, token: int, quote: Callable[[str], str] = repr) -> str:
         """A token's text in quotes, control characters escaped; <end> and lone bytes by name."""
         text = self.tokenizer.decode([token])
         if text and "\ufffd" not in text and ESCAPE not in text:
@@ -58,6 +60,6 @@ class Explained:
         return cli.visible(self.tokenizer.token(token))
 
 
-def in_colour(stream) -> bool:
+def in_colour(stream: TextIO) -> bool:
     """Whether to colour what goes to `stream`: on a terminal, unless NO_COLOR is set."""
     return stream.isatty() and not os.environ.get("NO_COLOR")  # https://no-color.org

@@ -3,7 +3,32 @@
 Shapes: B rows, T tokens, L layers, H heads of width D, S places in the cache.
 """
 
+from typing import Protocol
+
 import torch
+from torch import nn
+
+
+class Shape(Protocol):
+    """What is asked here of a decoder's `config`."""
+
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def d_model(self) -> int: ...
+    @property
+    def n_heads(self) -> int: ...
+    @property
+    def n_layers(self) -> int: ...
+
+
+class CachedModel(Protocol):
+    """What a cache is made for: a decoder's shape, and where its numbers are."""
+
+    @property
+    def config(self) -> Shape: ...
+    @property
+    def embed(self) -> nn.Embedding: ...
 
 
 class KVCache:
@@ -15,7 +40,9 @@ class KVCache:
     was padding.
     """
 
-    def __init__(self, model, rows: int, places: int, dtype: torch.dtype | None = None):
+    def __init__(
+        self, model: CachedModel, rows: int, places: int, dtype: torch.dtype | None = None
+    ):
         config, like = model.config, model.embed.weight
         width = config.d_model // config.n_heads
         shape = (config.n_layers, rows, config.n_heads, places, width)  # (L, B, H, S, D)
@@ -24,14 +51,15 @@ class KVCache:
         self.values = torch.zeros_like(self.keys)
         self.lengths = [0] * rows
         self.layers = [LayerCache(self, i) for i in range(config.n_layers)]
-        self.mask = None  # (B, 1, 1, S): which keys each row's token sees; None: all, or causal
+        # (B, 1, 1, S): which keys each row's token sees; None: all, or causal
+        self.mask: torch.Tensor | None = None
 
     @property
     def nbytes(self) -> int:
         """Bytes of memory: 2 L B H S D times the size of a number."""
         return 2 * self.keys.numel() * self.keys.element_size()
 
-    def take(self, table, T: int):
+    def take(self, table: torch.Tensor, T: int) -> torch.Tensor:
         """Makes room for T more tokens a row; their positions in `table`: (T, C) or (B, 1, C)."""
         first, last, B = min(self.lengths), max(self.lengths), len(self.lengths)
         if T > 1 and last > 0:
@@ -70,7 +98,7 @@ class LayerCache:
     def __init__(self, cache: KVCache, layer: int):
         self.cache, self.layer = cache, layer
 
-    def extend(self, K, V):
+    def extend(self, K: torch.Tensor, V: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Stores K and V (B, H, T, D) at the places taken; all that is stored: (B, H, S, D)."""
         cache, layer = self.cache, self.layer
         keys, values = cache.seen_keys[layer], cache.seen_values[layer]

@@ -12,13 +12,52 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from itertools import count
+from typing import Protocol, TypeVar
 
 from common.errors import UserError
 from generation.sampling import Sampling, sample_token, uniform, window
 
 
+class Shape(Protocol):
+    """What is asked here of a model's `config`."""
+
+    @property
+    def vocab_size(self) -> int: ...
+
+
+class AnyDecoder(Protocol):
+    """What is asked here of the decoder of any engine."""
+
+    training: bool
+
+    @property
+    def config(self) -> Shape: ...
+    @property
+    def max_len(self) -> int: ...
+    def train(self, mode: bool = True) -> object: ...
+    def eval(self) -> object: ...
+
+
+class Cache(Protocol):
+    """What a decoder has read."""
+
+    @property
+    def length(self) -> int: ...
+    def clear(self) -> object: ...
+
+
+C = TypeVar("C", bound=Cache)
+
+
+class SequentialDecoder(AnyDecoder, Protocol[C]):
+    """A decoder that reads one sequence at a time, and has caches of its own kind."""
+
+    def new_cache(self) -> C: ...
+    def next_logits(self, cache: C, ids: list[int]) -> list[float]: ...
+
+
 def generate(
-    model,
+    model: SequentialDecoder[C],
     prompts: Sequence[Sequence[int]],
     rules: Sampling,
     *,
@@ -59,7 +98,7 @@ def generate(
     return [text[len(prompt) :] for text, prompt in zip(rows, prompts, strict=True)]
 
 
-def logits_after(model, cache, text: list[int]) -> list[float]:
+def logits_after(model: SequentialDecoder[C], cache: C, text: list[int]) -> list[float]:
     """Logits (V) after `text`, of which the cache holds all but the last token, or should."""
     seen = window(len(text), model.max_len)
     if cache.length != seen - 1:  # a new text, or its window moved
@@ -70,7 +109,7 @@ def logits_after(model, cache, text: list[int]) -> list[float]:
     return logits
 
 
-def check(model, prompts: Sequence[Sequence[int]]):
+def check(model: AnyDecoder, prompts: Sequence[Sequence[int]]):
     """Raises UserError for prompts that the model cannot read."""
     for i, prompt in enumerate(prompts):
         if not prompt:

@@ -97,7 +97,9 @@ def candidates(logits: torch.Tensor, rules: Sampling) -> tuple[torch.Tensor, tor
     weights = weigh(values, largest, rules.temperature)
     if rules.top_p < 1:
         # not masked_fill_, which branches at each number
-        weights = torch.where(beyond_top_p(values, largest, rules), 0.0, weights)
+        dropped = beyond_top_p(values, largest, rules)
+        assert dropped is not None  # all values are there: no doubt is left
+        weights = torch.where(dropped, 0.0, weights)
     return ids, weights
 
 
@@ -125,7 +127,9 @@ def weigh(values: torch.Tensor, largest: torch.Tensor, temperature: float) -> to
     return torch.from_numpy(np.exp(exact, out=exact))  # NumPy's is twice as fast
 
 
-def heavy(values, largest, rules: Sampling) -> tuple[torch.Tensor, torch.Tensor] | None:
+def heavy(
+    values: torch.Tensor, largest: torch.Tensor, rules: Sampling
+) -> tuple[torch.Tensor, torch.Tensor] | None:
     """What `candidates` returns, from those tokens alone that top-p may keep; None if in doubt.
 
     Those that weigh less than (1 - top_p) / V of all are together less than 1 - top_p, so none of
@@ -161,7 +165,13 @@ def padded(array: np.ndarray, places: np.ndarray) -> tuple[torch.Tensor, torch.T
     return torch.from_numpy(ids), torch.from_numpy(values)
 
 
-def beyond_top_p(values, largest, rules: Sampling, total=None, slack=0.0) -> torch.Tensor | None:
+def beyond_top_p(
+    values: torch.Tensor,
+    largest: torch.Tensor,
+    rules: Sampling,
+    total: torch.Tensor | None = None,
+    slack: float = 0.0,
+) -> torch.Tensor | None:
     """Which of `values` (B, N) top-p drops, as a mask.
 
     total, slack: the weight (B, 1) of all, where `values` are but the largest of them, and what

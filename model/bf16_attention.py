@@ -50,7 +50,7 @@ class BF16Attention(torch.autograd.Function):
         return y.view(Q.shape)
 
     @staticmethod
-    def backward(ctx, dY):
+    def backward(ctx, dY):  # pyrefly: ignore[bad-override], of one output one gradient comes
         q, k, v = ctx.saved_tensors
         dy, dq = dY.reshape(q.shape).contiguous(), torch.empty_like(q)
         # several blocks of queries see a key: what they give is summed in the wide type

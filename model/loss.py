@@ -14,9 +14,14 @@ time, and the gradient, which needs nothing but the same logits, is made with th
 Shapes: B sequences, T tokens, C = d_model, N targets, V = vocab_size.
 """
 
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+if TYPE_CHECKING:
+    from model.transformer_full import TransformerDecoder
 
 
 class LossModule(nn.Module):
@@ -26,7 +31,7 @@ class LossModule(nn.Module):
     gradients of DistributedDataParallel would stay unsynchronised without a word.
     """
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: "TransformerDecoder"):
         super().__init__()
         self.model = model
 
@@ -64,14 +69,14 @@ class LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias, targets, dtype):
-        gradients = [torch.empty_like(x), torch.zeros_like(weight)]
-        gradients.append(None if bias is None else torch.zeros_like(bias))
+        dbias = None if bias is None else torch.zeros_like(bias)
+        gradients = [torch.empty_like(x), torch.zeros_like(weight), dbias]
         loss = linear_cross_entropy(x, weight, bias, targets, dtype, gradients)
         ctx.save_for_backward(*gradients)
         return loss
 
     @staticmethod
-    def backward(ctx, factor):
+    def backward(ctx, factor):  # pyrefly: ignore[bad-override], of one output one gradient comes
         dx, dweight, dbias = ctx.saved_tensors
         scaled = (g if g is None else g * factor.to(g.dtype) for g in (dx, dweight, dbias))
         return *scaled, None, None

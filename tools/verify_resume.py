@@ -150,6 +150,7 @@ def train(flags: list[str], folder: Path, kill_at: Path | None = None):
             [sys.executable, str(SCRIPT), *flags], stdin=subprocess.DEVNULL, stderr=errors,
             stdout=subprocess.PIPE, text=True, encoding="utf-8", errors="replace",
         )  # fmt: skip
+        assert process.stdout is not None  # a pipe
         said = ""
         try:
             for line in process.stdout:
@@ -217,7 +218,7 @@ def compare_tensors(found: Compared, name: str, a, b):
         note(found, f"{name}[{index}]", a.flat[place].item(), b.flat[place].item(), same=False)
 
 
-def note(found: Compared, name: str, a, b, same: bool | None = None):
+def note(found: Compared, name: str, a: object, b: object, *, same: bool | None = None):
     """Keeps the first difference."""
     if not found.difference and not (a == b if same is None else same):
         found.difference = f"{name}: {a} straight, {b} resumed"

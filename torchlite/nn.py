@@ -4,7 +4,8 @@
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Self
 
 import numpy as np
 
@@ -39,8 +40,9 @@ class Module:
     """Something with parameters. They are found among the attributes, lists included."""
 
     training = True
+    forward: Callable[..., Tensor]
 
-    def __call__(self, *args, **kwargs):
+    def __call__(self, *args, **kwargs) -> Tensor:
         return self.forward(*args, **kwargs)
 
     def children(self) -> Iterator[tuple[str, "Module | Parameter"]]:
@@ -61,7 +63,7 @@ class Module:
     def named_parameters(self, remove_duplicate=True) -> Iterator[tuple[str, Parameter]]:
         """(name, parameter), each one once, or a shared one under every name it has."""
         seen = set()
-        stack = [("", self)]
+        stack: list[tuple[str, Module | Parameter]] = [("", self)]
         while stack:
             name, part = stack.pop()
             if isinstance(part, Parameter):
@@ -82,13 +84,13 @@ class Module:
             if isinstance(child, Module):
                 yield from child.modules()
 
-    def train(self, mode: bool = True) -> "Module":
+    def train(self, mode: bool = True) -> Self:
         """Dropout on, or with mode=False off."""
         for module in self.modules():
             module.training = mode
         return self
 
-    def eval(self) -> "Module":
+    def eval(self) -> Self:
         return self.train(False)
 
     def zero_grad(self):
@@ -214,7 +216,7 @@ class LayerCache:
 
     length = 0
 
-    def extend(self, K: Tensor, V: Tensor):
+    def extend(self, K: Tensor, V: Tensor) -> tuple[Tensor, Tensor]:
         """Adds the newest keys and values, (B, H, T, D), and returns all: (B, H, S, D)."""
         if self.length:
             K = Tensor(np.concatenate((self.K.data, K.data), axis=2))

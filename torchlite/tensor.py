@@ -14,17 +14,18 @@ Names and rules are PyTorch's; the gradients are checked against it in tests/tes
 """
 
 import math
+from collections.abc import Generator
 from contextlib import contextmanager
 
 import numpy as np
 
 FREED = ()  # the tape of a tensor whose gradient has been taken
 _recording = True
-_default_dtype = np.dtype(np.float32)
+_default_dtype: np.dtype = np.dtype(np.float32)
 
 
 @contextmanager
-def no_grad():
+def no_grad() -> Generator[None]:
     """Nothing is recorded inside: for evaluation, generation and the optimizer."""
     global _recording
     before, _recording = _recording, False
@@ -40,7 +41,7 @@ def recording() -> bool:
 
 
 @contextmanager
-def default_dtype(dtype):
+def default_dtype(dtype: str | type | np.dtype) -> Generator[None]:
     """Inside, tensors made of Python numbers, and new parameters, are of this dtype."""
     global _default_dtype
     before, _default_dtype = _default_dtype, np.dtype(dtype)
@@ -50,7 +51,7 @@ def default_dtype(dtype):
         _default_dtype = before
 
 
-def get_default_dtype():
+def get_default_dtype() -> np.dtype:
     """float32, unless `default_dtype` says otherwise."""
     return _default_dtype
 
@@ -310,7 +311,7 @@ def record(data, inputs: tuple, backward) -> Tensor:
                     tape = x.tape if tape is None else join(tape, x.tape)
         if needed:
             tape = [] if tape is None else tape
-            if tape is not FREED:
+            if isinstance(tape, list):  # not FREED
                 tape.append((output, inputs, backward))
     output.tape, output.requires_grad = tape, needed
     return output

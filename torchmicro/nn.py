@@ -9,6 +9,7 @@
 
 from collections.abc import Callable, Iterator
 from random import Random
+from typing import Self
 
 
 class Parameter(list):
@@ -47,8 +48,9 @@ class Module:
     """A layer with parameters and layers of its own: its attributes."""
 
     training = True
+    forward: Callable[..., list]
 
-    def __call__(self, *args, **options):
+    def __call__(self, *args, **options) -> list:
         return self.forward(*args, **options)
 
     def modules(self, prefix: str = "") -> Iterator[tuple[str, "Module"]]:
@@ -85,13 +87,13 @@ class Module:
             for name, parameter in self.named_parameters()
         }
 
-    def train(self, mode: bool = True):
+    def train(self, mode: bool = True) -> Self:
         """With dropout, or without: `train(False)`, `eval()`."""
         for _, module in self.modules():
             module.training = mode
         return self
 
-    def eval(self):
+    def eval(self) -> Self:
         return self.train(False)
 
 

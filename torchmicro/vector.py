@@ -18,6 +18,7 @@ One record stands for a whole operation on a vector, such as a linear layer for 
 """
 
 import math
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from functools import reduce
 from itertools import chain
@@ -38,7 +39,7 @@ class Tape:
         return len(self.records)
 
     @contextmanager
-    def paused(self):
+    def paused(self) -> Generator[None]:
         """Nothing is recorded inside the `with`; all else stays until the next `backward()`."""
         before, self.record = self.record, lambda record: None
         try:
@@ -79,10 +80,12 @@ class Vector:
     """
 
     __slots__ = ("data", "grad", "tape")
+    grad: list[float]
 
-    def __init__(self, data: list[float], tape: Tape, backward=None, *inputs):
+    def __init__(self, data: list[float], tape: Tape, backward: Callable | None = None, *inputs):
         self.data = data
-        self.grad = None
+        # a derivative runs only where a gradient has come
+        self.grad = None  # pyrefly: ignore[bad-assignment]
         self.tape = tape
         if backward is not None:
             tape.record((backward, self, inputs))
@@ -226,7 +229,7 @@ class Vector:
         mine = map(add, grad[start:stop], self.grad)
         x.grad = [*grad[:start], *mine, *grad[stop:]]
 
-    def join(self, others: list["Vector"]):
+    def join(self, others: Sequence["Vector"]):
         """This vector and the others, end to end."""
         parts = [self, *others]
         data = chain.from_iterable([part.data for part in parts])
@@ -286,7 +289,10 @@ class Rectified(Vector):
         inputs = (self, rows, bias, live, x, weights)
         return Vector(data, self.tape, Rectified.dots_backward, *inputs)
 
-    def dots_backward(self, x, rows, bias, live, numbers, weights):
+    # never called through an instance: its record holds it and what it takes
+    def dots_backward(  # pyrefly: ignore[bad-override]
+        self, x, rows, bias, live, numbers, weights
+    ):
         if bias is not None:
             bias.accumulate(self.grad)
         for row, g in zip(rows, self.grad, strict=True):
@@ -299,7 +305,7 @@ class Rectified(Vector):
         x.accumulate(grad)
 
 
-def concat(parts: list[Vector]) -> Vector:
+def concat(parts: Sequence[Vector]) -> Vector:
     """The parts end to end, as one vector."""
     return parts[0].join(parts[1:])
 

@@ -42,9 +42,9 @@ class Checkpointer:
             self.log(f"{best_file}: damaged; it is written again")
         elif best is None or best["step"] <= progress.step:
             return
-        known = progress.best_val_loss is not None
-        if known and step_path(self.run, progress.best_step).is_dir():
-            set_best(self.run, progress.best_step, progress.best_val_loss)
+        known = progress.best_val_loss
+        if known is not None and step_path(self.run, progress.best_step).is_dir():
+            set_best(self.run, progress.best_step, known)
         else:
             best_file.unlink()
 

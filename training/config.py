@@ -11,7 +11,7 @@ import os
 import tomllib
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -19,6 +19,9 @@ from common.errors import UserError
 from data.config import DataConfig
 from generation.sampling import Sampling
 from model.config import ModelConfig
+
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
 
 MAX_BYTES = 1 << 20  # of a configuration file
 
@@ -178,7 +181,7 @@ def check(values: dict, origin: str) -> Config:
     raise UserError(f"{origin}: {'; '.join(lines)}")
 
 
-def describe(error: dict, values: dict) -> str:
+def describe(error: "ErrorDetails", values: dict) -> str:
     """One of pydantic's errors in words: key, what is wrong, and the nearest key there is."""
     path = [str(part) for part in error["loc"]]
     key = ".".join(path)

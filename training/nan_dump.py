@@ -8,6 +8,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -51,7 +52,7 @@ def write_nan_dump(
     note = {"step": step, "targets": targets, "why": reason, "seed": state.config.seed}
     arrays = {}
     for micro, batch in enumerate(micro_batches):
-        parts = {"ids": batch.ids, "targets": batch.targets}
+        parts: dict[str, np.ndarray | None] = {"ids": batch.ids, "targets": batch.targets}
         parts["target_indices"] = batch.target_indices
         arrays |= {f"{micro}/{name}": a for name, a in parts.items() if a is not None}
     path, earlier = run / f"nonfinite_step_{step + 1}", 0
@@ -104,13 +105,15 @@ def read_batches(dump: Checkpoint) -> list[Batch]:
     arrays = dump.tensors(NAN_DUMP_BATCH)
     batches = []
     while f"{len(batches)}/ids" in arrays:
-        ids, targets, target_indices, positions = (
+        ids = arrays[f"{len(batches)}/ids"]
+        targets, target_indices, positions = (
             arrays.get(f"{len(batches)}/{name}")
-            for name in ("ids", "targets", "target_indices", "positions")
+            for name in ("targets", "target_indices", "positions")
         )
         # positions: what version 0.1 called the indices of the targets
         indices = positions if target_indices is None else target_indices
-        batches.append(Batch(ids, targets, indices, ids.size))
+        # check_note refuses a batch without targets
+        batches.append(Batch(ids, cast(np.ndarray, targets), indices, ids.size))
     return batches
 
 

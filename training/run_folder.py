@@ -5,7 +5,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -73,7 +73,7 @@ def is_free(run: Path) -> bool:
 
 
 @contextlib.contextmanager
-def locked(run: Path, continued: Checkpoint | None) -> Iterator[None]:
+def locked(run: Path, continued: Checkpoint | None) -> Generator[None]:
     """The run's folder, made if it is new, and nobody else's while the block runs.
 
     continued: the checkpoint from which the run that has this folder goes on; None: a new run.

@@ -21,7 +21,7 @@ from common.signals import defer_interrupts
 from data.batches import Batches, Examples
 from data.dataset import Dataset, prepare
 from data.rng import key
-from data.tokenizer import load_tokenizer
+from data.tokenizer import Tokenizer, load_tokenizer
 from model.loss import LossModule
 from model.transformer_full import TransformerDecoder
 from training.config import Config, TrainConfig
@@ -174,7 +174,7 @@ def recompute_layers(model: TransformerDecoder):
         layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
 
 
-def given_tokenizer(spec: RunSpec):
+def given_tokenizer(spec: RunSpec) -> Tokenizer | None:
     """The tokenizer that a run does not make itself: its checkpoint's, or the user's own."""
     if spec.resume:
         given = spec.resume.state.get("tokenizer_given")
@@ -190,7 +190,7 @@ def given_tokenizer(spec: RunSpec):
         raise UserError(f"data.tokenizer_path: {error}") from None
 
 
-def resolve(config: Config, device, precision: Precision, dataset: Dataset) -> Config:
+def resolve(config: Config, device: torch.device, precision: Precision, dataset: Dataset) -> Config:
     """The configuration with everything settled that was left to be found."""
     vocab_size = dataset.tokenizer.vocab_size
     if config.model.vocab_size not in (0, vocab_size):
@@ -236,6 +236,7 @@ def restore_scaler(scaler: torch.amp.GradScaler, checkpoint: Checkpoint):
 
 def restore_progress(spec: RunSpec) -> Progress:
     """The counters of the checkpoint, with the best step that is known by now."""
+    assert spec.resume is not None  # what the progress is of
     known = Progress.__dataclass_fields__
     progress = Progress(**{k: v for k, v in spec.resume.state.items() if k in known})
     best = read_best(spec.run)

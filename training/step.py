@@ -11,7 +11,6 @@ import torch
 from common.device import Precision, to_device
 from data.batches import Batch
 from data.rng import key
-from model.loss import LossModule
 from training.config import Config
 from training.setup import TrainState
 from training.timing import StepTimer
@@ -152,7 +151,7 @@ def compile_loss(
     """state.loss_module through torch.compile, tried on one batch; as it is where that fails."""
     log("compile: the first step takes a while")
     try:
-        compiled: LossModule = torch.compile(state.loss_module)
+        compiled: Loss = torch.compile(state.loss_module)
         with state.precision.autocast(state.device):
             loss = compiled(*to_device(micro_batches[0].inputs, state.device))
             (loss / targets).backward()

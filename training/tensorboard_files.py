@@ -9,6 +9,7 @@ import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -73,7 +74,7 @@ def shown_points(folder: Path) -> dict[Point, float] | None:
     except Exception:  # whatever its parsers say to a damaged file
         return None
     points = {}
-    for tag in board.Tags()["scalars"]:
+    for tag in cast(list[str], board.Tags()["scalars"]):  # of other keys it has other types
         for event in board.Scalars(tag):
             if (tag, event.step) in points:
                 return None

@@ -1,7 +1,7 @@
 """How fast training is, and where the time of a step goes."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 
 import torch
@@ -29,7 +29,7 @@ class StepTimer:
         self.began = time.perf_counter()
 
     @contextmanager
-    def part(self, name: str) -> Iterator[None]:
+    def part(self, name: str) -> Generator[None]:
         """Times a part of the step."""
         if not self.on:
             yield
@@ -41,7 +41,7 @@ class StepTimer:
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began
 
     @contextmanager
-    def pause(self) -> Iterator[None]:
+    def pause(self) -> Generator[None]:
         """Takes evaluating and saving out of the time training takes."""
         began = time.perf_counter()
         yield

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from typing import cast
 
 import numpy as np
 import torch
@@ -11,7 +12,7 @@ from data.dataset import Dataset
 from data.prompt_format import end_id, prompt_ids
 from generation.batched import generate
 from generation.sampling import Sampling
-from model.transformer_full import TransformerDecoder
+from model.transformer_full import DecoderLayer, TransformerDecoder
 
 PAIR_SAMPLES, LINE_SAMPLES = 3, 10  # written at each evaluation
 
@@ -95,7 +96,7 @@ def attention_maps(model: TransformerDecoder, ids: torch.Tensor) -> np.ndarray:
         weights.append(scores.masked_fill(future, -math.inf).softmax(-1)[0].cpu())
 
     for layer in model.layers:
-        hooks.append(layer.self_attn.register_forward_pre_hook(record))
+        hooks.append(cast(DecoderLayer, layer).self_attn.register_forward_pre_hook(record))
     try:
         model(ids)
     finally:
