@@ -13,6 +13,7 @@ from dataclasses import fields
 
 from checkpoint.reader import Checkpoint
 from common import cli
+from common.errors import UserError
 from data.config import DataConfig
 from data.dataset import prepare
 from data.prompt_format import end_id, prompt_ids
@@ -35,6 +36,8 @@ def prompts_of(checkpoint: Checkpoint, tokenizer, count: int) -> list[list[int]]
     settings = {k: v for k, v in checkpoint.config["data"].items() if k in known}
     dataset = prepare(DataConfig(**settings), lambda line: None, tokenizer)
     split, found = dataset.val or dataset.train, []
+    if split.starts is None:
+        raise UserError(f"{checkpoint.path}: a run of one long text; give a run of lines or pairs")
     for number in range(len(split.starts) - 1):
         start = int(split.starts[number])
         document = split.ids[start : int(split.starts[number + 1])].tolist()

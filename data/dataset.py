@@ -61,9 +61,7 @@ def prepare(config: DataConfig, report: Report = print, tokenizer=None) -> Datas
         cache.mkdir(parents=True, exist_ok=True)
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         reason = getattr(error, "strerror", None) or error
-        raise UserError(
-            f"{cache}: {reason}: set data.cache_dir to a folder that can be written"
-        ) from None
+        raise UserError(f"{cache}: {reason}; set data.cache_dir to a writable folder") from None
     source = open_source(config, report, cache)
     settings = {
         "format": FORMAT,
@@ -96,7 +94,10 @@ def built_at(folder: Path) -> Iterator[Path]:
     except BrokenPipeError:
         raise  # of what is reported, not of what is written
     except OSError as error:
-        raise UserError(f"{folder}: {error.strerror or error}: nothing was kept") from None
+        raise UserError(
+            f"{folder}: {error.strerror or error} (nothing was kept); free some disk space, or set "
+            "data.cache_dir to another folder"
+        ) from None
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
 
@@ -153,7 +154,7 @@ def check_not_empty(splits: dict, config: DataConfig, source: Source):
             what = "data.val_path" if source.val and name == "val" else "data.path"
             raise UserError(
                 f"{what}: {source.name} leaves no text for the {name} split with "
-                f"data.val_fraction = {config.val_fraction}: give more text"
+                f"data.val_fraction = {config.val_fraction}; give more text"
                 + (", or set data.val_fraction = 0 for no validation" if name == "val" else "")
             )
 
@@ -225,7 +226,9 @@ def hold_out(by_share: dict[float, tuple[str, str]]) -> list[dict]:
 def make_tokenizer(config: DataConfig, source: Source, readers: dict | None, report: Report):
     """Characters of the whole source, or a SentencePiece model of its training part."""
     if config.tokenizer in ("bpe", "unigram"):
-        report(f"tokenizer: training SentencePiece {config.tokenizer} of {config.vocab_size:,}")
+        report(
+            f"tokenizer: training SentencePiece {config.tokenizer}, {config.vocab_size:,} tokens"
+        )
         if readers:
             texts = readers["train"]()
         else:
@@ -237,7 +240,7 @@ def make_tokenizer(config: DataConfig, source: Source, readers: dict | None, rep
     for document in chain.from_iterable(readers):
         characters.update(*((document,) if isinstance(document, str) else document))
     tokenizer = CharTokenizer(characters, config.tokenizer)
-    report(f"tokenizer: {tokenizer.vocab_size:,} characters and special tokens")
+    report(f"tokenizer: {tokenizer.vocab_size:,} tokens (characters and special tokens)")
     return tokenizer
 
 
@@ -258,8 +261,8 @@ def open_dataset(folder: Path, tokenizer_given: bool = False) -> Dataset:
         check_files(folder, manifest["files"])
         if tokenizer.vocab_size != vocab_size:
             raise UserError(
-                f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, "
-                f"the manifest {vocab_size}"
+                f"{folder}: its tokenizer has {tokenizer.vocab_size} tokens, but manifest.json says "
+                f"{vocab_size}"
             )
         return Dataset(
             manifest["name"],
@@ -272,11 +275,11 @@ def open_dataset(folder: Path, tokenizer_given: bool = False) -> Dataset:
             manifest["held_out"],
         )
     except UserError as error:
-        raise UserError(f"{error}; remove {folder} and it is prepared again") from None
+        raise UserError(f"{error}; remove {folder} and it will be prepared again") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"{folder}: not a prepared data set ({type(error).__name__}: {error}); "
-            "remove it and it is prepared again"
+            "remove it and it will be prepared again"
         ) from None
 
 
@@ -291,11 +294,11 @@ def check_manifest(manifest: dict):
         and are_pairs(manifest["held_out"])
         and all(type(count) is int for count in [manifest["vocab_size"], *counts])
     ):
-        raise ValueError("its manifest has another form")
+        raise ValueError("a field of manifest.json is missing or of the wrong type")
 
 
 def check_files(folder: Path, hashes: dict[str, str]):
     """Raises UserError naming the first file that is not as it was written."""
     for name, digest in hashes.items():
         if Path(name).name != name or hash_file(folder / name) != digest:
-            raise UserError(f"{folder / name}: its sha256 is not the one in manifest.json")
+            raise UserError(f"{folder / name}: damaged (its sha256 is not that of manifest.json)")
