@@ -261,8 +261,8 @@ def open_dataset(folder: Path, tokenizer_given: bool = False) -> Dataset:
         check_files(folder, manifest["files"])
         if tokenizer.vocab_size != vocab_size:
             raise UserError(
-                f"{folder}: its tokenizer has {tokenizer.vocab_size} tokens, but manifest.json says "
-                f"{vocab_size}"
+                f"{folder}: its tokenizer has {tokenizer.vocab_size} tokens, but manifest.json "
+                f"says {vocab_size}"
             )
         return Dataset(
             manifest["name"],

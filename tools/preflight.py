@@ -109,9 +109,8 @@ def show_data(state) -> Remarks:
     spare = (
         f"the training data uses {used:,} of {vocabulary:,} tokens; data.vocab_size can be lower"
     )
-    whole = (
-        f"train.batch_size = {config.train.batch_size} is more than all {examples.count} examples"
-    )
+    size = config.train.batch_size
+    whole = f"train.batch_size = {size} is more than all {examples.count} examples"
     return [
         ("wrong", dropped > 0.2, f"{too_long}; raise model.max_len"),
         ("note", padding > 0.2, f"{padding:.0%} of the tokens computed are padding"),
@@ -145,14 +144,14 @@ def show_learning_rate(state) -> Remarks:
     for line in plot(config, steps, horizon):
         log(f"  {line}")
     row("peak", ", ".join(f"{peak:g}" for peak in peaks.values()), " and ".join(peaks))
-    unrisen = f"optimizer.warmup_steps = {config.warmup_steps:,}, but the run has {steps:,} steps; lower it"
+    unrisen = f"optimizer.warmup_steps = {config.warmup_steps:,}, but the run has {steps:,} steps"
     stopped = horizon < steps and lr_factor(config, steps - 1, horizon) == 0
     return [
         *(
             ("wrong", not peak, f"optimizer.{key} = 0 trains nothing")
             for key, peak in peaks.items()
         ),
-        ("wrong", config.warmup_steps >= steps, unrisen),
+        ("wrong", config.warmup_steps >= steps, f"{unrisen}; lower it"),
         (
             "wrong",
             stopped,

@@ -122,8 +122,8 @@ def make_spec(arguments: Arguments, found, weights, log) -> RunSpec | None:
     folder, checkpoint, forks = found
     if arguments.name and not forks and arguments.name != folder.name:
         raise UserError(
-            f"--name {arguments.name}: --resume continues {folder} under its name; leave --name out, or "
-            "start a new run with --init_from"
+            f"--name {arguments.name}: --resume continues {folder} under its name; leave --name "
+            "out, or start a new run with --init_from"
         )
     stored = stored_config(checkpoint)
     config = keep_resolved(stored, config)

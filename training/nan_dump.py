@@ -72,8 +72,8 @@ def explain_stop(
     except (OSError, MemoryError) as failure:
         where = f"no NaN dump could be written: {failure}"
     return (
-        f"{reason}: stopped before the update; {where}; lower optimizer.lr or use --precision fp32, and "
-        "--resume from the last checkpoint"
+        f"{reason}: stopped before the update; {where}; lower optimizer.lr or use --precision "
+        "fp32, and --resume from the last checkpoint"
     )
 
 
