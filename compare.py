@@ -46,12 +46,12 @@ Engine = Literal["unfused", "python", "numpy", "torch", "compiled", "cuda", "ran
 
 @dataclass(frozen=True)
 class Data:
-    """The text, in place of the configuration's."""
+    """Text to train on instead of the configuration's."""
 
     path: str = ""
-    """Your own .txt, .jsonl or folder."""
+    """Your own .txt or .jsonl file, or folder with train.nl, train.cm."""
     source: Literal["", "stdlib", "stdlib_words", "names", "tinyshakespeare", "nl2bash"] = ""
-    """A source by name."""
+    """A built-in source."""
 
 
 @dataclass(frozen=True)
@@ -59,23 +59,22 @@ class Arguments:
     """The command line."""
 
     engines: tuple[Engine, ...] = ()
-    """Which take part; random and stack are controls with wrong gradients. Default: all that suit
-    the size of the model."""
+    """Engines to compare; random, stack: wrong gradients as controls. Default: by model size."""
     steps: int = 0
-    """Optimizer steps; 0: 1,000 of microGPT and 100 of mini.toml, or 200 of another --config."""
+    """Optimizer steps; 0: 1,000 with microgpt.toml and 100 with mini.toml, 200 with --config."""
     config: str = ""
-    """A TOML file to compare in place of the two."""
+    """A TOML file to use instead of configs/microgpt.toml and mini.toml."""
     precision: Literal["auto", "fp32", "fp64"] = "auto"
-    """Plain Python always computes in fp64. auto: fp64 where it takes part, else fp32."""
+    """auto: fp64 if plain Python (always fp64) takes part, else fp32."""
     data: Data = field(default_factory=Data)
     name: str = ""
-    """Of the folder in runs_dir; empty: compare- and the time."""
+    """Name of the report's folder in runs_dir; empty: compare- and the time."""
     runs_dir: str = "runs"
-    """Where the report goes."""
+    """Folder for the report's folder."""
 
     def __post_init__(self):
         if self.steps < 0:
-            raise UserError(f"steps = {self.steps} must be 0 (as many as suit) or more")
+            raise UserError(f"steps = {self.steps} must be 0 (default number) or more")
         if self.name:
             check_run_name(self.name)
 
@@ -102,7 +101,7 @@ def main() -> int:
         if not arguments.config:
             measure_sizes(arguments.engines, measured)
     except KeyboardInterrupt:
-        print("stopped: the report has what was finished", file=sys.stderr)
+        print("stopped: the report has what had finished", file=sys.stderr)
         status = 130
     finally:  # whatever happened, what was measured is not lost
         signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -120,7 +119,7 @@ def new_folder(arguments: Arguments) -> Path:
     name = arguments.name or time.strftime("compare-%Y%m%d-%H%M%S")
     folder = Path(arguments.runs_dir) / name
     if folder.exists():
-        raise UserError(f"--name {name}: {folder} exists already; choose another")
+        raise UserError(f"--name {name}: {folder} exists already; choose another name")
     return folder
 
 
@@ -243,13 +242,15 @@ def finish(folder: Path, parts: list[Part], measured: list[dict]):
     try:
         plots.draw(folder, parts)
     except ImportError:
-        print("no plots: matplotlib is missing; pip install -e '.[report]'", file=sys.stderr)
+        print(
+            "no plots: matplotlib is not installed; run pip install -e '.[report]'", file=sys.stderr
+        )
     except Exception as error:  # the report is worth more than its pictures
         print(f"no plots: {error}", file=sys.stderr)
     try:
         tensorboard.write(folder, parts)
     except Exception as error:
-        print(f"nothing for TensorBoard: {error}", file=sys.stderr)
+        print(f"no TensorBoard files: {error}", file=sys.stderr)
     report.write(folder, parts, measured)
     with contextlib.suppress(BrokenPipeError):
         print("\n" + report.terminal(parts))

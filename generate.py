@@ -1,4 +1,4 @@
-"""Writes text with a trained model.
+"""Generates text with a trained model.
 
 python generate.py                                     the newest run: freely, or after prompts that
                                                        training never saw
@@ -34,7 +34,7 @@ from generation.streaming import StreamedText
 from model import engines
 from model.config import ModelConfig, read_model_config
 
-DESCRIPTION = "Writes text with a trained model: after prompts, or freely without any."
+DESCRIPTION = "Generates text with a trained model, with or without prompts."
 ROWS = 32  # texts written at a time by torch; the memory for their caches grows with it
 MAX_PROMPTS = 1 << 26  # bytes of a file of prompts
 FREE_LINES, FREE_PAIRS = 10, 3  # how many are written without a prompt
@@ -46,43 +46,45 @@ class Arguments:
     """The command line."""
 
     checkpoint: str = ""
-    """A run (its best step, else its newest) or one step's folder; empty: the newest run."""
+    """Folder of a run (its best checkpoint, else the newest) or checkpoint; empty: newest run."""
     prompt: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """Text to go on with, "" too; if it begins with a dash: --prompt=-x."""
+    """Text to continue; "" is allowed; one that starts with a dash: --prompt=-x."""
     prompt_file: str = ""
     """A UTF-8 file with a prompt on each line."""
     interactive: bool = False
     """Ask for prompts until Ctrl-D (Windows: Ctrl-Z, Enter) or Ctrl-C."""
     num_samples: int = 0
-    """Texts for each prompt; 0: one, or ten free lines."""
+    """Texts per prompt; 0: one (without a prompt, ten if the run was trained on lines)."""
     stop: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """End before this string."""
+    """End a text before this string."""
     sampling: Annotated[Sampling, tyro.conf.OmitArgPrefixes] = field(default_factory=Sampling)
     seed: int = 1337
     """The same seed, prompt and settings give the same text."""
     engine: engines.Engine = "torch"
-    """Greedy text is the same with each; any text in fp64."""
+    """PyTorch, NumPy or plain Python; all generate the same text (sampled: with fp64)."""
     device: str = "auto"
-    """auto (cuda, else mps, else cpu), cpu, cuda, cuda:1, mps; for torch."""
+    """For torch: auto (cuda, else mps, else cpu), cpu, cuda, cuda:1, mps."""
     precision: Literal["fp32", "bf16", "fp64"] = "fp32"
-    """Of weights and products; in fp64 a text is the same in any batch. python: always fp64."""
+    """Of all computing; fp64 gives the same text in any batch and engine. python: always fp64."""
     explain: bool = False
-    """A line a token: probability (green: 50 %, yellow: 10 %), rank, bits, tokens removed."""
+    """Print a table of all tokens: probability, rank, entropy in bits, what top_k, top_p remove."""
     json: bool = False
-    """One JSON object a line: prompt, sample, text, tokens, stop (end, stop, length), seed."""
+    """One JSON object per text: prompt, sample, text, tokens, stop (end, stop, length), seed."""
     runs_dir: str = "runs"
-    """Where the newest run is looked for."""
+    """Folder of the runs, among which the newest is looked for."""
 
     def __post_init__(self):
         wrong = []
         if not 0 <= self.num_samples <= MAX_NEW_TOKENS:
             wrong.append(
-                f"num_samples = {self.num_samples} must be 0 (as many as suit) to {MAX_NEW_TOKENS}"
+                f"num_samples = {self.num_samples} must be 0 (default number) to {MAX_NEW_TOKENS}"
             )
         if "" in self.stop:
-            wrong.append("stop: an empty string would end every text before it begins")
+            wrong.append(
+                "--stop: an empty string would end every text at once; give one character or more"
+            )
         if self.interactive and (self.prompt or self.prompt_file):
-            wrong.append("interactive asks for prompts: leave prompt and prompt_file out")
+            wrong.append("--interactive asks for prompts; leave --prompt and --prompt_file out")
         if wrong:
             raise UserError("; ".join(wrong))
 
@@ -133,12 +135,16 @@ def read_prompts(path: str) -> list[str]:
         with open(path, "rb") as file:
             content = file.read(MAX_PROMPTS + 1)  # /dev/zero has no end
         if len(content) > MAX_PROMPTS:
-            raise UserError(f"--prompt_file {path}: more than {MAX_PROMPTS} bytes: split it")
+            raise UserError(f"--prompt_file {path}: more than {MAX_PROMPTS} bytes; split it")
         text = content.decode("utf-8-sig")
     except OSError as error:
-        raise UserError(f"--prompt_file {path}: {error.strerror}") from None
+        raise UserError(
+            f"--prompt_file {path}: {error.strerror}; give a text file with a prompt on each line"
+        ) from None
     except UnicodeDecodeError as error:
-        raise UserError(f"--prompt_file {path}: not UTF-8 (byte {error.start})") from None
+        raise UserError(
+            f"--prompt_file {path}: not UTF-8 (byte {error.start}); save it as UTF-8"
+        ) from None
     lines = text.replace("\r\n", "\n").removesuffix("\n").split("\n")
     if lines == [""]:
         raise UserError(f"--prompt_file {path}: is empty; write a prompt on each line")
@@ -201,7 +207,7 @@ def plan(source: Source, prompts: list[str], num_samples: int) -> list[Job]:
     elif source.kind == "pairs":
         pairs = [(pair["prompt"], pair["completion"]) for pair in source.held_out[:FREE_PAIRS]]
         if not pairs:
-            raise UserError("this checkpoint has no held-out prompts to show: give a --prompt")
+            raise UserError("this checkpoint has no held-out prompts; give a --prompt")
     else:
         pairs = [("", "")]
         num_samples = num_samples or (FREE_LINES if source.kind == "lines" else 1)

@@ -85,7 +85,7 @@ def train(spec: "RunSpec") -> int:
         if not stop.signal:
             recorder.finish(checkpointer)
     if checkpointer.failure:
-        fix = "make room, and --resume continues from the last one"
+        fix = "free some disk space, then continue from the last checkpoint with --resume"
         print(f"train.py: {checkpointer.failure}; {fix}", file=sys.stderr)
         return 1
     return 128 + stop.signal if stop.signal else 0

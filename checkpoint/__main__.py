@@ -1,4 +1,4 @@
-"""Looks through checkpoints, without torch.
+"""Verifies and lists checkpoints, without torch.
 
 python -m checkpoint verify PATH    what is whole of a step, a run or a NaN dump
 python -m checkpoint list RUN       its steps: when, how large, validation loss
@@ -26,11 +26,13 @@ def verify(path: Path) -> bool:
     if (path / "checkpoints").is_dir():
         steps = [*list_steps(path), *sorted(path.glob(NAN_DUMPS))]
         if not steps:
-            raise CheckpointError(f"{path}: has no checkpoint yet")
+            raise CheckpointError(
+                f"{path}: has no checkpoint yet; wait until train.py has saved one"
+            )
     whole = [verify_step(step) for step in steps]
     best = path / "checkpoints" / "best.json"
     if best.exists() and read_best(path) is None:
-        print(f"damaged  {best}: a resume writes it again")
+        print(f"damaged  {best}: the next --resume rewrites it")
         return False
     return all(whole)
 
@@ -40,14 +42,14 @@ def verify_step(path: Path) -> bool:
     try:
         checkpoint = Checkpoint(path)
     except CheckpointError as error:
-        print(f"damaged  {error}")
+        print(f"damaged  {error.problem}")
         return False
     wrong = []
     for name in checkpoint.manifest["files"]:
         try:
             checkpoint.read(name)
         except CheckpointError as error:
-            wrong.append(str(error))
+            wrong.append(error.problem)
     if not wrong:
         print(f"whole    {path}: {len(checkpoint.manifest['files'])} files, {megabytes(path)}")
     for text in wrong:
@@ -58,7 +60,9 @@ def verify_step(path: Path) -> bool:
 def print_steps(run: Path):
     """Prints the steps of a run: when each was saved, its size, its validation loss."""
     if not (run / "checkpoints").is_dir():
-        raise CheckpointError(f"{run}: is no run: it has no folder of checkpoints")
+        raise CheckpointError(
+            f"{run}: not a run (no checkpoints folder); give a folder such as runs/NAME"
+        )
     records = read_records(run / "metrics.jsonl")
     losses = {r["step"]: r["loss/val"] for r in records if "loss/val" in r}
     best = read_best(run)
@@ -77,15 +81,17 @@ def megabytes(path: Path) -> str:
 
 
 def main() -> int:
-    parser = cli.Parser(prog="python -m checkpoint", description="Looks through checkpoints.")
+    parser = cli.Parser(prog="python -m checkpoint", description="Verifies and lists checkpoints.")
     commands = parser.add_subparsers(dest="command", required=True)
-    verifying = commands.add_parser("verify", help="compare every file with its hash")
-    verifying.add_argument("path", type=Path, help="a step's folder, or a run's for all its steps")
-    listing = commands.add_parser("list", help="the steps of a run")
-    listing.add_argument("path", type=Path, metavar="run", help="a run's folder")
+    verifying = commands.add_parser("verify", help="compare every file with its sha256")
+    verifying.add_argument("path", type=Path, help="folder of a checkpoint, NaN dump or run")
+    listing = commands.add_parser("list", help="list the checkpoints of a run")
+    listing.add_argument("path", type=Path, metavar="run", help="folder of a run")
     options = parser.parse_args()
     if not options.path.is_dir():
-        raise CheckpointError(f"{options.path}: no such run or checkpoint")
+        raise CheckpointError(
+            f"{options.path}: no such run or checkpoint; give a folder such as runs/NAME"
+        )
     if options.command == "verify":
         return int(not verify(options.path))
     print_steps(options.path)

@@ -27,10 +27,16 @@ NAN_DUMPS = "nonfinite_step_*"  # folders of a run beside its checkpoints
 NAN_DUMP_BATCH = "batch.safetensors"  # the file that a NaN dump has and no checkpoint
 NAME = re.compile(r"[\w-][\w.-]*", re.ASCII)  # of a file in a checkpoint
 STEP = re.compile(r"step_(\d{8,})")
+FIX = "; use another checkpoint"  # as most messages end
 
 
 class CheckpointError(UserError):
     """A checkpoint that is missing, incomplete, damaged or of another format."""
+
+    @property
+    def problem(self) -> str:
+        """What is wrong, without what to do about it."""
+        return str(self).removesuffix(FIX)
 
 
 class Checkpoint:
@@ -55,7 +61,10 @@ class Checkpoint:
         """The whole resolved configuration of the run, as `config.json` holds it."""
         config = self.json("config.json")
         if not all(isinstance(config.get(part), dict) for part in ("model", "data")):
-            raise CheckpointError(f"{self.path / 'config.json'}: has no model or no data in it")
+            raise CheckpointError(
+                f"{self.path / 'config.json'}: has no [model] or no [data] settings; "
+                "use another checkpoint"
+            )
         return config
 
     @cached_property
@@ -63,38 +72,49 @@ class Checkpoint:
         """Step, tokens seen, best validation loss, scaler, hashes, versions."""
         state = self.json("state.json")
         if type(state.get("step")) is not int or state["step"] < 0:
-            raise CheckpointError(f"{self.path / 'state.json'}: has no step in it")
+            raise CheckpointError(
+                f"{self.path / 'state.json'}: step: must be an integer of at least 0 "
+                f"(found {state.get('step')!r:.40}); use another checkpoint"
+            )
+        numbers = ("tokens", "skipped", "best_step")
         known = {
-            "held_out": are_pairs(state.get("held_out", [])),
-            "scaler": isinstance(state.get("scaler", {}), dict),
-            "best_val_loss": isinstance(state.get("best_val_loss"), float | int | None),
-            **{n: type(state.get(n, 0)) is int for n in ("tokens", "skipped", "best_step")},
+            "held_out": (are_pairs(state.get("held_out", [])), "a list of prompts and completions"),
+            "scaler": (isinstance(state.get("scaler", {}), dict), "an object"),
+            "best_val_loss": (
+                isinstance(state.get("best_val_loss"), float | int | None),
+                "a number or null",
+            ),
+            **{n: (type(state.get(n, 0)) is int, "an integer") for n in numbers},
         }
-        for name, right in known.items():
+        for name, (right, expected) in known.items():
             if not right:
-                raise CheckpointError(f"{self.path / 'state.json'}: {name} is of another form")
+                raise CheckpointError(
+                    f"{self.path / 'state.json'}: {name}: must be {expected} "
+                    f"(found {state[name]!r:.40}); use another checkpoint"
+                )
         return state
 
     def read(self, name: str) -> bytes:
         """The verified bytes of one file. Raises CheckpointError."""
         entry = self.manifest["files"].get(name)
         if entry is None:
-            raise CheckpointError(f"{self.path}: {name} is not part of this checkpoint")
+            raise CheckpointError(
+                f"{self.path}: {name} is not part of this checkpoint; use another checkpoint"
+            )
         file = self.path / name
         try:
             size = file.stat().st_size
             if size != entry["bytes"] or not file.is_file():  # a device may never end
                 raise CheckpointError(
-                    f"{file}: {size} bytes where {MANIFEST} says {entry['bytes']}: "
+                    f"{file}: damaged ({size} bytes, but {MANIFEST} says {entry['bytes']}); "
                     "use another checkpoint"
                 )
             content = file.read_bytes()
         except OSError as error:
-            raise CheckpointError(f"{file}: {error.strerror}") from None
+            raise CheckpointError(f"{file}: {error.strerror}; use another checkpoint") from None
         if hashlib.sha256(content).hexdigest() != entry["sha256"]:
             raise CheckpointError(
-                f"{file}: its sha256 is not the one in {MANIFEST}, so it is damaged: "
-                "use another checkpoint"
+                f"{file}: damaged (its sha256 is not the one in {MANIFEST}); use another checkpoint"
             )
         return content
 
@@ -105,7 +125,9 @@ class Checkpoint:
         except (ValueError, RecursionError):
             content = None
         if not isinstance(content, dict):
-            raise CheckpointError(f"{self.path / name}: is not the JSON object it should be")
+            raise CheckpointError(
+                f"{self.path / name}: must hold a JSON object, but does not; use another checkpoint"
+            )
         return content
 
     def tensors(self, name: str) -> dict:
@@ -117,7 +139,9 @@ class Checkpoint:
         try:
             return load(content)
         except (SafetensorError, ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(f"{self.path / name}: not a safetensors file: {error}") from None
+            raise CheckpointError(
+                f"{self.path / name}: not a safetensors file: {error}; use another checkpoint"
+            ) from None
 
     def lists(self, name: str) -> dict:
         """The same as nested lists of Python numbers, with the standard library alone."""
@@ -127,7 +151,9 @@ class Checkpoint:
         try:
             return {key: tensor.tolist() for key, tensor in read(content).items()}
         except ValueError as error:
-            raise CheckpointError(f"{self.path / name}: not a safetensors file: {error}") from None
+            raise CheckpointError(
+                f"{self.path / name}: not a safetensors file: {error}; use another checkpoint"
+            ) from None
 
     def verify(self, without: tuple[str, ...] = ()) -> "Checkpoint":
         """Reads every file but `without`; raises CheckpointError at the first that is not whole."""
@@ -140,11 +166,13 @@ class Checkpoint:
     def find(cls, path: Path | str, log: Callable[[str], object] = print) -> "Checkpoint":
         """The checkpoint at `path`: a step's directory, or a run's best step, else its newest.
 
-        The optimizer's state is not read. `log` gets a line for each one that is passed over.
+        The optimizer's state is not read. `log` gets a line for each one that is skipped.
         """
         path = Path(path)
         if not path.exists():
-            raise CheckpointError(f"{path}: no such checkpoint or run; see what `runs` holds")
+            raise CheckpointError(
+                f"{path}: no such checkpoint or run; give a folder such as runs/NAME"
+            )
         if (path / MANIFEST).exists() or not (path / "checkpoints").is_dir():
             return cls(path)
         best, steps = read_best(path), list_steps(path)
@@ -153,19 +181,27 @@ class Checkpoint:
             try:
                 return cls(candidate).verify(without=("optimizer.safetensors",))
             except CheckpointError as error:
-                log(f"passed over: {error}")
+                log(f"skipped: {error.problem}")
         if list_steps(path)[-1:] != steps[-1:]:  # training has published another meanwhile
             return cls.find(path, log)
-        raise CheckpointError(f"{path}: no complete checkpoint in this run yet")
+        raise CheckpointError(
+            f"{path}: no complete checkpoint in this run yet; wait until train.py saves one"
+        )
 
 
 def check_fit(own: dict, arrays: dict):
     """Raises UserError unless both have the same names, and the same shape under each."""
-    wrong = sorted(own.keys() ^ arrays.keys()) or sorted(
-        name for name in own if tuple(own[name].shape) != tuple(arrays[name].shape)
-    )
+    wrong = [f"{name} is missing" for name in sorted(own.keys() - arrays.keys())]
+    wrong += [f"the model has no {name}" for name in sorted(arrays.keys() - own.keys())]
+    for name in sorted(own.keys() & arrays.keys()):
+        shape, needed = tuple(arrays[name].shape), tuple(own[name].shape)
+        if shape != needed:
+            wrong.append(f"{name} has shape {shape}, the model needs {needed}")
     if wrong:
-        raise UserError(f"the weights are of another model: {', '.join(wrong[:3])} do not fit")
+        raise UserError(
+            f"model.safetensors: {', '.join(wrong[:3])}; use weights of a model with the same "
+            "config.json"
+        )
 
 
 def read_manifest(path: Path) -> dict:
@@ -179,20 +215,27 @@ def read_manifest(path: Path) -> dict:
             for name, entry in manifest["files"].items()
         }
     except FileNotFoundError:
-        raise CheckpointError(f"{file}: no such file, so this is no complete checkpoint") from None
+        raise CheckpointError(
+            f"{file}: no such file, so this is not a complete checkpoint; give the folder of a run "
+            "or of one of its checkpoints"
+        ) from None
     except OSError as error:
-        raise CheckpointError(f"{file}: {error.strerror}") from None
+        raise CheckpointError(f"{file}: {error.strerror}; use another checkpoint") from None
     except (KeyError, TypeError, AttributeError, OverflowError):
-        raise CheckpointError(f"{file}: is not a checkpoint's manifest") from None
+        raise CheckpointError(
+            f"{file}: not the manifest of a checkpoint; use another checkpoint"
+        ) from None
     except ValueError as error:
-        raise CheckpointError(f"{file}: {error}") from None
+        raise CheckpointError(f"{file}: {error}; use another checkpoint") from None
     if version != FORMAT:
         raise CheckpointError(
-            f"{file}: format {version!r}, but this version reads format {FORMAT}: "
+            f"{file}: format {version!r}, but this version reads format {FORMAT}; "
             "use the version that wrote it"
         )
     if not all(NAME.fullmatch(name) for name in files):
-        raise CheckpointError(f"{file}: names a file outside the checkpoint")
+        raise CheckpointError(
+            f"{file}: lists a file outside the checkpoint; use another checkpoint"
+        )
     return {**manifest, "files": files}
 
 

@@ -93,10 +93,10 @@ def prune(run: Path, keep: int):
 
 
 def newest_complete(run: Path, log: Callable[[str], object] = print) -> Checkpoint:
-    """The newest checkpoint of a run that verifies; says which ones it passes over."""
+    """The newest checkpoint of a run that verifies; says which ones it skips."""
     for path in reversed(list_steps(run)):
         try:
             return Checkpoint(path).verify()
         except CheckpointError as error:
-            log(f"passed over: {error}")
-    raise CheckpointError(f"{run}: no complete checkpoint to resume from: start a new run")
+            log(f"skipped: {error.problem}")
+    raise CheckpointError(f"{run}: no complete checkpoint to resume from; start a new run")

@@ -16,6 +16,9 @@ from common.signals import handle_interrupts
 
 ANSI = re.compile("\x1b\\[[0-9;]*m")
 CONTROL = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f]")  # all but tab and newline
+# how tyro calls a part of the settings, and what it says of flags
+PART = re.compile(r"Error parsing (?:Arguments|sampling|settings)?\.?(\w*): ")
+CHOICE = re.compile(r"[Ii]nvalid choice '(.*)' for argument '(.*)'\. Expected one of \((.*)\)\.")
 T = TypeVar("T")
 
 
@@ -46,9 +49,16 @@ def unboxed(box: str) -> str:
     box = ANSI.sub("", box)
     lines = [line.strip("│ ") for line in box.splitlines() if line.startswith("│")]
     rules = [i for i, line in enumerate(lines) if line.startswith("──")] or [len(lines)]
-    text = " ".join(lines[: rules[0]]).removeprefix("Error parsing ")
-    if near := [line for line in lines[rules[0] + 1 :] if line.startswith("--")]:
+    text = " ".join(lines[: rules[0]])
+    if part := PART.match(text):  # our own checks name fields, and the user gave flags
+        table = f"{part[1]}." if part[1] else ""
+        text = re.sub(r"(^|; )([\w.]+ = )", rf"\1--{table}\2", text[part.end() :])
+    text = CHOICE.sub(r"\2 \1: must be one of \3", text.removeprefix("Error parsing "))
+    near = [line for line in lines[rules[0] + 1 :] if line.startswith("--")]
+    if near:
         text += f"; see {near[0]}"
+    elif text.startswith("Unrecognized options"):
+        text += "; see --help"
     return text or " ".join(box.split())
 
 
@@ -93,14 +103,14 @@ def explain_error(error: BaseException) -> str:
     first = (str(error).splitlines() or [""])[0][:150]
     if is_out_of_memory(error):
         return (
-            "out of memory: lower train.batch_size, raise train.accumulation_steps, "
-            f"or choose a smaller model ({first})"
+            f"out of memory ({first}); use a smaller model; when training, lower "
+            "train.batch_size or raise train.accumulation_steps"
         )
     if isinstance(error, OSError):  # a full disk, a path that cannot be
         where = f"{error.filename}: " if error.filename else ""
         full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         what = error.strerror or first or type(error).__name__
-        return f"{where}{what}" + (": make room and try again" if full else "")
+        return f"{where}{what}" + ("; free some disk space and try again" if full else "")
     return ""
 
 

@@ -89,7 +89,7 @@ def choose_precision(name: str, device: torch.device) -> tuple[Precision, str]:
     if device.type == "mps" and name == "fp64":
         raise UserError("--precision fp64: mps has no float64; use --device cpu")
     if name != "auto":
-        return PRECISIONS[name], "as asked"
+        return PRECISIONS[name], "as requested"
     if device.type == "cuda":
         if torch.cuda.is_bf16_supported(including_emulation=False):
             return PRECISIONS["bf16"], "auto: this GPU has bf16"

@@ -22,6 +22,7 @@ def at_least(config: object, least: int, *names: str) -> list[str]:
     """What is wrong with the fields `names` of a dataclass: those below `least`, and NaN."""
     return [
         f"{name} = {getattr(config, name)} must be at least {least}"
+        + ("" if math.isfinite(getattr(config, name)) else " and finite")
         for name in names
         if not least <= getattr(config, name) < math.inf
     ]

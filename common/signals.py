@@ -81,4 +81,5 @@ class StopRequest:
         self.signal = number
         # print() could be interrupted inside itself and refuse to be entered again
         with contextlib.suppress(OSError):  # a reader that the same Ctrl-C has ended
-            os.write(sys.stderr.fileno(), b"\nstopping: saving after this step (again: quit)\n")
+            text = b"\nstopping: saving after this step (a second Ctrl-C quits at once)\n"
+            os.write(sys.stderr.fileno(), text)

@@ -38,7 +38,7 @@ def prompts_of(checkpoint: Checkpoint, tokenizer: Tokenizer, count: int) -> list
     split, found = dataset.val or dataset.train, []
     starts, lengths = split.starts, split.prompts
     if starts is None or lengths is None:
-        raise UserError(f"{checkpoint.path}: is of a stream: it has no prompts")
+        raise UserError(f"{checkpoint.path}: a run of one long text; give a run of lines or pairs")
     for number in range(len(starts) - 1):
         start = int(starts[number])
         document = split.ids[start : int(starts[number + 1])].tolist()

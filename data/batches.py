@@ -100,7 +100,7 @@ class Batches:
         if not examples.count:
             raise UserError(
                 f"data.path: nothing to train on: {examples.split.describe()}, and no example fits "
-                f"data.seq_len = {examples.seq_len}: give more text or another data.seq_len"
+                f"data.seq_len = {examples.seq_len}; give more text, or change data.seq_len"
             )
         self.examples, self.batch_size, self.seed = examples, batch_size, seed
         self.steps_per_epoch = math.ceil(examples.count / batch_size)

@@ -1,8 +1,8 @@
-"""The sources by name: two made from this Python's standard library, three downloaded once.
+"""Built-in sources: two made from this Python's standard library, three downloaded once.
 
 Either way they end up as files in the cache, which data/readers.py reads like anyone's own.
 
-    python -m data.builtin list            the sources by name
+    python -m data.builtin list            the built-in sources
     python -m data.builtin fetch NAME      prepare one beforehand; prints its files
 """
 
@@ -37,7 +37,7 @@ SKIPPED |= {"_vendor", "_bundled", "__pycache__"}
 
 NAMED: dict[str, tuple[Kind, str]] = {  # name: (kind, what it is)
     "stdlib": ("pairs", "docstring -> signature, from this Python's standard library"),
-    "stdlib_words": ("lines", "the words that this Python's standard library is made of"),
+    "stdlib_words": ("lines", "the words in the sources of this Python's standard library"),
     "names": ("lines", "32,033 first names"),
     "tinyshakespeare": ("stream", "1.1 million characters of Shakespeare's plays"),
     "nl2bash": ("pairs", "12,607 descriptions of a task -> its Bash command"),
@@ -98,7 +98,7 @@ def named_files(name: str, cache: Path, log: Callable[[str], object]) -> tuple[P
         return (_standard_library(name, cache, log),)
     except OSError as error:
         raise UserError(
-            f"cannot keep {name} in {cache} ({error}): set data.cache_dir to a folder you can write"
+            f"{cache}: cannot store {name} ({error}); set data.cache_dir to a writable folder"
         ) from None
 
 
@@ -128,7 +128,9 @@ def _standard_library(name: str, cache: Path, log: Callable[[str], object]) -> P
     started = time.monotonic()
     lines = extract(texts)
     if not lines:
-        raise UserError(f"data.source = {name}: {root} has no sources: give --data.path FILE")
+        raise UserError(
+            f"data.source = {name}: no Python files in {root}; give your own text with --data.path"
+        )
     _publish(path, lines)
     log(f"{name}: {len(lines):,} {NAMED[name][0]} in {time.monotonic() - started:.1f} s: {path}")
     return path
@@ -225,7 +227,7 @@ def download(
     except (OSError, ValueError, http.client.HTTPException) as error:
         reason = str(error).removeprefix("<urlopen error ").removesuffix(">") or repr(error)
         raise UserError(
-            f"{url}: {reason}: try again, fetch it by hand to {path}, or give --data.path FILE"
+            f"{url}: {reason}; try again, download it by hand to {path}, or give --data.path FILE"
         ) from None
 
 
@@ -288,8 +290,8 @@ def main() -> int:
     """`python -m data.builtin`."""
     parser = cli.Parser(prog="python -m data.builtin", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("list", help="the sources by name")
-    fetching = commands.add_parser("fetch", help="prepare one beforehand")
+    commands.add_parser("list", help="list the built-in sources")
+    fetching = commands.add_parser("fetch", help="prepare a source, and print its files")
     fetching.add_argument("name", choices=SOURCES)
     options = parser.parse_args()
     if options.command == "fetch":

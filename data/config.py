@@ -17,25 +17,25 @@ class DataConfig:
     """The text, the tokenizer and the split."""
 
     source: SourceName = "stdlib"
-    """A source by name: the stdlib ones are read from this Python, the others downloaded once."""
+    """Built-in source: stdlib* come from this Python's library, the others are downloaded once."""
     path: str = ""
-    """Your own .txt, .jsonl or folder of train.nl train.cm dev.nl dev.cm; wins over source."""
+    """Your own .txt or .jsonl file, or folder with train.nl, train.cm; overrides source."""
     val_path: str = ""
-    """A validation file of the same kind; without it the split is made by val_fraction."""
+    """A validation file of the same kind; empty: split off as val_fraction says."""
     kind: Literal["auto", "stream", "lines", "pairs"] = "auto"
-    """One long text, a document a line, or prompt and completion; auto: by the file's name."""
+    """stream: one long text; lines: a document a line; pairs: prompts and completions."""
     tokenizer: Literal["bpe", "unigram", "char", "char_bos"] = "bpe"
-    """SentencePiece BPE or unigram, characters, or microGPT's characters with one special token."""
+    """bpe, unigram: SentencePiece; char: characters; char_bos: with one special token."""
     tokenizer_path: str = ""
-    """A tokenizer of your own: a tokenizer.model or tokenizer.json, or the folder it is in."""
+    """Trained tokenizer to use: a tokenizer.model or tokenizer.json, or its folder."""
     vocab_size: int = 2048
-    """Size of a SentencePiece vocabulary; characters count themselves."""
+    """Vocabulary size of bpe and unigram; char and char_bos ignore it."""
     seq_len: int = 0
-    """Tokens in a training window, at most model.max_len; 0: as long as the model can hold."""
+    """Tokens in a training sequence, at most model.max_len; 0: model.max_len."""
     val_fraction: float = 0.1
-    """Share held out for validation where no validation file is given; 0: no validation."""
+    """Fraction held out for validation if there is no validation file; 0: no validation."""
     cache_dir: str = ""
-    """Where prepared data is kept; empty: data/cache in the clone."""
+    """Folder for prepared data; empty: data/cache in this repository."""
 
     def __post_init__(self):
         wrong = []

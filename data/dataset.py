@@ -65,9 +65,7 @@ def prepare(
         cache.mkdir(parents=True, exist_ok=True)
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         reason = getattr(error, "strerror", None) or error
-        raise UserError(
-            f"{cache}: {reason}: set data.cache_dir to a folder that can be written"
-        ) from None
+        raise UserError(f"{cache}: {reason}; set data.cache_dir to a writable folder") from None
     source = open_source(config, report, cache)
     settings = {
         "format": FORMAT,
@@ -100,7 +98,10 @@ def built_at(folder: Path) -> Generator[Path]:
     except BrokenPipeError:
         raise  # of what is reported, not of what is written
     except OSError as error:
-        raise UserError(f"{folder}: {error.strerror or error}: nothing was kept") from None
+        raise UserError(
+            f"{folder}: {error.strerror or error} (nothing was kept); free some disk space, or set "
+            "data.cache_dir to another folder"
+        ) from None
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
 
@@ -157,7 +158,7 @@ def check_not_empty(splits: dict, config: DataConfig, source: Source):
             what = "data.val_path" if source.val and name == "val" else "data.path"
             raise UserError(
                 f"{what}: {source.name} leaves no text for the {name} split with "
-                f"data.val_fraction = {config.val_fraction}: give more text"
+                f"data.val_fraction = {config.val_fraction}; give more text"
                 + (", or set data.val_fraction = 0 for no validation" if name == "val" else "")
             )
 
@@ -233,7 +234,9 @@ def make_tokenizer(
 ) -> Tokenizer:
     """Characters of the whole source, or a SentencePiece model of its training part."""
     if config.tokenizer in ("bpe", "unigram"):
-        report(f"tokenizer: training SentencePiece {config.tokenizer} of {config.vocab_size:,}")
+        report(
+            f"tokenizer: training SentencePiece {config.tokenizer}, {config.vocab_size:,} tokens"
+        )
         if readers:
             texts = readers["train"]()
         else:
@@ -247,7 +250,7 @@ def make_tokenizer(
     for document in chain.from_iterable(both):
         characters.update(*((document,) if isinstance(document, str) else document))
     tokenizer = CharTokenizer(characters, config.tokenizer)
-    report(f"tokenizer: {tokenizer.vocab_size:,} characters and special tokens")
+    report(f"tokenizer: {tokenizer.vocab_size:,} tokens (characters and special tokens)")
     return tokenizer
 
 
@@ -268,8 +271,8 @@ def open_dataset(folder: Path, tokenizer_given: bool = False) -> Dataset:
         check_files(folder, manifest["files"])
         if tokenizer.vocab_size != vocab_size:
             raise UserError(
-                f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, "
-                f"the manifest {vocab_size}"
+                f"{folder}: its tokenizer has {tokenizer.vocab_size} tokens, but manifest.json "
+                f"says {vocab_size}"
             )
         return Dataset(
             manifest["name"],
@@ -282,11 +285,11 @@ def open_dataset(folder: Path, tokenizer_given: bool = False) -> Dataset:
             manifest["held_out"],
         )
     except UserError as error:
-        raise UserError(f"{error}; remove {folder} and it is prepared again") from None
+        raise UserError(f"{error}; remove {folder} and it will be prepared again") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"{folder}: not a prepared data set ({type(error).__name__}: {error}); "
-            "remove it and it is prepared again"
+            "remove it and it will be prepared again"
         ) from None
 
 
@@ -301,11 +304,11 @@ def check_manifest(manifest: dict):
         and are_pairs(manifest["held_out"])
         and all(type(count) is int for count in [manifest["vocab_size"], *counts])
     ):
-        raise ValueError("its manifest has another form")
+        raise ValueError("a field of manifest.json is missing or of the wrong type")
 
 
 def check_files(folder: Path, hashes: dict[str, str]):
     """Raises UserError naming the first file that is not as it was written."""
     for name, digest in hashes.items():
         if Path(name).name != name or hash_file(folder / name) != digest:
-            raise UserError(f"{folder / name}: its sha256 is not the one in manifest.json")
+            raise UserError(f"{folder / name}: damaged (its sha256 is not that of manifest.json)")

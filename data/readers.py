@@ -23,8 +23,8 @@ Pair = tuple[str, str]  # (prompt, completion)
 
 VERSION = "1"  # goes into every fingerprint: raise it when the same bytes come to give other text
 CHUNK = 1 << 20  # bytes of a stream read at a time
-JSONL_HELP = 'each line is {"prompt": "...", "completion": "..."}'
-PAIRS_HELP = f"pairs come as a .jsonl file ({JSONL_HELP}) or a folder with train.nl and train.cm"
+JSONL_HELP = 'each line must be {"prompt": "...", "completion": "..."}'
+PAIRS_HELP = f"use a .jsonl file ({JSONL_HELP}) or a folder with train.nl and train.cm"
 
 
 @dataclass(frozen=True)
@@ -86,13 +86,13 @@ def _fingerprint(settings: str, files: tuple[Path, ...]) -> str:
 
 def _own_files(path: Path, key: str, split: str) -> tuple[Path, ...]:
     """One file, or the two that hold the pairs of a folder."""
-    files, fix = (path,), "mend the path"
+    files, fix = (path,), "fix the path"
     if os.path.isdir(path):
         files = (path / f"{split}.nl", path / f"{split}.cm")
-        fix = f"a folder needs {split}.nl and {split}.cm"
+        fix = f"a folder must have {split}.nl and {split}.cm"
     for file in files:
         if not os.path.isfile(file):
-            raise UserError(f"{key} = {path}: there is no file {file}: {fix}")
+            raise UserError(f"{key} = {path}: no such file {file}; {fix}")
     return files
 
 
@@ -103,21 +103,25 @@ def _holds_pairs(files: tuple[Path, ...]) -> bool:
 def _check(files: tuple[Path, ...], kind: str, where: str) -> None:
     """Refuse files that cannot be of this kind, cannot be opened or hold nothing."""
     if kind == "pairs" and not _holds_pairs(files):
-        raise UserError(f'{where} does not fit data.kind = "pairs": {PAIRS_HELP}')
+        raise UserError(f'{where}: not pairs, but data.kind = "pairs"; {PAIRS_HELP}')
     if kind != "pairs" and _holds_pairs(files):
-        raise UserError(f'{where} holds pairs: set data.kind = "pairs" or "auto", not "{kind}"')
+        raise UserError(
+            f'{where}: pairs, but data.kind = "{kind}"; set data.kind = "pairs" or "auto"'
+        )
     try:
         counts = [_count_lines(file) for file in files] if len(files) == 2 else [1]
         if len(set(counts)) > 1:
             raise UserError(
                 f"{where}: {files[0].name} has {counts[0]} lines but {files[1].name} has "
-                f"{counts[1]}: line i of one belongs to line i of the other"
+                f"{counts[1]}; make line i of one belong to line i of the other"
             )
         empty = next(_reader(files, kind)(), None) is None
     except OSError as error:
-        raise UserError(f"{where} cannot be read: {error.strerror}") from None
+        raise UserError(
+            f"{where}: cannot be read ({error.strerror}); give a file that can be read"
+        ) from None
     if empty:
-        raise UserError(f"{where} is empty: give a file with text in it")
+        raise UserError(f"{where}: the file is empty; give a file with text in it")
 
 
 # Readers ------------------------------------------------------------------------------------------
@@ -167,7 +171,7 @@ def _numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def _not_utf8(path: Path, offset: int) -> UserError:
-    return UserError(f"{path} is not UTF-8 at byte {offset}: save it again as UTF-8")
+    return UserError(f"{path}: not UTF-8 at byte {offset}; save it as UTF-8")
 
 
 def _read_lines(path: Path) -> Iterator[str]:
@@ -183,18 +187,18 @@ def _read_jsonl(path: Path) -> Iterator[Pair]:
         try:
             record = json.loads(line)
         except (ValueError, RecursionError):
-            raise UserError(f"{path}:{number}: this line is not JSON: {JSONL_HELP}") from None
+            raise UserError(f"{path}:{number}: this line is not JSON; {JSONL_HELP}") from None
         if not isinstance(record, dict):
-            raise UserError(f"{path}:{number}: this line is not a JSON object: {JSONL_HELP}")
+            raise UserError(f"{path}:{number}: this line is not a JSON object; {JSONL_HELP}")
         for key in ("prompt", "completion"):
             if key not in record:
-                raise UserError(f'{path}:{number}: "{key}" is missing: {JSONL_HELP}')
+                raise UserError(f'{path}:{number}: "{key}" is missing; {JSONL_HELP}')
             if not isinstance(record[key], str):
-                raise UserError(f'{path}:{number}: "{key}" is not a string: {JSONL_HELP}')
+                raise UserError(f'{path}:{number}: "{key}" is not a string; {JSONL_HELP}')
             if SURROGATE.search(record[key]):
                 raise UserError(
                     f'{path}:{number}: "{key}" holds half a surrogate pair (\\ud800 to \\udfff), '
-                    "which is no character: take it out"
+                    "which is not a character; remove it"
                 )
         yield record["prompt"].rstrip("\r\n"), record["completion"].rstrip("\r\n")
 

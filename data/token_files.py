@@ -177,7 +177,7 @@ def open_split(path: Path, counts: dict, dtype: np.dtype, vocab_size: int) -> Sp
         lengths = np.diff(starts[first : first + PIECE + 1])
         fits = fits and ((known >= 1) & (known < lengths)).all()
     if not fits:
-        raise UserError(f"{path}.starts: does not fit {path}.ids")
+        raise UserError(f"{path}.starts: damaged (does not fit {path}.ids)")
     return Split(ids, starts, prompts, counts["bytes"])
 
 
@@ -185,5 +185,5 @@ def open_array(path: Path, dtype: np.dtype, count: int) -> np.ndarray:
     """A memory-mapped file of exactly `count` numbers."""
     size = path.stat().st_size
     if size != count * dtype.itemsize:
-        raise UserError(f"{path}: {size} bytes where {count * dtype.itemsize} are due")
+        raise UserError(f"{path}: damaged ({size} bytes instead of {count * dtype.itemsize})")
     return np.memmap(path, dtype, mode="r") if count else np.empty(0, dtype)

@@ -101,7 +101,7 @@ class CharTokenizer(Tokenizer):
         self.kind = kind
         self.characters = "".join(sorted(set(clean_text("".join(characters)))))
         if not self.characters:
-            raise UserError("there are no characters to learn from: is the text empty?")
+            raise UserError("data.path: the text is empty; give a file with text in it")
         if kind == "char":
             self.pad_id, self.unk_id, self.start_id, self.end_id = range(4)
             self._tokens = [*SPECIALS, *self.characters]
@@ -119,7 +119,7 @@ class CharTokenizer(Tokenizer):
             unknown = "".join(sorted(set(text) - self._ids.keys()))
             raise UserError(
                 f"{unknown[:20]!r}: the model has not seen these characters; "
-                f"it knows {self.characters[:80]!r}"
+                f"use only {self.characters[:80]!r}"
             )
         unknown = -1 if self.unk_id is None else self.unk_id  # -1: there is none, as seen above
         return [self._ids.get(character, unknown) for character in text]
@@ -192,7 +192,7 @@ class SentencePieceTokenizer(Tokenizer):
         except (RuntimeError, IndexError, ValueError):  # what SentencePiece raises for other bytes
             exact = False
         if not exact:
-            raise UserError("this is not a SentencePiece model trained by this project")
+            raise UserError("not a SentencePiece model that this project has trained")
 
     def encode(self, text: str) -> list[int]:
         return self._processor.encode(escape(text))
@@ -256,9 +256,11 @@ def load_tokenizer(place: Path) -> CharTokenizer | SentencePieceTokenizer:
             # KeyError and TypeError: JSON of another shape; RecursionError: JSON nested too deep
             except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
                 raise UserError(
-                    f"{path} is not a tokenizer ({error}): restore it from a copy, or train again"
+                    f"{path}: not a tokenizer ({error}); restore it from a copy, or train again"
                 ) from None
-    raise UserError(f"{place}: there is neither a tokenizer.json nor a tokenizer.model")
+    raise UserError(
+        f"{place}: neither tokenizer.json nor tokenizer.model is here; give a folder with one"
+    )
 
 
 def _load_model(path: Path) -> SentencePieceTokenizer:

@@ -36,7 +36,7 @@ def train_sentencepiece(
     started = time.monotonic()
     sample = b"\n".join(_sample(texts, SAMPLE_BYTES))
     if not sample:
-        raise UserError("there is no text to learn a vocabulary from: is the text empty?")
+        raise UserError("data.path: the text is empty; give a file with text in it")
     trained = subprocess.run(  # noqa: S603, the command is our own
         [sys.executable, "-m", "data.train_tokenizer", model_type, str(vocab_size)],
         input=sample,
@@ -48,7 +48,9 @@ def train_sentencepiece(
         raise UserError(_explain(chatter, vocab_size, trained.returncode))
     tokenizer = SentencePieceTokenizer(trained.stdout)
     seconds = time.monotonic() - started
-    report(f"tokenizer: {tokenizer.vocab_size:,} pieces of {len(sample):,} bytes, {seconds:.1f} s")
+    report(
+        f"tokenizer: {tokenizer.vocab_size:,} tokens from {len(sample):,} bytes, {seconds:.1f} s"
+    )
     return tokenizer
 
 
@@ -93,12 +95,15 @@ def _explain(chatter: str, vocab_size: int, status: int) -> str:
             f"set it to at most {found[1]}, or " if int(found[1]) >= 300 else ""
         )  # DataConfig's least
         fix += 'choose data.tokenizer = "char"'
-        return f"data.vocab_size = {vocab_size} is more than the text supports: {fix}"
+        return f"data.vocab_size = {vocab_size} is more than the text supports; {fix}"
     if found := re.search(r"smaller than required_chars. \d+ vs (\d+)", chatter):
         fix = f"set it to at least {found[1]}"
-        return f"data.vocab_size = {vocab_size} is too small for the text: {fix}"
+        return f"data.vocab_size = {vocab_size} is too small for the text; {fix}"
     last = (chatter.strip().splitlines() or ["no message"])[-1][:200]
-    return f"SentencePiece could not train on this text (exit status {status}: {last})"
+    return (
+        f"data.tokenizer: SentencePiece failed on this text (exit status {status}: {last}); "
+        'choose data.tokenizer = "char"'
+    )
 
 
 def _train_from_stdin(model_type: str, vocab_size: str) -> None:

@@ -1,4 +1,4 @@
-"""microGPT, number for number: the same documents, the same dice, the same losses and names.
+"""microGPT, number for number: the same documents, random numbers, losses and names.
 
     python examples/microgpt.py --names names.txt              one name a line
     python examples/microgpt.py --names names.txt --engine numpy
@@ -10,7 +10,6 @@ many nodes the graph of a step has, and how much of the time goes into the backw
 node for each operation on a vector (as the run was made), and with one for each + and *.
 """
 
-import argparse
 import math
 import os
 import random
@@ -104,22 +103,26 @@ def graph(name: str, nodes: list[int], seconds: list[float]):
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = cli.Parser(prog="examples/microgpt.py", description=__doc__.splitlines()[0])
     parser.add_argument("--names", required=True, help="a text file with a name on each line")
-    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--steps", type=int, default=1000, help="training steps (1000)")
     parser.add_argument("--engine", choices=("python", "numpy"), default="python")
-    parser.add_argument("--samples", type=int, default=20)
-    parser.add_argument("--unfused_steps", type=int, default=10, help="they are slow; 0: none")
+    parser.add_argument("--samples", type=int, default=20, help="names to write at the end (20)")
+    slow = "steps to repeat with a node for each + and * (10; they are slow), 0: none"
+    parser.add_argument("--unfused_steps", type=int, default=10, help=slow)
     arguments = parser.parse_args()
     if min(arguments.steps - 1, arguments.samples, arguments.unfused_steps) < 0:
         parser.error("--steps must be at least 1, --samples and --unfused_steps at least 0")
     try:
         text = Path(arguments.names).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        parser.error(f"--names {arguments.names}: {getattr(error, 'strerror', None) or error}")
+        reason = getattr(error, "strerror", None) or "not UTF-8"
+        parser.error(
+            f"--names {arguments.names}: {reason}; give a text file with a name on each line"
+        )
     names = [line.strip() for line in text.split("\n") if line.strip()]
     if not names:
-        parser.error(f"--names {arguments.names}: no names in it")
+        parser.error(f"--names {arguments.names}: no names in it; write one on each line")
 
     random.seed(42)
     random.shuffle(names)

@@ -22,18 +22,18 @@ MAX_NEW_TOKENS = 10**6  # tokens, or texts, that are asked for at once: more is 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How much is generated, and from which tokens each next one is drawn."""
+    """How text is sampled, and how much of it."""
 
     temperature: float = 1.0
-    """Logits are divided by it: below 1 bolder, above 1 more varied; 0 is greedy."""
+    """Divides the logits: below 1 less varied, above 1 more varied text; 0: greedy."""
     top_k: int = 0
-    """Only the k most probable tokens, and those that tie with the last of them; 0: all."""
+    """Sample from the k most probable tokens, and ties with the last of them; 0: all."""
     top_p: float = 1.0
-    """Only the fewest most probable tokens that together have this probability; 1: all."""
+    """Sample from the fewest most probable tokens that together have this probability; 1: all."""
     max_new_tokens: int = 64
-    """Tokens to generate where no end comes first."""
+    """Most tokens to generate in a text."""
     greedy: bool = False
-    """Always the most probable token, whatever the other rules say."""
+    """Always take the most probable token, whatever the other settings."""
 
     def __post_init__(self):
         wrong = []

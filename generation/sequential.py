@@ -105,7 +105,10 @@ def logits_after(model: SequentialDecoder[C], cache: C, text: list[int]) -> list
         cache.clear()
     logits = model.next_logits(cache, text[len(text) - seen + cache.length :])
     if any(map(math.isnan, logits)) or not math.isfinite(max(logits)):
-        raise UserError("the logits are not finite: the weights are of a run that diverged")
+        raise UserError(
+            "the logits are not finite (training diverged); lower optimizer.lr, or use an earlier "
+            "checkpoint"
+        )
     return logits
 
 
@@ -113,11 +116,12 @@ def check(model: AnyDecoder, prompts: Sequence[Sequence[int]]):
     """Raises UserError for prompts that the model cannot read."""
     for i, prompt in enumerate(prompts):
         if not prompt:
-            raise UserError(f"prompt {i} has no tokens: start it with start_id")
+            raise UserError(f"prompt {i} has no tokens; start it with start_id")
         if not 0 <= min(prompt) <= max(prompt) < model.config.vocab_size:
             raise UserError(
                 f"prompt {i} has ids from {min(prompt)} to {max(prompt)}, "
-                f"but the model's vocabulary ends at {model.config.vocab_size - 1}"
+                f"but the model's vocabulary ends at {model.config.vocab_size - 1}; use the "
+                "tokenizer of the model's checkpoint"
             )
 
 

@@ -74,7 +74,10 @@ def among_all(logits: torch.Tensor, rules: Sampling, numbers: list[float]) -> li
 def check_finite(largest: torch.Tensor):
     """Raises UserError if the largest logit of a row, NaN counting as such, is no number."""
     if not largest.isfinite().all():
-        raise UserError("the logits are not finite: the weights are of a run that diverged")
+        raise UserError(
+            "the logits are not finite (training diverged); lower optimizer.lr, or use an earlier "
+            "checkpoint"
+        )
 
 
 def candidates(logits: torch.Tensor, rules: Sampling) -> tuple[torch.Tensor, torch.Tensor]:

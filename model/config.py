@@ -4,6 +4,7 @@
 what each engine is built from.
 """
 
+import math
 from dataclasses import dataclass, fields
 from typing import Literal, get_args
 
@@ -38,25 +39,25 @@ class ModelConfig:
     d_ff: int = 1024
     """Inner width of the feed-forward block."""
     max_len: int = 128
-    """The longest sequence the model can hold, in tokens."""
+    """Longest sequence (context length), in tokens."""
     dropout: float = 0.1
     """Dropout on the embedding and on both residual branches."""
     attention_dropout: float = 0.0
-    """Dropout on the attention weights; above 0, SDPA on a CPU leaves its fast path."""
+    """Dropout on the attention weights; above 0, attention on a CPU is much slower."""
     positions: Literal["sinusoidal", "learned"] = "sinusoidal"
-    """Position table: fixed sines (Vaswani et al., 3.5) or trained."""
+    """Position embedding: fixed sines (Vaswani et al., 3.5) or trained."""
     norm: Literal["layer", "rms", "none"] = "layer"
-    """LayerNorm with weight and bias, RMSNorm without weights, or nothing."""
+    """LayerNorm with weight and bias, RMSNorm without weights, or no norm."""
     norm_first: bool = False
     """Normalise before each block (pre-norm) instead of after it, as in torch.nn."""
     final_norm: bool = False
-    """One more norm in front of the output projection: pre-norm models want it."""
+    """One more norm before the output projection, for pre-norm models."""
     embedding_norm: bool = False
     """A norm right after the embedding (microGPT)."""
     norm_eps: float = 1e-5
-    """Added to the variance before the root."""
+    """Epsilon of the norms."""
     activation: Literal["relu", "gelu"] = "relu"
-    """Of the feed-forward block; gelu is the tanh form, which every engine can compute."""
+    """Activation of the feed-forward block; gelu is the tanh approximation."""
     bias: bool = True
     """Biases in the linear layers."""
     init_std: float = 0.02
@@ -78,9 +79,10 @@ class ModelConfig:
         if self.vocab_size < 0:
             wrong.append(f"vocab_size = {self.vocab_size} must be 0 (from the tokenizer) or more")
         if self.n_heads >= 1 and self.d_model % self.n_heads:
+            unit = math.lcm(self.n_heads, 2 if self.positions == "sinusoidal" else 1)
             wrong.append(
-                f"d_model = {self.d_model} is not a multiple of n_heads = {self.n_heads}: "
-                f"try d_model = {-(-self.d_model // self.n_heads) * self.n_heads}"
+                f"d_model = {self.d_model} is not a multiple of n_heads = {self.n_heads}; "
+                f"try d_model = {-(-self.d_model // unit) * unit}"
             )
         if self.positions == "sinusoidal" and self.d_model % 2:
             wrong.append(f"d_model = {self.d_model} must be even for sinusoidal positions")
@@ -91,7 +93,10 @@ class ModelConfig:
             if not 0 < getattr(self, name) < 1:
                 wrong.append(f"{name} = {getattr(self, name)} must be between 0 and 1")
         if self.norm == "none" and (self.norm_first or self.final_norm or self.embedding_norm):
-            wrong.append('norm = "none" leaves nothing for norm_first, final_norm, embedding_norm')
+            wrong.append(
+                'norm = "none" has no norm to place; set norm_first, final_norm and embedding_norm '
+                "to false"
+            )
         refuse(wrong)
 
     def num_parameters(self) -> int:

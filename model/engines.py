@@ -21,10 +21,14 @@ def check(engine: Engine, device: str, precision: str):
     if engine == "torch":
         return
     if device not in ("auto", "cpu"):
-        raise UserError(f"--device {device}: the {engine} engine computes on the CPU alone")
+        raise UserError(
+            f"--device {device}: the {engine} engine computes on the CPU; use --device cpu"
+        )
     if precision not in ("fp32", "fp64"):
-        has = "fp32 and fp64" if engine == "numpy" else "fp64, which Python's numbers are"
-        raise UserError(f"--precision {precision}: the {engine} engine has only {has}")
+        has = "fp32 and fp64" if engine == "numpy" else "fp64"
+        raise UserError(
+            f"--precision {precision}: the {engine} engine has only {has}; use --precision fp64"
+        )
 
 
 def read_weights(engine: Engine, checkpoint: Checkpoint) -> dict:
@@ -63,8 +67,8 @@ def decoder(engine: Engine) -> type:
                 from model.transformer_full import TransformerDecoder as Decoder
     except ModuleNotFoundError as error:
         raise UserError(
-            f"--engine {engine}: {error.name} is not installed: pip install {error.name}, or use "
-            "another engine (python needs nothing)"
+            f"--engine {engine}: {error.name} is not installed; install it with pip install "
+            f"{error.name}, or use --engine python, which needs no packages"
         ) from None
     return Decoder
 

@@ -133,7 +133,7 @@ class TransformerDecoder(nn.Module):
             vocab_size, d_model, n_heads, n_layers, d_ff, max_len, dropout, **options
         )
         if config.vocab_size == 0:
-            raise UserError("model.vocab_size = 0: a model needs at least one token")
+            raise UserError("model.vocab_size = 0 must be at least 1")
         self.config = config
         self.max_len = config.max_len
         self.embedding_scale = math.sqrt(d_model) if config.scale_embedding else 1.0
@@ -183,7 +183,9 @@ class TransformerDecoder(nn.Module):
         """What the output projection reads: (B, T) -> (B, T, C). Arguments as in `forward`."""
         T = ids.shape[1]
         if T > self.max_len:
-            raise UserError(f"{T} tokens are more than model.max_len = {self.max_len} holds")
+            raise UserError(
+                f"{T} tokens are more than model.max_len = {self.max_len}; shorten the text"
+            )
         # (6) token embedding plus position
         if cache is None:
             table, layer_caches = self.pos_encoding[:T], [None] * len(self.layers)

@@ -150,7 +150,7 @@ class TransformerDecoderLite(nn.Module):
             vocab_size, d_model, n_heads, n_layers, d_ff, max_len, dropout, **options
         )
         if config.vocab_size == 0:
-            raise UserError("model.vocab_size = 0: a model needs at least one token")
+            raise UserError("model.vocab_size = 0 must be at least 1")
         self.config = config
         self.max_len = config.max_len
         self.embedding_scale = math.sqrt(d_model) if config.scale_embedding else 1.0
@@ -195,7 +195,9 @@ class TransformerDecoderLite(nn.Module):
         start = 0 if cache is None else cache.length
         stop = start + ids.shape[1]
         if stop > self.max_len:
-            raise UserError(f"{stop} tokens are more than model.max_len = {self.max_len} holds")
+            raise UserError(
+                f"{stop} tokens are more than model.max_len = {self.max_len}; shorten the text"
+            )
         # (6) token embedding plus position
         x = self.embed(ids) * self.embedding_scale + self.pos_encoding[start:stop]  # (B, T, C)
         x = self.dropout(self.embed_norm(x))

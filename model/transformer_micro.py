@@ -143,7 +143,7 @@ class TransformerDecoderMicro(nn.Module):
             vocab_size, d_model, n_heads, n_layers, d_ff, max_len, dropout, **options
         )
         if config.vocab_size == 0:
-            raise UserError("model.vocab_size = 0: a model needs at least one token")
+            raise UserError("model.vocab_size = 0 must be at least 1")
         self.config = config
         self.max_len = config.max_len
         self.tape, self.random = Tape(), Random(seed)  # noqa: S311, not for secrets
@@ -191,7 +191,9 @@ class TransformerDecoderMicro(nn.Module):
         start = 0 if cache is None else cache.length
         stop = start + len(ids)
         if stop > self.max_len:
-            raise UserError(f"{stop} tokens are more than model.max_len = {self.max_len} holds")
+            raise UserError(
+                f"{stop} tokens are more than model.max_len = {self.max_len}; shorten the text"
+            )
         # (6) token embedding plus position
         x = [token * self.embedding_scale for token in self.embed(ids)]  # (T, C)
         x = nn.added(x, self.pos_encoding[start:stop])
@@ -224,11 +226,16 @@ class TransformerDecoderMicro(nn.Module):
         """Copies nested lists or arrays by parameter name (a tied matrix once) into this model."""
         own = dict(self.named_parameters())
         lists = {name: a.tolist() if hasattr(a, "tolist") else a for name, a in arrays.items()}
-        wrong = sorted(own.keys() ^ lists.keys()) or sorted(
-            name for name in own if not own[name].fits(lists[name])
-        )
+        wrong = [f"{name} is missing" for name in sorted(own.keys() - lists.keys())]
+        wrong += [f"the model has no {name}" for name in sorted(lists.keys() - own.keys())]
+        for name in sorted(own.keys() & lists.keys()):
+            if not own[name].fits(lists[name]):
+                wrong.append(f"{name} does not have the shape {own[name].shape}")
         if wrong:
-            raise UserError(f"the weights are of another model: {', '.join(wrong[:3])} do not fit")
+            raise UserError(
+                f"model.safetensors: {', '.join(wrong[:3])}; use weights of a model with the same "
+                "config.json"
+            )
         for name, parameter in own.items():
             parameter.load(lists[name])
 

@@ -1,4 +1,4 @@
-"""What a run will need and how long it will take, before it is begun; nothing is kept of it.
+"""Estimates the memory, disk space and time of a run before it starts; nothing is saved.
 
 python -m tools.preflight --config configs/full.toml --train.batch_size 64
 """
@@ -40,7 +40,7 @@ def main() -> int:
     if spec is None:
         print(*lines, sep="\n")
         return 0
-    lines[-1] = "preflight: a few steps are tried, nothing is kept"  # for where the run is begun
+    lines[-1] = "preflight: trying a few steps, nothing is saved"  # for where the run is begun
     log(*lines, sep="\n")
     from training.setup import build  # here, because PyTorch takes its time
 
@@ -86,7 +86,7 @@ def show_parameters(state):
     row("total", f"{state.model.num_parameters():,}")
     row("embedding", f"{parts['embed'] + parts['pos_encoding']:,}")
     row("layers", f"{parts['layers'] + parts['embed_norm'] + parts['final_norm']:,}", "and norms")
-    row("output", f"{parts['output']:,}", "more: its matrix is the embedding's" if tied else "")
+    row("output", f"{parts['output']:,}", "tied to the embedding" if tied else "")
 
 
 def show_data(state) -> Remarks:
@@ -103,18 +103,21 @@ def show_data(state) -> Remarks:
     row("an epoch", f"{tokens:,} tokens", f"{state.batches.steps_per_epoch:,} steps")
     row("the run", f"{epochs:,.1f} epochs", f"{config.max_steps:,} steps")
     row("padding", f"{padding:.1%}")
-    row("left out", f"{dropped:.1%}", f"{examples.dropped:,} examples are too long")
+    row("skipped", f"{dropped:.1%}", f"{examples.dropped:,} examples are too long")
     row("vocabulary used", f"{used:,}", f"of {vocabulary:,}")
-    too_long = f"{dropped:.0%} of the examples are longer than {config.seq_len} tokens and left out"
-    spare = f"the training data uses {used:,} of {vocabulary:,} tokens: fewer would do"
-    whole = f"a batch of {config.train.batch_size} is more than all {examples.count} examples"
+    too_long = f"{dropped:.0%} of the examples are longer than {config.seq_len} tokens and skipped"
+    spare = (
+        f"the training data uses {used:,} of {vocabulary:,} tokens; data.vocab_size can be lower"
+    )
+    size = config.train.batch_size
+    whole = f"train.batch_size = {size} is more than all {examples.count} examples"
     return [
-        ("wrong", dropped > 0.2, f"{too_long}: raise model.max_len"),
-        ("note", padding > 0.2, f"{padding:.0%} of what is computed is padding"),
-        ("note", epochs > 50, f"{epochs:,.0f} epochs: mind overfitting, in the validation loss"),
+        ("wrong", dropped > 0.2, f"{too_long}; raise model.max_len"),
+        ("note", padding > 0.2, f"{padding:.0%} of the tokens computed are padding"),
+        ("note", epochs > 50, f"{epochs:,.0f} epochs: watch the validation loss for overfitting"),
         ("note", used < vocabulary / 2 and vocabulary - used > 500, spare),
-        ("note", config.train.batch_size > examples.count, whole),
-        ("note", state.val is None, "no validation data, so there will be no best step"),
+        ("note", size > examples.count, whole),
+        ("note", state.val is None, "no validation data, so no checkpoint is marked as the best"),
     ]
 
 
@@ -144,9 +147,16 @@ def show_learning_rate(state) -> Remarks:
     unrisen = f"optimizer.warmup_steps = {config.warmup_steps:,}, but the run has {steps:,} steps"
     stopped = horizon < steps and lr_factor(config, steps - 1, horizon) == 0
     return [
-        *(("wrong", not peak, f"optimizer.{key} = 0 moves nothing") for key, peak in peaks.items()),
-        ("wrong", config.warmup_steps >= steps, unrisen),
-        ("wrong", stopped, f"the learning rate is 0 from step {horizon:,} of {steps:,} on"),
+        *(
+            ("wrong", not peak, f"optimizer.{key} = 0 trains nothing")
+            for key, peak in peaks.items()
+        ),
+        ("wrong", config.warmup_steps >= steps, f"{unrisen}; lower it"),
+        (
+            "wrong",
+            stopped,
+            f"the learning rate is 0 from step {horizon:,} of {steps:,} on; raise schedule_steps",
+        ),
     ]
 
 
@@ -204,7 +214,7 @@ def try_steps(state) -> tuple[Tried | None, str]:
     except (MemoryError, RuntimeError) as error:
         if not cli.is_out_of_memory(error):
             raise
-        too_much = "a step needs more memory than there is: lower train.batch_size"
+        too_much = "a step needs more memory than there is; lower train.batch_size"
         return None, f"{too_much}, or raise train.accumulation_steps"
     return Tried(first_loss, max(0, peak - before), available, seconds, evaluation), ""
 
@@ -307,12 +317,12 @@ def show_memory(state, tried: Tried) -> Remarks:
         row(name, megabytes(size))
     if state.device.type in ("cpu", "cuda"):
         rest = max(0, tried.growth - weights - moments)
-        row("activations", megabytes(rest), "and all else at the peak, in the longest step")
-        row("in all", megabytes(weights + tried.growth), "measured")
+        row("activations", megabytes(rest), "and everything else, at the peak of the longest step")
+        row("total", megabytes(weights + tried.growth), "measured")
     if tried.available:
-        row("there is", megabytes(weights + tried.available))
+        row("available", megabytes(weights + tried.available))
     full = tried.growth > 0.8 * (tried.available or math.inf)
-    return [("note", full, "a step takes more than 80% of the free memory")]
+    return [("note", full, "a step takes more than 80% of the free memory; lower train.batch_size")]
 
 
 def show_time(state, tried: Tried) -> Remarks:
@@ -334,7 +344,7 @@ def show_time(state, tried: Tried) -> Remarks:
     narrow = (
         choose_precision("auto", state.device)[0].name == "bf16" and state.precision.name == "fp32"
     )
-    return [("note", narrow, f"this {state.device.type} has bf16: --precision bf16 may be faster")]
+    return [("note", narrow, f"this {state.device.type} has bf16; --precision bf16 may be faster")]
 
 
 def show_first_loss(state, spec, tried: Tried) -> Remarks:
@@ -343,11 +353,11 @@ def show_first_loss(state, spec, tried: Tried) -> Remarks:
     uniform, trained = math.log(vocabulary), bool(spec.resume or spec.weights)
     log("loss")
     row("at the first step", f"{loss:.4f}")
-    remark = "not to be compared: the weights are trained" if trained else "a uniform guess"
+    remark = "not comparable: the weights are trained" if trained else "loss of a uniform guess"
     row(f"ln({vocabulary:,})", f"{uniform:.4f}", remark)
     far = f"the first loss is {loss:.2f}, not near ln({vocabulary:,}) = {uniform:.2f}"
     off = not trained and abs(loss / uniform - 1) > 0.1
-    return [("note", off, f"{far}: look at model.init_std and scale_embedding")]
+    return [("note", off, f"{far}; check model.init_std and model.scale_embedding")]
 
 
 def show_disk(state, spec) -> Remarks:
@@ -362,8 +372,10 @@ def show_disk(state, spec) -> Remarks:
     row("checkpoints", megabytes(number * size), f"{number} of {megabytes(size)}, at most")
     row("free for runs", megabytes(free), f"in {runs}")
     row("free for the cache", megabytes(shutil.disk_usage(cache).free), f"in {cache}")
-    full = f"{runs}: {megabytes(free)} free, {megabytes(number * size)} wanted for checkpoints"
-    return [("wrong", number * size > free, f"{full}: lower train.keep, or choose --runs_dir")]
+    full = f"{runs}: {megabytes(free)} free, {megabytes(number * size)} needed for checkpoints"
+    return [
+        ("wrong", number * size > free, f"{full}; lower train.keep, or choose another --runs_dir")
+    ]
 
 
 if __name__ == "__main__":

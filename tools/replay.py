@@ -1,4 +1,4 @@
-"""Runs a step again that was not finite, and names the first module that gave a NaN or infinity.
+"""Reruns the step of a NaN dump, and names the first module that gave a NaN or infinity.
 
     python -m tools.replay runs/my-run/nonfinite_step_12
 
@@ -54,7 +54,7 @@ class Watch:
 
         def hook(_module, inputs):
             for tensor in inputs:
-                self.look(f"{parent}: what it gives to {own}", tensor)
+                self.look(f"{parent}: its input to {own}", tensor)
 
         return hook
 
@@ -91,10 +91,11 @@ def replay(run: RestoredStep) -> tuple[str, float]:
 
 def main() -> int:
     parser = cli.Parser(
-        prog="python -m tools.replay", description="Runs a step again that was not finite."
+        prog="python -m tools.replay",
+        description="Reruns the step of a NaN dump, and names where the first NaN came from.",
     )
-    parser.add_argument("nan_dump", type=Path, help="runs/NAME/nonfinite_step_N")
-    parser.add_argument("--device", default="", help="another device than the run's")
+    parser.add_argument("nan_dump", type=Path, help="folder runs/NAME/nonfinite_step_N")
+    parser.add_argument("--device", default="", help="device to use instead of the run's")
     options = parser.parse_args()
     run = restore_nan_dump(options.nan_dump, options.device)
     shapes = ", ".join(str(np.shape(batch.ids)) for batch in run.batches)
@@ -110,7 +111,7 @@ def main() -> int:
     first, loss = replay(run)
     if not first:
         eager = ", without torch.compile" if run.config.compile else ""
-        print(f"loss {loss:.4f}, and everything is finite here{eager}: not reproduced")
+        print(f"not reproduced: loss {loss:.4f}, and everything is finite here{eager}")
         return 1
     print(f"first: {first}")
     return 0

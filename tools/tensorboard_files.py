@@ -1,7 +1,7 @@
 """Compares TensorBoard's files with `metrics.jsonl`, and rebuilds them.
 
 python -m tools.tensorboard_files check RUN      whether TensorBoard shows what it holds
-python -m tools.tensorboard_files rebuild RUN    makes it so; the old files are set aside
+python -m tools.tensorboard_files rebuild RUN    makes it so; the old files are renamed
 """
 
 import sys
@@ -17,14 +17,14 @@ from training.tensorboard_files import find_difference, rebuild, recorded_points
 def main() -> int:
     parser = cli.Parser(
         prog="python -m tools.tensorboard_files",
-        description="TensorBoard's files against metrics.jsonl.",
+        description="Compares TensorBoard's files with metrics.jsonl, or rebuilds them from it.",
     )
     parser.add_argument("command", choices=("check", "rebuild"))
-    parser.add_argument("run", type=Path, help="a run's folder")
+    parser.add_argument("run", type=Path, help="folder of a run")
     options = parser.parse_args()
     file, folder = options.run / "metrics.jsonl", options.run / "tensorboard"
     if not file.is_file():
-        raise UserError(f"{file}: no such file, so there is nothing to compare with")
+        raise UserError(f"{file}: no such file; give the folder of a run, such as runs/NAME")
     records = read_records(file)
     wrong = find_difference(folder, records)
     if not wrong:
@@ -37,7 +37,7 @@ def main() -> int:
         return 1
     refuse_if_busy(options.run)
     for path in rebuild(folder, records):
-        print(f"set aside: {path}")
+        print(f"old file renamed to {path}")
     print(f"{folder}: rebuilt with all {len(recorded_points(records)):,} points of metrics.jsonl")
     return 0
 

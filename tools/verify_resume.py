@@ -22,11 +22,11 @@ from common.jsonl import read_records
 from training.command_line import read_command_line, underscored
 
 PROGRAM = "python -m tools.verify_resume"
-DESCRIPTION = """Trains a few steps straight; trains them again with a SIGKILL in the middle and a
-resume; compares every loss, every tensor and every counter bit for bit, and names the first that
-differs. All other flags go to train.py (python train.py --help). Nothing is kept, unless something
-differs or fails. Exit status: 0 all the same, 1 something differs, else that of the train.py that
-failed."""
+DESCRIPTION = """Checks that a resumed run equals one that was never stopped: trains a few steps,
+trains them again with a SIGKILL in the middle and a resume, compares every loss, tensor and counter
+bit for bit, and names the first difference. All other flags go to train.py (see its
+--help). Both runs are removed unless something differs or fails. Exit status: 0 equal, 1 different, else
+that of the train.py that failed."""
 SCRIPT = Path(__file__).parent.parent / "train.py"
 EXACT = ("lr", "loss/train", "grad_norm", "loss/val")  # of a step, what comes first first
 
@@ -67,7 +67,7 @@ def main() -> int:
         if not keep:
             shutil.rmtree(folder, ignore_errors=True)
     if found.difference:
-        print(f"NOT the same: the first difference: {found.difference}\nboth runs: {folder}")
+        print(f"NOT equal; first difference: {found.difference}\nboth runs are kept in: {folder}")
         return 1
     print(
         f"{options.steps} steps, stopped after {options.stop_at} and resumed: "
@@ -80,8 +80,10 @@ def main() -> int:
 def read_flags(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """Our own flags, and those for train.py."""
     parser = cli.Parser(prog=PROGRAM, description=DESCRIPTION, allow_abbrev=False)
-    parser.add_argument("--steps", type=int, default=40, help="how many to train (default: 40)")
-    parser.add_argument("--stop_at", type=int, default=0, help="stopped after so many (half)")
+    parser.add_argument("--steps", type=int, default=40, help="steps to train (default: 40)")
+    parser.add_argument(
+        "--stop_at", type=int, default=0, help="steps before the kill (default: half of --steps)"
+    )
     options, flags = parser.parse_known_args([underscored(flag) for flag in argv])
     if options.steps < 2:
         raise UserError(f"--steps {options.steps} must be at least 2")
@@ -91,7 +93,7 @@ def read_flags(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     for flag in flags:
         name = flag.partition("=")[0]
         if name in ("--resume", "--name", "--extend"):
-            raise UserError(f"{name}: both runs are made here: leave it out")
+            raise UserError(f"{name}: this program starts both runs itself; leave it out")
     return options, flags
 
 
@@ -166,7 +168,7 @@ def train(flags: list[str], folder: Path, kill_at: Path | None = None):
         said = errors.read().strip() or said
     if kill_at or status:
         status = 128 - status if status < 0 else status or 1  # below 0: minus a signal
-        raise Failed(said or f"train.py: ended with {status}", status)
+        raise Failed(said or f"train.py: ended with exit status {status}", status)
 
 
 # Comparing ----------------------------------------------------------------------------------------

@@ -39,7 +39,7 @@ class Checkpointer:
                 set_aside(path)
         best = read_best(self.run)
         if best is None and best_file.exists():
-            self.log(f"{best_file}: damaged; it is written again")
+            self.log(f"{best_file}: damaged; rewriting it")
         elif best is None or best["step"] <= progress.step:
             return
         known = progress.best_val_loss
@@ -61,7 +61,7 @@ class Checkpointer:
             self.failure = ""
         except OSError as error:
             self.failure = f"step {step} could not be saved: {error}"
-            self.log(f"{self.failure}; the older checkpoints are as they were")
+            self.log(f"{self.failure}; training continues, older checkpoints are unaffected")
             return
         with contextlib.suppress(OSError):  # Windows: somebody reads in an old one
             prune(self.run, self.state.config.train.keep)
@@ -75,7 +75,7 @@ class Checkpointer:
         try:
             set_best(self.run, progress.step, val_loss)
         except OSError as error:
-            self.log(f"the best step could not be recorded: {error}")
+            self.log(f"best.json could not be updated: {error}; training continues")
             return False
         progress.best_step, progress.best_val_loss = progress.step, val_loss
         return True

@@ -7,16 +7,17 @@ what the checkpoint carries), the flags.
 import argparse
 import os
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 
+from checkpoint.reader import Checkpoint
 from common import cli
 from common.errors import UserError
 from model.config import read_model_config
-from training.config import Config, load, to_toml
+from training.config import FREE, Config, load, to_toml
 from training.resume import (
     RunSpec,
     find_resume,
@@ -28,29 +29,27 @@ from training.resume import (
 )
 from training.run_folder import name_run
 
-DESCRIPTION = (
-    "Trains a transformer decoder. Flags beat the configuration file, whatever their order."
-)
+DESCRIPTION = "Trains a transformer decoder. Flags override the configuration file, in any order."
 DEFAULT = Path(__file__).parent.parent / "configs" / "default.toml"
 
 
 @dataclass(frozen=True)
 class Arguments:
-    """Flags beat the configuration file, whatever their order."""
+    """Flags override the configuration file, in any order."""
 
     settings: Annotated[Config, tyro.conf.arg(name="")]
     config: str = ""
     """TOML file with the settings; empty: configs/default.toml."""
     name: str = ""
-    """Name of the run, a folder in runs_dir; empty: after the configuration and the time."""
+    """Name of the run, a folder in runs_dir; empty: the configuration's name and the time."""
     runs_dir: str = "runs"
-    """Where runs are kept."""
+    """Folder of the runs."""
     resume: tuple[str, ...] | None = None
-    """Go on with the newest run (or --name), or with the run or checkpoint PATH."""
+    """Continue the newest run (or that of --name), or the run or checkpoint at a path."""
     init_from: str = ""
-    """Start anew from the weights of a run or checkpoint, on the same or other data."""
+    """Start a new run from the weights of a run or checkpoint, on the same or other data."""
     extend: bool = False
-    """With --resume: let --max_steps move the end of the learning-rate schedule."""
+    """With --resume: allow --max_steps to move the end of the learning-rate schedule."""
     print_config: bool = False
     """Print the resolved settings as TOML and exit."""
 
@@ -66,12 +65,12 @@ def read_command_line(log, argv: list[str] | None = None) -> RunSpec | None:
     argv = [underscored(flag) for flag in (sys.argv[1:] if argv is None else argv)]
     early = scan.parse_known_args(argv)[0]  # what the other flags' defaults depend on
     if early.resume is not None and len(early.resume) > 1:
-        raise UserError(f"--resume takes one path, not {len(early.resume)}")
+        raise UserError(f"--resume: {len(early.resume)} paths; give one")
     if early.resume is not None and early.init_from:
-        raise UserError("--resume goes on with a run, --init_from starts one: give one of them")
+        raise UserError("--resume continues a run, --init_from starts one; give only one of them")
 
     if early.resume is None and "--extend" in argv:
-        raise UserError("--extend goes with --resume")
+        raise UserError("--extend: only for a run that is resumed; add --resume, or leave it out")
     found = weights = None
     if early.resume is not None:
         path = early.resume[0] if early.resume else None
@@ -107,9 +106,9 @@ def check_runs_dir(folder: Path):
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"--runs_dir {folder}: {error.strerror}: choose another folder") from None
+        raise UserError(f"--runs_dir {folder}: {error.strerror}; choose another folder") from None
     if not os.access(folder, os.W_OK):
-        raise UserError(f"--runs_dir {folder}: cannot be written: choose another folder")
+        raise UserError(f"--runs_dir {folder}: not writable; choose another folder")
 
 
 def make_spec(arguments: Arguments, found, weights, log) -> RunSpec | None:
@@ -117,16 +116,14 @@ def make_spec(arguments: Arguments, found, weights, log) -> RunSpec | None:
     config, runs_dir = arguments.settings, Path(arguments.runs_dir)
     stem = Path(arguments.config or DEFAULT).stem
     if found is None:
-        if weights and replace(config.model, dropout=0, attention_dropout=0) != replace(
-            read_model_config(weights), dropout=0, attention_dropout=0
-        ):
-            raise UserError(f"--init_from {weights.path}: its model has another shape: leave it")
+        if weights:
+            check_shape(config, weights)
         return RunSpec(name_run(runs_dir, arguments.name, stem), config, weights=weights)
     folder, checkpoint, forks = found
     if arguments.name and not forks and arguments.name != folder.name:
         raise UserError(
-            f"--name {arguments.name}: --resume goes on with {folder}; leave --name out, or start "
-            "a run of your own with --init_from"
+            f"--name {arguments.name}: --resume continues {folder} under its name; leave --name "
+            "out, or start a new run with --init_from"
         )
     stored = stored_config(checkpoint)
     config = keep_resolved(stored, config)
@@ -135,7 +132,7 @@ def make_spec(arguments: Arguments, found, weights, log) -> RunSpec | None:
         log(f"changed: {change.key}: {change.before} -> {change.after}")
     if checkpoint.step >= config.max_steps and is_finished(folder, checkpoint, config.max_steps):
         log(
-            f"{folder}: finished at step {checkpoint.step}; to train on: "
+            f"{folder}: finished at step {checkpoint.step}; to continue training: "
             f"python train.py --resume {folder} --extend --max_steps {2 * checkpoint.step}"
         )
         return None
@@ -145,11 +142,25 @@ def make_spec(arguments: Arguments, found, weights, log) -> RunSpec | None:
     return RunSpec(folder, config, resume=checkpoint, changes=tuple(changes), is_new=forks)
 
 
+def check_shape(config: Config, weights: Checkpoint):
+    """Refuses --init_from with settings of another model than that of the weights."""
+    own, its = asdict(config.model), asdict(read_model_config(weights))
+    differing = [
+        f"model.{key} = {own[key]!r}, but the checkpoint has {its[key]!r}"
+        for key in own
+        if own[key] != its[key] and f"model.{key}" not in FREE
+    ]
+    if differing:
+        raise UserError(
+            f"--init_from {weights.path}: {'; '.join(differing)}; leave such --model.* flags out"
+        )
+
+
 def describe(arguments: Arguments, spec: RunSpec) -> str:
     """The first line: what is about to happen, and where to find it."""
     if spec.resume and spec.is_new:
         return f"a new run {spec.run} from step {spec.resume.step} of {spec.resume.path}"
     if spec.resume:
-        return f"going on with {spec.run} from step {spec.resume.step}"
+        return f"resuming {spec.run} from step {spec.resume.step}"
     origin = f" from the weights of {spec.weights.path}" if spec.weights else ""
     return f"{arguments.config or 'configs/default.toml'} -> {spec.run}{origin}"

@@ -8,6 +8,7 @@ import difflib
 import json
 import math
 import os
+import re
 import tomllib
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
@@ -28,10 +29,10 @@ MAX_BYTES = 1 << 20  # of a configuration file
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """How weights are moved. The learning rate is a function of the step alone."""
+    """The optimizer and the learning-rate schedule."""
 
     name: Literal["adamw", "muon"] = "adamw"
-    """muon: torch.optim.Muon for the layers' matrices, AdamW for all the rest."""
+    """muon: torch.optim.Muon for the layers' matrices, AdamW for everything else."""
     lr: float = 1e-3
     """Peak learning rate of AdamW."""
     muon_lr: float = 1e-2
@@ -39,13 +40,13 @@ class OptimizerConfig:
     warmup_steps: int = 100
     """Steps over which the learning rate rises linearly from 0."""
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
-    """What follows the warm-up."""
+    """Learning rate after the warm-up."""
     min_lr_ratio: float = 0.1
-    """Learning rate at the end of a linear or cosine schedule, as a share of the peak."""
+    """Learning rate at the end of a linear or cosine schedule, as a fraction of the peak."""
     schedule_steps: int = 0
     """The step at which the schedule ends; 0: max_steps."""
     weight_decay: float = 0.1
-    """Decoupled weight decay of the matrices; biases, norms and embeddings have none."""
+    """Weight decay (decoupled) of the matrices; biases, norms and embeddings have none."""
     beta1: float = 0.9
     """AdamW's decay of the mean gradient."""
     beta2: float = 0.95
@@ -55,7 +56,7 @@ class OptimizerConfig:
     momentum: float = 0.95
     """Muon's momentum."""
     grad_clip: float = 1.0
-    """Largest norm of the gradient of all weights together; 0: not clipped."""
+    """Gradient clipping: largest norm of the whole gradient; 0: no clipping."""
 
     def __post_init__(self):
         refuse(
@@ -72,22 +73,22 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """The loop: how much at a time, and what is done how often (in optimizer steps)."""
+    """The training loop: batch sizes, and intervals in optimizer steps."""
 
     batch_size: int = 32
-    """Examples an optimizer step learns from, over all micro-batches."""
+    """Examples per optimizer step, over all its micro-batches."""
     accumulation_steps: int = 1
-    """Micro-batches a step's examples are cut into, to save memory."""
+    """Micro-batches per optimizer step (gradient accumulation), to save memory."""
     checkpoint_activations: bool = False
-    """Keep only each layer's input for the backward pass: less memory, more time, same numbers."""
+    """Activation checkpointing: less memory, more time, the same numbers."""
     eval_interval: int = 250
     """Steps between evaluations, each with a checkpoint before it; 0: only at the end."""
     eval_examples: int = 0
-    """Validation examples that are used, always the same ones; 0: all."""
+    """Validation examples per evaluation, always the same ones; 0: all."""
     save_interval: int = 0
-    """Steps between further checkpoints; 0: none but at evaluations and at the end."""
+    """Steps between additional checkpoints; 0: only at evaluations and at the end."""
     keep: int = 3
-    """Checkpoints kept, besides the best."""
+    """Newest checkpoints to keep, besides the best one."""
     log_interval: int = 10
     """Steps between log entries."""
     histogram_interval: int = 0
@@ -95,7 +96,7 @@ class TrainConfig:
     threads: int = 0
     """CPU threads; 0: as many as PyTorch chooses."""
     deterministic: bool = False
-    """On CUDA: only algorithms that give the same bits every time."""
+    """On CUDA: use only deterministic algorithms."""
 
     def __post_init__(self):
         refuse(
@@ -111,15 +112,15 @@ class Config:
     """Everything that shapes a run; a TOML file holds it, and so does each checkpoint."""
 
     seed: int = 1337
-    """Everything random is a function of it, of what it is for, and of the step."""
+    """Of everything random: initial weights, data order, dropout."""
     max_steps: int = 1000
-    """Optimizer steps."""
+    """Optimizer steps to train."""
     device: str = "auto"
     """auto (cuda, else mps, else cpu), cpu, cuda, cuda:1, mps."""
     precision: Literal["auto", "fp32", "bf16", "fp16", "fp64"] = "auto"
-    """Of the matrix products; the weights stay in float32 (fp64: in float64)."""
+    """Precision of matrix products; the weights stay in float32 (fp64: float64)."""
     compile: bool = False
-    """torch.compile; without a compiler on the machine the run goes on without."""
+    """Use torch.compile; if the machine has no compiler, training continues without it."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -133,7 +134,7 @@ class Config:
         if self.data.seq_len > self.model.max_len:
             wrong.append(
                 f"data.seq_len = {self.data.seq_len} is more than model.max_len = "
-                f"{self.model.max_len}: the model cannot hold it"
+                f"{self.model.max_len}; lower it, or raise model.max_len"
             )
         refuse(wrong)
 
@@ -152,6 +153,7 @@ def at_least(config, least: int, *names: str) -> list[str]:
     """What is wrong with the fields `names`: those below `least`."""
     return [
         f"{name} = {getattr(config, name)} must be at least {least}"
+        + ("" if math.isfinite(getattr(config, name)) else " and finite")
         for name in names
         if not least <= getattr(config, name) < math.inf  # refuses NaN as well
     ]
@@ -170,7 +172,7 @@ _CHECKER = TypeAdapter(Config)
 
 
 def check(values: dict, origin: str) -> Config:
-    """A Config from nested tables. Raises UserError naming `origin`, the keys and the mends."""
+    """A Config from nested tables. Raises UserError naming `origin`, the keys and the fixes."""
     try:
         # from JSON, because strict checking takes a table for a dataclass only there
         return _CHECKER.validate_json(json.dumps(values, default=str))
@@ -192,13 +194,13 @@ def describe(error: "ErrorDetails", values: dict) -> str:
         near = [name for name in known if name.split(".")[-1] == path[-1] != ""]
         near = near or difflib.get_close_matches(key, siblings, 1) or siblings
         near = near or difflib.get_close_matches(key, known, 1)
-        hint = f"did you mean {near[0]}?" if len(near) == 1 else f"known: {', '.join(near)}"
+        hint = f"did you mean {near[0]}?" if len(near) == 1 else f"use one of {', '.join(near)}"
         return f"unknown key {key}; {hint}"
     message = error["msg"].removeprefix("Value error, ")
     if error["type"] in ("dataclass_type", "dataclass_exact_type"):
-        return f"{key} must be a table"
+        return f"{key} must be a table: [{key}]"
     if error["type"] == "value_error":  # our own checks name the field and its value
-        return f"{key}.{message}" if key else message
+        return re.sub(r"(^|; )(\w+ = )", rf"\1{key}.\2", message) if key else message
     return f"{key} = {error['input']!r}: {message[0].lower()}{message[1:]}"
 
 
@@ -212,13 +214,13 @@ def load(path: Path) -> Config:
         raise UserError(f"--config {path}: no such file{nearest_file(Path(path))}") from None
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not UTF-8"
-        raise UserError(f"--config {path}: {reason}") from None
+        raise UserError(f"--config {path}: {reason}; give a TOML file in UTF-8") from None
     if len(content) > MAX_BYTES:
-        raise UserError(f"--config {path}: more than {MAX_BYTES} bytes: this is no configuration")
+        raise UserError(f"--config {path}: more than {MAX_BYTES} bytes; give a smaller TOML file")
     try:
         values = tomllib.loads(text)
     except (ValueError, RecursionError) as error:  # ValueError: also an integer without end
-        raise UserError(f"{path}: not TOML: {error}") from None
+        raise UserError(f"{path}: not TOML: {error}; fix the file") from None
     return check(values, str(path))
 
 
@@ -228,7 +230,7 @@ def nearest_file(path: Path) -> str:
     there = {p.stem: p for folder in (shipped, path.parent) for p in folder.glob("*.toml")}
     near = difflib.get_close_matches(path.stem, there, 1)
     if not near:
-        return ""
+        return "; give a TOML file such as configs/default.toml"
     found = there[near[0]]
     return f"; did you mean {os.path.relpath(found) if found.parent == shipped else found}?"
 
@@ -269,10 +271,10 @@ def to_toml(config: Config) -> str:
 # All other settings of the data are judged by its hash, once it is prepared: a moved file is none.
 REFUSED = {
     "seed": "the order of the data would change",
-    "data.seq_len": "the data would change",
+    "data.seq_len": "the training data would change",
     "train.batch_size": "the order of the data would change",
     "optimizer.name": "the optimizer's state would not fit",
-    "optimizer.schedule_steps": "the schedule's horizon would change",
+    "optimizer.schedule_steps": "the end of the learning-rate schedule would move",
 }
 FREE = {"model.dropout", "model.attention_dropout"}
 
@@ -299,7 +301,7 @@ def changes(stored: Config, wanted: Config, extend: bool) -> list[Change]:
             reason = "the model would change"
         beyond = key == "max_steps" and after[key] > max(stored.horizon, stored.max_steps)
         if beyond and not extend:
-            reason = "the schedule's horizon would change: add --extend if that is meant"
+            reason = "the end of the learning-rate schedule would move (--extend allows it)"
         if key == "optimizer.schedule_steps" and extend:
             reason = ""
         found.append(Change(key, before[key], after[key], reason))

@@ -120,15 +120,15 @@ def rebuild_if_different(folder: Path, records: list[dict], step: int, log: Log)
     """
     size = sum(path.stat().st_size for path in folder.glob("*")) / 1e6
     if size > SLOW_MEGABYTES:
-        log(f"{folder}: comparing {size:.0f} MB with metrics.jsonl")
+        log(f"{folder}: comparing {size:.0f} MB with metrics.jsonl, which may take a while")
     wrong = find_difference(folder, records, before=step)
     if not wrong:
         return
     try:
         rebuild(folder, records)
-        log(f"{folder}: {wrong}; rebuilt from metrics.jsonl, the old files set aside")
+        log(f"{folder}: {wrong}; rebuilt from metrics.jsonl, the old files renamed")
     except OSError as error:  # it is only what is shown
-        log(f"{folder}: {wrong}, and could not be rebuilt: {error}")
+        log(f"{folder}: {wrong}; not rebuilt ({error}), training continues")
 
 
 def cut_back(file: Path, step: int | None, redo_val: bool, log: Log = print) -> list[dict]:
@@ -151,6 +151,6 @@ def cut_back(file: Path, step: int | None, redo_val: bool, log: Log = print) -> 
         )
     ]
     if lost:
-        log(f"{file}: {lost} lines cannot be read; as it was it is {set_aside(file)}")
+        log(f"{file}: {lost} lines cannot be read; the old file is renamed to {set_aside(file)}")
     replace_synced(file, "".join(json.dumps(r) + "\n" for r in kept).encode())
     return kept

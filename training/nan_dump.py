@@ -69,12 +69,12 @@ def explain_stop(
     """Writes the dump, and returns what to tell the user in one line."""
     try:
         path = write_nan_dump(state, run, micro_batches, targets, reason)
-        where = f"python -m tools.replay {path} shows where it begins"
+        where = f"python -m tools.replay {path} shows where it started"
     except (OSError, MemoryError) as failure:
-        where = f"its state could not be kept: {failure}"
+        where = f"no NaN dump could be written: {failure}"
     return (
-        f"{reason}: stopped before the update; {where}; lower optimizer.lr, or use "
-        "--precision fp32, and --resume from the last checkpoint"
+        f"{reason}: stopped before the update; {where}; lower optimizer.lr or use --precision "
+        "fp32, and --resume from the last checkpoint"
     )
 
 
@@ -83,7 +83,10 @@ def restore_nan_dump(path: Path, device_name: str = "") -> RestoredStep:
     dump = Checkpoint(path).verify()
     notes = [name for name in (NOTE, EARLIER_NOTE) if name in dump.manifest["files"]]
     if not dump.is_nan_dump or not notes:
-        raise CheckpointError(f"{path}: not a NaN dump: it has no {NOTE}; see {path.parent}")
+        raise CheckpointError(
+            f"{path}: not a NaN dump (no {NOTE} in it); give a folder such as "
+            "runs/NAME/nonfinite_step_12"
+        )
     note, batches, config = dump.json(notes[0]), read_batches(dump), stored_config(dump)
     check_note(path, config, note, batches)
     device = choose_device(device_name or config.device)
@@ -139,7 +142,7 @@ def check_note(path: Path, config: Config, note: dict, batches: list[Batch]):
     )
     if not whole:
         raise CheckpointError(
-            f"{path}: {NOTE} or {NAN_DUMP_BATCH} is not what a run writes; use another NaN dump"
+            f"{path}: {NOTE} or {NAN_DUMP_BATCH} has missing or invalid values; use another dump"
         )
 
 

@@ -80,7 +80,10 @@ def load_state_tensors(model: nn.Module, optimizers, arrays: dict[str, np.ndarra
         parameter = parameters.get(parameter_name)
         value = torch.from_numpy(array).clone()
         if parameter is None or (value.dim() and value.shape != parameter.shape):
-            raise UserError(f"optimizer.safetensors: {name} does not fit the model")
+            raise UserError(
+                f"optimizer.safetensors: {name} of shape {tuple(value.shape)} does not fit the "
+                "model; use another checkpoint"
+            )
         # fused optimizers keep even their step count on the device
         dtype = parameter.dtype if value.dim() else value.dtype  # the run may go on in float64
         owner[id(parameter)].state[parameter][key] = value.to(parameter.device, dtype)

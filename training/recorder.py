@@ -180,7 +180,9 @@ class Recorder:
         else:
             self.metrics.try_flush()
         if self.metrics.failure and not self.failure:
-            self.log(f"{self.metrics.failure}: log entries wait until they can be written")
+            self.log(
+                f"{self.metrics.failure}; log entries are kept in memory until they can be written"
+            )
         self.failure = self.metrics.failure
 
     def show_progress(self, step: int, text: str, seconds_left: float):

@@ -49,20 +49,25 @@ def find_resume(
             check_run_name(name)
         run = runs_dir / name if name else newest_run(runs_dir)
         if run is None:
-            raise UserError(f"--resume: no run with a checkpoint in {runs_dir}: start one first")
+            raise UserError(f"--resume: no run with a checkpoint in {runs_dir}; start a run first")
         if not run.is_dir():
-            raise UserError(f"--resume: {run}: no such run")
+            raise UserError(f"--resume: {run}: no such run; choose a folder in {runs_dir}")
         refuse_if_busy(run)
         return run, newest_complete(run, log), False
     given = Path(path)
     if not given.exists():
-        raise UserError(f"--resume {given}: no such checkpoint or run")
+        raise UserError(
+            f"--resume {given}: no such checkpoint or run; give a folder such as runs/NAME"
+        )
     if (given / "checkpoints").is_dir():
         refuse_if_busy(given)
         return given, newest_complete(given, log), False
     checkpoint = Checkpoint(given).verify()
     if checkpoint.is_nan_dump:
-        raise UserError(f"--resume {given}: a NaN dump; look into it with python -m tools.replay")
+        raise UserError(
+            f"--resume {given}: a NaN dump, not a checkpoint to resume; see it with python -m "
+            "tools.replay, and resume the run's last checkpoint"
+        )
     run = given.resolve().parent.parent
     with contextlib.suppress(ValueError):  # Windows: on another drive
         run = Path(os.path.relpath(run))
@@ -74,7 +79,7 @@ def plan_resume(stored: Config, wanted: Config, extend: bool) -> tuple[Config, l
     found = configuration.changes(stored, wanted, extend)
     refused = [f"{c.key} {c.before!r} -> {c.after!r}: {c.refused}" for c in found if c.refused]
     if refused:
-        raise UserError(f"--resume: {'; '.join(refused)}; to start anew use --init_from")
+        raise UserError(f"--resume: {'; '.join(refused)}; leave it out, or use --init_from")
     return configuration.resumed(stored, wanted, extend), found
 
 

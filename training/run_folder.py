@@ -26,8 +26,8 @@ def check_run_name(name: str):
     """Refuses a run name that could leave the folder of runs, or hide in it."""
     if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,199}", name):
         raise UserError(
-            f"--name {name[:210]!r}: only letters, digits, '.', '_' and '-', no '.' in front, "
-            "and at most 200 of them"
+            f"--name {name[:210]!r}: must be at most 200 letters, digits, '.', '_' and '-', and "
+            "not start with '.'"
         )
 
 
@@ -39,7 +39,7 @@ def name_run(runs_dir: Path, name: str, stem: str) -> Path:
             if (runs_dir / name / ".lock").exists():
                 refuse_if_busy(runs_dir / name)
             raise UserError(
-                f"--name {name}: {runs_dir / name} exists: add --resume to go on with it, "
+                f"--name {name}: {runs_dir / name} exists; add --resume to continue it, "
                 "or choose another name"
             )
         return runs_dir / name
@@ -95,8 +95,7 @@ def locked(run: Path, continued: Checkpoint | None) -> Generator[None]:
     except OSError as error:
         lock.release()
         raise UserError(
-            f"--runs_dir: {error.filename or run}: {error.strerror}; choose a folder that can be "
-            "written"
+            f"--runs_dir: {error.filename or run}: {error.strerror}; choose a writable folder"
         ) from None
     except BaseException:
         lock.release()
@@ -117,11 +116,13 @@ def check_unchanged(run: Path, continued: Checkpoint | None):
     """Raises UserError where another process came between reading the folder and locking it."""
     if continued is None:
         if not is_free(run):
-            raise UserError(f"{run}: another process has just begun this run; choose another name")
+            raise UserError(
+                f"{run}: another process has just started this run; choose another name"
+            )
     elif list_steps(run)[-1:] != [step_path(run, continued.step)]:
         newest = newest_complete(run, lambda _: None)  # damaged steps are still in their place
         if newest.path.name != continued.path.name:
-            raise UserError(f"{run}: another process has trained it on; --resume again")
+            raise UserError(f"{run}: another process has continued this run; resume again")
 
 
 def clear(run: Path):
@@ -155,4 +156,4 @@ def busy(run: Path) -> str:
         owner = "process " + (run / ".owner").read_text(encoding="utf-8")
     except OSError:
         owner = "another process"
-    return f"{run}: in use by {owner}: wait for it, stop it, or choose another --name"
+    return f"{run}: in use by {owner}; wait until it ends, stop it, or choose another --name"

@@ -112,11 +112,15 @@ def build(spec: RunSpec, log: Log) -> TrainState:
             log(f"data: {dataset.name} ({dataset.kind}), {split}: {side.split.describe()}")
             if side.dropped:
                 log(
-                    f"data: {side.dropped:,} {split} examples longer than {config.seq_len} left out"
+                    f"data: {side.dropped:,} {split} examples longer than {config.seq_len} tokens "
+                    "are skipped"
                 )
     batches = Batches(examples, config.train.batch_size, config.seed)
     if val is not None and val.split.starts is not None and not val.count:
-        raise UserError(f"data.seq_len = {config.seq_len}: no validation example is short enough")
+        raise UserError(
+            f"data.seq_len = {config.seq_len}: every validation example is longer; raise it and "
+            "model.max_len"
+        )
 
     torch.manual_seed(key("init", config.seed))
     model = TransformerDecoder.from_config(config.model, precision.weights)
@@ -196,7 +200,7 @@ def resolve(config: Config, device: torch.device, precision: Precision, dataset:
     if config.model.vocab_size not in (0, vocab_size):
         raise UserError(
             f"model.vocab_size = {config.model.vocab_size}, but the tokenizer of {dataset.name} "
-            f"has {vocab_size} tokens: set it to 0, or data.vocab_size to the same"
+            f"has {vocab_size} tokens; set it to 0"
         )
     return replace(
         config,
@@ -214,11 +218,15 @@ def check_data(spec: RunSpec, dataset: Dataset):
         return
     now = {"data": dataset.fingerprint, "tokenizer": dataset.tokenizer.fingerprint}
     if any(spec.resume.state.get(key) != now[key] for key in now):
-        changed = [f"{c.key} {c.before!r} -> {c.after!r}" for c in spec.changes]
+        changed = [
+            f"{c.key} {c.before!r} -> {c.after!r}"
+            for c in spec.changes
+            if c.key.startswith("data.")
+        ]
+        why = "; ".join(changed) or "the files, or this Python's standard library, have changed"
         raise UserError(
-            f"--resume: the data of {spec.resume.path} was another"
-            + (f" ({'; '.join(changed)})" if changed else ": its file or this Python has changed")
-            + "; to train on other data use --init_from"
+            f"--resume {spec.resume.path}: the data differs from what the run was trained on "
+            f"({why}); use --init_from to train on other data"
         )
 
 
@@ -230,7 +238,10 @@ def restore_scaler(scaler: torch.amp.GradScaler, checkpoint: Checkpoint):
     if stored.keys() != scaler.state_dict().keys() or not all(
         isinstance(value, int | float) for value in stored.values()
     ):
-        raise UserError(f"{checkpoint.path / 'state.json'}: scaler is of another form")
+        raise UserError(
+            f"{checkpoint.path / 'state.json'}: scaler: must have the numbers "
+            f"{', '.join(scaler.state_dict())} (found {stored!r:.80}); use another checkpoint"
+        )
     scaler.load_state_dict(stored)
 
 

@@ -149,7 +149,7 @@ def compile_loss(
     log: Callable[[str], object],
 ) -> Loss:
     """state.loss_module through torch.compile, tried on one batch; as it is where that fails."""
-    log("compile: the first step takes a while")
+    log("compile: the first step takes longer")
     try:
         compiled: Loss = torch.compile(state.loss_module)
         with state.precision.autocast(state.device):
@@ -158,7 +158,7 @@ def compile_loss(
         return compiled
     except Exception as error:  # whatever the compiler's many parts raise
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:100]
-        log(f"compile: not on this machine ({reason}); going on without")
+        log(f"compile: torch.compile failed ({reason}); continuing without it")
         torch._dynamo.reset()
         return state.loss_module
     finally:

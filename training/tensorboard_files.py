@@ -89,12 +89,12 @@ def find_difference(folder: Path, records: list[dict], before: int | None = None
     """
     found = shown_points(folder)
     if found is None:
-        return "a file is damaged, or has a point twice"
+        return "a file is damaged, or a point appears twice"
     due = {k: v for k, v in recorded_points(records).items() if before is None or k[1] < before}
     for point in sorted(due.keys() | (found.keys() if before is None else set())):
         value, should = found.get(point), due.get(point)
         if value is None or should is None or not equal_in_float32(value, should):
-            return f"{point[0]} of step {point[1]} is {value} where metrics.jsonl has {should}"
+            return f"{point[0]} of step {point[1]} is {value}, but metrics.jsonl has {should}"
     return ""
 
 
