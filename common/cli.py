@@ -54,6 +54,8 @@ def unboxed(box: str) -> str:
         table = f"{part[1]}." if part[1] else ""
         text = re.sub(r"(^|; )([\w.]+ = )", rf"\1--{table}\2", text[part.end() :])
     text = CHOICE.sub(r"\2 \1: must be one of \3", text.removeprefix("Error parsing "))
+    text = text.replace("invalid literal for int() with base 10:", "must be an integer, not")
+    text = text.replace("could not convert string to float:", "must be a number, not")
     near = [line for line in lines[rules[0] + 1 :] if line.startswith("--")]
     if near:
         text += f"; see {near[0]}"

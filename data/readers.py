@@ -92,7 +92,8 @@ def _own_files(path: Path, key: str, split: str) -> tuple[Path, ...]:
         fix = f"a folder must have {split}.nl and {split}.cm"
     for file in files:
         if not os.path.isfile(file):
-            raise UserError(f"{key} = {path}: no such file {file}; {fix}")
+            what = "no such file" if file == path else f"there is no {file}"
+            raise UserError(f"{key} = {path}: {what}; {fix}")
     return files
 
 

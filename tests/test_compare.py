@@ -86,7 +86,7 @@ def test_bad_input_is_told_in_one_line(compared):
         assert said in refused(run("compare.py", *arguments, cwd=folder))
     for arguments, said in (
         (["--steps", "-1"], "steps = -1"),
-        (["--name", "../out"], "only letters"),
+        (["--name", "../out"], "at most 200 letters"),
         (["--engines", "rust"], "rust"),
     ):
         result = run("compare.py", *arguments, cwd=folder)

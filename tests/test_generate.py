@@ -255,7 +255,7 @@ def test_the_newest_run_and_a_step_that_training_removes_meanwhile(tmp_path, mon
         (["--top_p", "0"], "top_p = 0.0 must be above 0"),
         (["--top_k", "many"], "--top_k"),
         (["--stop", ""], "stop: an empty string"),
-        (["--interactive", "--prompt", "x"], "leave prompt and prompt_file out"),
+        (["--interactive", "--prompt", "x"], "leave --prompt and --prompt_file out"),
     ],
 )
 def test_a_wrong_command_line(flags, message, without_torch):
@@ -279,7 +279,7 @@ def test_what_cannot_be_read(runs, tmp_path, without_torch):
     for flags, message in (
         (["--runs_dir", str(tmp_path / "none")], "no run with a checkpoint there"),
         (["--checkpoint", str(tmp_path / "none")], "no such checkpoint or run"),
-        (["--checkpoint", str(step)], "it is damaged"),
+        (["--checkpoint", str(step)], "damaged (its sha256 is not the one in MANIFEST.json)"),
         (["--checkpoint", str(no_prompts)], "give a --prompt"),
         ([*lines, "--prompt", "ab!?"], "the model has not seen these characters"),
         ([*lines, "--prompt_file", str(empty)], "is empty"),

@@ -127,7 +127,7 @@ def test_killed_and_resumed_is_the_same_bit_for_bit(home, precision, optimizer):
         assert process.returncode == -signal.SIGKILL
     result = run("train.py", *flags, "--resume", cwd=home)
     assert result.returncode == 0, result.stderr
-    assert f"going on with {Path('runs') / name} from step" in result.stdout
+    assert f"resuming {Path('runs') / name} from step" in result.stdout
     assert losses(home / "runs" / name) == losses(home / "runs" / straight)
     assert last_files(home / "runs" / name) == last_files(home / "runs" / straight)
     board = EventAccumulator(str(home / "runs" / name / "tensorboard"), {"scalars": 0})
@@ -299,6 +299,19 @@ def test_print_config_is_a_configuration(home):
     assert "n_layers = 5" in result.stdout
 
 
+def test_wrong_flags_are_named_as_they_are_given(home):
+    flags = ["--config", "tiny.toml", "--train.keep", 0, "--train.batch_size", 0]
+    line = refused(run("train.py", *flags, cwd=home))
+    assert "--train.keep = 0 must be" in line and "--train.batch_size = 0 must be" in line
+    line = refused(run("train.py", "--config", "tiny.toml", "--precision", "fp8", cwd=home))
+    assert line.startswith("train.py: --precision fp8: must be one of 'auto', 'fp32'")
+    line = refused(run("train.py", "--config", "tiny.toml", "--train.keep", "x", cwd=home))
+    assert "--train.keep: must be an integer, not 'x'" in line
+    flags = ["--config", "tiny.toml", "--init_from", "runs/straight", "--model.d_model", 64]
+    line = refused(run("train.py", *flags, cwd=home))
+    assert "model.d_model = 64, but the checkpoint has 32; leave such --model.* flags out" in line
+
+
 def test_both_spellings_of_a_flag_are_one(home):
     flags = ["--config", "tiny.toml", "--init-from=runs/straight", "--runs-dir", "elsewhere"]
     result = run("train.py", *flags, "--name", "hyphens", "--max-steps", 2, cwd=home)
@@ -330,8 +343,8 @@ def test_a_damaged_newest_step_is_passed_over_and_made_again(home):
     weights.write_bytes(weights.read_bytes()[:-1])
     result = run("train.py", "--resume", "--name", "damaged", cwd=home)
     assert result.returncode == 0, result.stderr
-    assert "passed over" in result.stdout
-    assert "going on with" in result.stdout
+    assert "skipped: " in result.stdout
+    assert "resuming " in result.stdout
     assert last_files(home / "runs/damaged") == last_files(home / "runs/straight")
     assert losses(home / "runs/damaged") == losses(home / "runs/straight")
     assert list((home / "runs/damaged/checkpoints").glob("damaged_*"))
@@ -350,7 +363,7 @@ def test_resume_refuses_another_tokenizer(home):
     (folder / "manifest.json").write_bytes(checksummed_json(content))
     flags = ["--resume", "--name", "scrambled", "--extend", "--max_steps", 44]
     try:
-        assert "the data of" in refused(run("train.py", *flags, cwd=home))
+        assert "the data differs" in refused(run("train.py", *flags, cwd=home))
     finally:
         cached.write_text(before)
         (folder / "manifest.json").write_bytes(manifest)

@@ -23,10 +23,10 @@ from training.command_line import read_command_line, underscored
 
 PROGRAM = "python -m tools.verify_resume"
 DESCRIPTION = """Checks that a resumed run equals one that was never stopped: trains a few steps,
-trains them again with a SIGKILL in the middle and a resume, compares every loss, tensor and counter
-bit for bit, and names the first difference. All other flags go to train.py (see its
---help). Both runs are removed unless something differs or fails. Exit status: 0 equal, 1 different, else
-that of the train.py that failed."""
+trains them again with a SIGKILL in the middle and a resume, compares every loss, tensor and
+counter bit for bit, and names the first difference. All other flags go to train.py (see its
+--help). Both runs are removed unless something differs or fails. Exit status: 0 equal, 1
+different, else that of the train.py that failed."""
 SCRIPT = Path(__file__).parent.parent / "train.py"
 EXACT = ("lr", "loss/train", "grad_norm", "loss/val")  # of a step, what comes first first
 

@@ -79,7 +79,10 @@ def plan_resume(stored: Config, wanted: Config, extend: bool) -> tuple[Config, l
     found = configuration.changes(stored, wanted, extend)
     refused = [f"{c.key} {c.before!r} -> {c.after!r}: {c.refused}" for c in found if c.refused]
     if refused:
-        raise UserError(f"--resume: {'; '.join(refused)}; leave it out, or use --init_from")
+        raise UserError(
+            f"--resume: {'; '.join(refused)}; leave these settings out, or start a new run with "
+            "--init_from"
+        )
     return configuration.resumed(stored, wanted, extend), found
 
 

@@ -153,7 +153,7 @@ def test_not_utf8_names_the_byte(tmp_path, monkeypatch, kind, mark, bad, before)
     path = tmp_path / "latin.txt"
     path.write_bytes(mark + before + b"ab" + bad)
     message = refusal(lambda: list(opened(path, tmp_path, kind=kind).train()))
-    assert str(path) in message and f"byte {len(mark + before) + 2}:" in message
+    assert str(path) in message and f"byte {len(mark + before) + 2};" in message
 
 
 def test_no_heavy_import():

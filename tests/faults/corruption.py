@@ -126,7 +126,7 @@ def damage(step: Path, kind: str, dice) -> list[str]:
 
 
 def examine(tally: Tally, newest: Path, names: list[str], what: str):
-    """What reading says of a damaged checkpoint: it is refused, and passed over, by name."""
+    """What reading says of a damaged checkpoint: it is refused, and skipped, by name."""
 
     def named(text: str) -> bool:
         return any(f"{newest.name}/{name}" in text for name in names)
@@ -145,7 +145,7 @@ def examine(tally: Tally, newest: Path, names: list[str], what: str):
     if found.path != list_steps(run_folder)[-2]:
         tally.lost.append(f"{what}: {found.path} is resumed from")
     if len(said) != 1 or not named(said[0]):
-        tally.through.append(f"{what}: passed over with {said}")
+        tally.through.append(f"{what}: skipped with {said}")
 
 
 def give_to_programs(tally: Tally, damaged: Path, *names: str):
@@ -165,9 +165,9 @@ def give_to_programs(tally: Tally, damaged: Path, *names: str):
         if wrong or not any(name in result.stderr for name in names):
             tally.through.append(f"{names}: {command[0]}: {wrong or result.stderr}")
     result = run("train.py", "--resume", "--name", "broken", cwd=folder)
-    passed = [line for line in result.stdout.splitlines() if line.startswith("passed over: ")]
+    passed = [line for line in result.stdout.splitlines() if line.startswith("skipped: ")]
     if len(passed) != 1 or not any(name in passed[0] for name in names):
-        tally.through.append(f"{names}: --resume passed over {passed}: {result.stderr}")
+        tally.through.append(f"{names}: --resume skipped {passed}: {result.stderr}")
     if result.returncode:
         tally.lost.append(f"{names}: --resume ended with {result.returncode}: {result.stderr}")
     elif different := same_run(trained() / "runs" / "straight", broken):

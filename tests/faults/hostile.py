@@ -49,7 +49,7 @@ def judge(result: subprocess.CompletedProcess, refused: bool | None = None) -> s
         return f"a control character, {found[0]!r}, is shown"
     if result.returncode == 0 and not refused and "Traceback" not in said:
         return ""
-    known = re.compile(r"passed over: |\S+step_\d+: step ")  # which are no complaints
+    known = re.compile(r"skipped: |\S+step_\d+: step ")  # which are no complaints
     lines = [line for line in result.stderr.splitlines() if not known.match(line)]
     return one_line(
         subprocess.CompletedProcess(result.args, result.returncode, "", "\n".join(lines))

@@ -132,7 +132,7 @@ def write(tally: Tally, folder: Path, name: str, engine: str, moment: float):
         output, errors = process.communicate(timeout=120)
     tally.tried += 1
     tally.counts[f"with {engine}"] += 1
-    tally.counts["whose first checkpoint was removed"] += "passed over" in errors
+    tally.counts["whose first checkpoint was removed"] += "skipped: " in errors
     if process.returncode or not output.strip():
         tally.lost.append(f"{engine}: exit status {process.returncode}: {errors.strip()[-200:]}")
 

@@ -281,8 +281,14 @@ def test_weights_that_cannot_be_used(home, tmp_path, monkeypatch, capsys, engine
     for step, (content, message) in enumerate(
         (
             (b"\x08" + bytes(7) + b"{}      x", "not a safetensors file"),
-            (to_safetensors({n: a for n, a in weights.items() if n != first}), "do not fit"),
-            (to_safetensors(weights | {first: weights[first][:-1].copy()}), "do not fit"),
+            (
+                to_safetensors({n: a for n, a in weights.items() if n != first}),
+                "use weights of a model with the same config.json",
+            ),
+            (
+                to_safetensors(weights | {first: weights[first][:-1].copy()}),
+                "use weights of a model with the same config.json",
+            ),
             (to_safetensors({n: a * np.float32("nan") for n, a in weights.items()}), "not finite"),
         )
     ):

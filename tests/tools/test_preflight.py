@@ -75,12 +75,12 @@ def test_settings_that_spoil_a_run(home):
     flags += " --train.batch_size 500 --train.keep 1000000000"
     result = preflight(home, "--init_from", home / "runs" / "one", *flags.split())
     found = remarks(result, 1)
-    assert "wrong: optimizer.lr = 0 moves nothing" in found
+    assert "wrong: optimizer.lr = 0 trains nothing" in found
     assert "wrong: optimizer.warmup_steps = 70, but the run has 60 steps" in found
-    assert re.search(r"wrong: .*runs: [\d,.]+ MB free, [\d,.]+ MB wanted for checkpoints", found)
+    assert re.search(r"wrong: .*runs: [\d,.]+ MB free, [\d,.]+ MB needed for checkpoints", found)
     assert "note: 60 epochs" in found
     assert "note: no validation data" in found
-    assert re.search(r"note: a batch of 500 is more than all \d+ examples", found)
+    assert re.search(r"note: train\.batch_size = 500 is more than all \d+ examples", found)
     assert "the weights are trained" in result.stdout
     assert "ln(" not in found
 
@@ -92,10 +92,10 @@ def test_data_that_does_not_fit_and_a_loss_that_is_none(home):
     flags += " --optimizer.lr 1e38 --optimizer.warmup_steps 0 --model.init_std 0.9"
     flags += " --optimizer.schedule_steps 9 --optimizer.schedule linear --optimizer.min_lr_ratio 0"
     found = remarks(preflight(home, "--data.path", home / "lines.txt", *flags.split()), 1)
-    assert re.search(r"wrong: \d\d% of the examples are longer than 32 tokens and left out", found)
+    assert re.search(r"wrong: \d\d% of the examples are longer than 32 tokens and skipped", found)
     assert re.search(r"wrong: step [1-4]: the (loss|gradient's norm) is (nan|inf)", found)
     assert "wrong: the learning rate is 0 from step 9 of 40 on" in found
-    assert re.search(r"note: \d\d% of what is computed is padding", found)
+    assert re.search(r"note: \d\d% of the tokens computed are padding", found)
     assert [path.name for path in (home / "runs").iterdir()] == ["one"]
 
 

@@ -76,7 +76,7 @@ def test_what_train_py_refuses_and_what_we_do(home):
     assert "--steps 1 must" in refused(verify(home, "--steps", 1))
     assert "--stop_at 40 must" in refused(verify(home, "--stop-at", 40))
     assert "'many'" in refused(verify(home, "--steps", "many"))
-    assert "--resume: both runs" in refused(verify(home, "--resume=x"))
+    assert "--resume: this program starts both runs" in refused(verify(home, "--resume=x"))
     assert "nowhere.toml: no such file" in refused(verify(home, "--config", "nowhere.toml"))
     assert refused(verify(home, "--data.path", "nowhere")).startswith("train.py: data.path")
     assert not kept(home)

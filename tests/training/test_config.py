@@ -71,6 +71,10 @@ def test_all_that_is_wrong_is_told_at_once():
         check({"seeed": 1, "train": {"keep": 0}, "model": {"n_layers": 0}}, "f")
     for part in ("seeed", "train.keep", "n_layers"):
         assert part in str(error.value)
+    with pytest.raises(UserError) as error:
+        check({"train": {"keep": 0, "batch_size": 0}}, "f")
+    message = str(error.value)  # each with its whole key
+    assert message.count("train.keep = 0") == message.count("train.batch_size = 0") == 1
 
 
 def test_files_that_cannot_be_read(tmp_path):
@@ -79,7 +83,7 @@ def test_files_that_cannot_be_read(tmp_path):
         load(tmp_path / "rihgt.toml")
     with pytest.raises(UserError, match=r"did you mean .*configs.mini\.toml"):
         load(tmp_path / "mini.toml")  # one of the shipped ones
-    with pytest.raises(UserError, match=r"no such file$"):
+    with pytest.raises(UserError, match=r"no such file; give a TOML file"):
         load(tmp_path / "zzzzzz.toml")
     (tmp_path / "binary.toml").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(UserError, match="not UTF-8"):

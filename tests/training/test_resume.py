@@ -68,7 +68,7 @@ def test_a_damaged_best_json_costs_no_checkpoint(home):
     flags = ["--resume", "--name", "best", "--extend", "--max_steps", 46]
     result = run("train.py", *flags, "--train.keep", 1, "--train.save_interval", 1, cwd=home)
     assert result.returncode == 0, result.stderr
-    assert "best.json: damaged; it is written again" in result.stdout
+    assert "best.json: damaged; rewriting it" in result.stdout
     assert step_path(folder, best["step"]).is_dir()
     assert read_best(folder)["val_loss"] <= best["val_loss"]
 
@@ -80,7 +80,7 @@ def test_a_resume_that_another_has_overtaken_is_refused(home):
     _, checkpoint, _ = find_resume(home / "runs", str(folder), "", print)
     shutil.copytree(step_path(home / "runs" / "straight", 40), step_path(folder, 40))
     with (
-        pytest.raises(UserError, match="another process has trained it on"),
+        pytest.raises(UserError, match="another process has continued this run"),
         locked(folder, checkpoint),
     ):
         pass
@@ -174,7 +174,7 @@ def test_only_a_full_memory_is_called_one():
     assert explain_error(RuntimeError("CUDA error: an illegal memory access was encountered")) == ""
     assert (
         explain_error(OSError(28, "No space left", "x"))
-        == "x: No space left: make room and try again"
+        == "x: No space left; free some disk space and try again"
     )
     assert explain_error(OSError()) == "OSError"
 

@@ -58,7 +58,7 @@ def test_what_is_shown_is_what_is_recorded(folder):
     assert find_difference(folder, RECORDS) == ""
     assert "loss/train of step 8 is None" not in find_difference(folder, RECORDS[:3], before=4)
     more = [*RECORDS, {"step": 9, "lr": 1e-3}]
-    assert "lr of step 9 is None where metrics.jsonl has 0.001" in find_difference(folder, more)
+    assert "lr of step 9 is None, but metrics.jsonl has 0.001" in find_difference(folder, more)
     assert find_difference(folder, more, before=9) == ""
 
 
