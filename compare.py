@@ -29,7 +29,7 @@ from common import cli
 from common.errors import UserError
 from comparison import generation_speed, report
 from comparison.job import Job, create
-from comparison.results import Part
+from comparison.results import JobResults
 from comparison.trainers import BUILT_ON, LABELS
 from training.config import Config, load
 from training.run_folder import check_run_name
@@ -132,12 +132,14 @@ def choose_data(config: Config, data: Data) -> Config:
     return replace(config, data=replace(config.data, path=data.path, source=source, kind=kind))
 
 
-def plan(folder: Path, config: Config, steps: int, engines: list[str], precision: str) -> Part:
+def plan(
+    folder: Path, config: Config, steps: int, engines: list[str], precision: str
+) -> JobResults:
     """A part of the comparison: its job written, and no results yet."""
     if precision == "auto":
         precision = "fp64" if any(BUILT_ON[e] == "python" for e in engines) else "fp32"
     job = create(folder, folder.name, config, steps, precision, print)
-    return Part(job, {engine: {} for engine in engines}, own_steps=config.max_steps)
+    return JobResults(job, {engine: {} for engine in engines}, own_steps=config.max_steps)
 
 
 def choose_engines(config: Config, asked: tuple[str, ...], everything: bool) -> list[str]:
@@ -162,7 +164,7 @@ def has_cuda() -> bool:
     return asked.returncode == 0
 
 
-def run_engines(part: Part):
+def run_engines(part: JobResults):
     """Trains every engine of a part in turn and takes in what it found."""
     for engine in part.results:
         part.results[engine] = {"engine": engine, "error": "stopped before it was done"}
@@ -230,7 +232,7 @@ def measure_sizes(asked: tuple[str, ...], found: list[dict]):
             found.append({**entry, "skipped": why})
 
 
-def finish(folder: Path, parts: list[Part], measured: list[dict]):
+def finish(folder: Path, parts: list[JobResults], measured: list[dict]):
     """Report, plots and TensorBoard runs of all that was finished."""
     from comparison import plots, tensorboard  # here, because they take a while to load
 

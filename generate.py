@@ -114,7 +114,7 @@ class Job:
 def main() -> int:
     """Reads the command line and the checkpoint, and writes. Returns the exit status."""
     arguments = cli.parse(Arguments, DESCRIPTION)
-    engines.check(arguments.engine, arguments.device, arguments.precision)
+    engines.check_options(arguments.engine, arguments.device, arguments.precision)
     prompts = [*arguments.prompt, *read_prompts(arguments.prompt_file)]
     source = open_source(arguments)
     if arguments.interactive:

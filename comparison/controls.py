@@ -7,7 +7,7 @@ import math
 import operator
 
 from comparison.markdown import NONE, count, figure, plain, table
-from comparison.results import Part, tenths
+from comparison.results import JobResults, tenths
 from comparison.trainers import LABELS
 
 MEASURES = (
@@ -34,7 +34,7 @@ PUSHED = {"": "in order", "reversed": "in reverse order"}
 EXACT = 1e-9  # up to such a relative error a gradient is right
 
 
-def controls(part: Part) -> list[str]:
+def controls(part: JobResults) -> list[str]:
     """What wrong gradients look like."""
     if not part.controls:
         return []
@@ -81,7 +81,7 @@ def gradients(engine: str, cosines: dict) -> list[str]:
     return blocks
 
 
-def correctness(part: Part) -> list[str]:
+def correctness(part: JobResults) -> list[str]:
     """Each check in each engine: what was measured, and a mark where that is too much."""
     engines = {e: r for e, r in part.proper.items() if "checks" in r}
     found = {}

@@ -15,7 +15,7 @@ from typing import cast
 from common.memory import peak_memory
 from generation.sampling import Sampling
 from model.config import ModelConfig
-from model.engines import Engine, decoder, generator
+from model.engines import Engine, decoder_class, generator
 
 VOCABULARY = 65
 TOKENS = 50
@@ -36,7 +36,7 @@ def shape(size: str) -> ModelConfig:
 def main(engine: Engine, size: str, tokens: int) -> dict:
     """Times the generation of `tokens` tokens; making the model is counted apart."""
     began = time.perf_counter()
-    model = decoder(engine).from_config(shape(size)).eval()
+    model = decoder_class(engine).from_config(shape(size)).eval()
     generate = generator(engine)
     generate(model, [[1]], Sampling(max_new_tokens=2))  # what the first call alone has to do
     made = time.perf_counter()

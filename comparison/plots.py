@@ -12,7 +12,7 @@ from textwrap import fill
 import numpy as np
 
 from comparison.markdown import figure as number
-from comparison.results import Part, step_s
+from comparison.results import JobResults, step_s
 from comparison.trainers import CONTROLS, LABELS
 
 COLOURS = {  # Okabe and Ito's, which people with any colour vision can tell apart
@@ -40,7 +40,7 @@ LOOK = {
 FAINT = {"color": "#E0E0E0", "linewidth": 0.6, "zorder": 1}
 
 
-def draw(folder: Path, parts: list[Part]) -> list[Path]:
+def draw(folder: Path, parts: list[JobResults]) -> list[Path]:
     """Writes the pictures, and gives their paths. Raises ImportError without matplotlib."""
     from matplotlib import rc_context
 
@@ -57,7 +57,7 @@ def draw(folder: Path, parts: list[Part]) -> list[Path]:
     return files
 
 
-def draw_bars(file: Path, name: str, parts: list[Part]) -> Path:
+def draw_bars(file: Path, name: str, parts: list[JobResults]) -> Path:
     """Speed or memory, the parts side by side."""
     most = max(len(shown(part)) for part in parts)
     figure = new(8 * len(parts), 1.2 + 0.65 * most)
@@ -70,7 +70,7 @@ def draw_bars(file: Path, name: str, parts: list[Part]) -> Path:
     return save(figure, file)
 
 
-def draw_overview(file: Path, part: Part) -> Path:
+def draw_overview(file: Path, part: JobResults) -> Path:
     """Losses, speed and memory of one part side by side, for the README."""
     figure = new(16, 5)
     panels = figure.subplots(1, 3, width_ratios=(1.5, 1, 0.8))
@@ -97,7 +97,7 @@ def save(figure, file: Path) -> Path:
     return file
 
 
-def draw_losses(axes, part: Part):
+def draw_losses(axes, part: JobResults):
     """Smoothed curves; where they coincide, each leaves an edge of the one beneath it."""
     window = max(1, part.job.steps // 10)
     means = {e: trailing_mean(r["losses"], window) for e, r in part.trained.items()}
@@ -140,7 +140,7 @@ BARS = {
 }
 
 
-def shown(part: Part) -> dict[str, dict]:
+def shown(part: JobResults) -> dict[str, dict]:
     """Those that have a bar: the engines proper, or the controls if there is nothing else."""
     return part.proper or part.trained
 

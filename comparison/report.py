@@ -12,13 +12,13 @@ from pathlib import Path
 
 from comparison import code_size, config_table, controls, markdown, samples
 from comparison.markdown import NONE, count, duration, figure, plain, table
-from comparison.results import Part, parts_of_a_step, step_s
+from comparison.results import JobResults, parts_of_a_step, step_s
 from comparison.trainers import BUILT_ON, LABELS
 
 TOKENS = 50  # for so many the table of sizes gives times
 
 
-def write(folder: Path, parts: list[Part], sizes: list[dict]) -> Path:
+def write(folder: Path, parts: list[JobResults], sizes: list[dict]) -> Path:
     """Writes folder/report.md.
 
     sizes: what `comparison.generation_speed` printed, or why it was skipped.
@@ -49,7 +49,7 @@ def write(folder: Path, parts: list[Part], sizes: list[dict]) -> Path:
     return file
 
 
-def terminal(parts: list[Part]) -> str:
+def terminal(parts: list[JobResults]) -> str:
     """The results in at most 100 columns."""
     head = ["", "training [s]", "steps/s", "speed-up", "final loss", "memory [MB]", "nodes"]
     rows, notes = [], []
@@ -72,7 +72,7 @@ def terminal(parts: list[Part]) -> str:
     return "\n".join(line[:100] for line in [*lines, *notes])
 
 
-def summary(part: Part, result: dict) -> list[str]:
+def summary(part: JobResults, result: dict) -> list[str]:
     """Seconds to train, steps a second, speed-up, final loss, peak memory, nodes, as text."""
     return [
         figure(part.train_s(result)),
@@ -87,7 +87,7 @@ def summary(part: Part, result: dict) -> list[str]:
 # Sections ---------------------------------------------------------------------------------------
 
 
-def compared(parts: list[Part]) -> list[str]:
+def compared(parts: list[JobResults]) -> list[str]:
     """The machine, and what each part's engines were given."""
     devices = {r["device"] for p in parts for r in p.trained.values() if r.get("device")}
     lines = [*markdown.machine(), *sorted(devices)]
@@ -123,7 +123,7 @@ def precision(name: str, engines: Iterable[str]) -> str:
     return name + (" (plain Python: fp64)" if on_python and name != "fp64" else "")
 
 
-def results(part: Part) -> list[str]:
+def results(part: JobResults) -> list[str]:
     """Time, speed, loss, nodes and memory; then where the time of a step goes."""
     first, second, notes = [], [], []
     for engine, result in part.trained.items():
@@ -176,7 +176,7 @@ def results(part: Part) -> list[str]:
     ]
 
 
-def losses(part: Part) -> list[str]:
+def losses(part: JobResults) -> list[str]:
     """The losses at some steps, and how far the engines are apart over all of them."""
     end = max((result["steps"] for result in part.trained.values()), default=0)
     steps = {1, *range(50, 501, 50), *range(600, 1001, 100), *range(1500, end, 500)}
@@ -205,7 +205,7 @@ def losses(part: Part) -> list[str]:
     return [*blocks, " ".join(lines)]
 
 
-def estimates(part: Part) -> list[str]:
+def estimates(part: JobResults) -> list[str]:
     """What an epoch and the configuration's own training would take."""
     steps = math.ceil(part.job.documents / part.job.config.train.batch_size)
     own = part.own_steps or part.job.steps

@@ -9,7 +9,7 @@ from comparison.trainers import CONTROLS
 
 
 @dataclass(frozen=True)
-class Part:
+class JobResults:
     """One job, and what each engine found on it: results by name, in the order of LABELS."""
 
     job: Job

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from comparison.job import prompts
 from comparison.markdown import NONE, count, figure, plain, table
-from comparison.results import Part
+from comparison.results import JobResults
 from comparison.trainers import LABELS
 from data.token_files import Split
 
@@ -15,7 +15,7 @@ WIDE = 100  # samples whose columns have up to so many characters together stand
 DOCUMENT = {"lines": "line", "pairs": "completion"}
 
 
-def section(part: Part) -> list[str]:
+def section(part: JobResults) -> list[str]:
     """Who wrote the same, what of it is new, how fast it was written, and the texts."""
     if not part.trained:
         return []
@@ -32,12 +32,12 @@ def section(part: Part) -> list[str]:
     return [words, *novelty(part), *side_by_side(part, texts)]
 
 
-def ended(part: Part) -> list[str]:
+def ended(part: JobResults) -> list[str]:
     """The engines proper that trained to the end."""
     return [engine for engine, result in part.proper.items() if part.whole(result)]
 
 
-def novelty(part: Part) -> list[str]:
+def novelty(part: JobResults) -> list[str]:
     """How many samples are in the data, and how fast they were written."""
     data, rows = part.job.dataset, []
     for engine, result in part.trained.items():
@@ -75,7 +75,7 @@ def holds(split: Split | None, ids: Sequence[int]) -> bool:
     return len(places) > 0
 
 
-def side_by_side(part: Part, texts: dict[str, tuple[str, ...]]) -> list[str]:
+def side_by_side(part: JobResults, texts: dict[str, tuple[str, ...]]) -> list[str]:
     """Every sample, and equal ones once: short ones in a table, long ones under each other."""
     whole = ended(part)
     order = [*whole, *(engine for engine in texts if engine not in whole)]
@@ -103,7 +103,7 @@ def shown(text: str) -> str:
     return text or "(empty)"
 
 
-def names(part: Part, engines: list[str]) -> str:
+def names(part: JobResults, engines: list[str]) -> str:
     """Engines for people; all that trained to the end together in one word."""
     whole, found = ended(part), []
     if len(whole) > 1 and engines[: len(whole)] == whole:

@@ -16,11 +16,11 @@ from tensorboard.compat.proto.types_pb2 import DT_STRING
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
 from comparison.markdown import table
-from comparison.results import Part, parts_of_a_step, step_s
+from comparison.results import JobResults, parts_of_a_step, step_s
 from comparison.trainers import LABELS
 
 
-def write(folder: Path, parts: list[Part]) -> list[Path]:
+def write(folder: Path, parts: list[JobResults]) -> list[Path]:
     """Writes the runs, and gives their folders."""
     runs, now = [], time.time()
     for part in parts:
@@ -31,7 +31,7 @@ def write(folder: Path, parts: list[Part]) -> list[Path]:
     return runs
 
 
-def write_run(run: Path, part: Part, engine: str, result: dict, now: float):
+def write_run(run: Path, part: JobResults, engine: str, result: dict, now: float):
     """The losses, step by step, and the final figures."""
     writer = EventFileWriter(str(run))
     for step, loss in enumerate(result["losses"], 1):
@@ -44,7 +44,7 @@ def write_run(run: Path, part: Part, engine: str, result: dict, now: float):
     writer.close()
 
 
-def final(part: Part, result: dict) -> dict[str, float]:
+def final(part: JobResults, result: dict) -> dict[str, float]:
     """What the report's tables have of an engine, by tag."""
     return {
         "loss": result["losses"][-1],

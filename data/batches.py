@@ -17,7 +17,7 @@ from common.errors import UserError
 from data.rng import key, permutation
 from data.token_files import Split
 
-POOL = 50  # batches that are sorted by length together
+POOL_BATCHES = 50  # batches that are sorted by length together
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ class Batches:
             batches = cut(order, self.batch_size)
         else:  # examples of like length go together, so that little is padded
             batches = []
-            for pool in cut(order, self.batch_size * POOL):
+            for pool in cut(order, self.batch_size * POOL_BATCHES):
                 by_length = pool[np.argsort(self.examples.lengths[pool], kind="stable")]
                 batches += cut(by_length, self.batch_size)
             turn = permutation(len(batches), "turn", self.seed, epoch)

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
-from common.errors import UserError
+from common.errors import refuse
 
 DEFAULT_CACHE_DIR = Path(__file__).parent / "cache"  # what an empty data.cache_dir means
 Kind = Literal["stream", "lines", "pairs"]
@@ -45,5 +45,4 @@ class DataConfig:
             wrong.append(f"seq_len = {self.seq_len} must be 0 (model.max_len) or more")
         if not 0 <= self.val_fraction < 1:
             wrong.append(f"val_fraction = {self.val_fraction} must be at least 0 and below 1")
-        if wrong:
-            raise UserError("; ".join(wrong))
+        refuse(wrong)

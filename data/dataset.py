@@ -33,7 +33,7 @@ from data.train_tokenizer import train_sentencepiece
 
 FORMAT = 1  # of the token ids: another one is other data, on which no older run can be resumed
 LAYOUT = 2  # of the folder: another one is prepared beside those of older versions
-HELD_OUT = 10  # validation pairs that travel with every checkpoint
+MAX_HELD_OUT = 10  # validation pairs that travel with every checkpoint
 
 Report = Callable[[str], object]
 Reader = Callable[[], Iterator[str]]  # of a stream
@@ -78,13 +78,13 @@ def prepare(
     folder = cache / f"{source.name}-{fingerprint}-{LAYOUT}"
     with FileLock(f"{folder}.lock"):  # two runs may prepare the same data at once
         if not (folder / "manifest.json").exists():
-            with built_at(folder) as unfinished:
+            with published_folder(folder) as unfinished:
                 build(source, config, fingerprint, unfinished, report, tokenizer)
     return open_dataset(folder, tokenizer is not None)
 
 
 @contextmanager
-def built_at(folder: Path) -> Generator[Path]:
+def published_folder(folder: Path) -> Generator[Path]:
     """A hidden folder that becomes `folder` when the block ends well, and vanishes otherwise."""
     prefix = f".{folder.name}-"
     for left in folder.parent.glob(prefix + "*"):  # of a process that was killed; we hold the lock
@@ -142,7 +142,7 @@ def build(
             manifest["splits"][name] = write_stream(readers[name](), tokenizer, path, dtype)
     else:
         by_share = {}
-        documents = held_out_kept(split_documents(source, config), by_share)
+        documents = collect_held_out(split_documents(source, config), by_share)
         manifest["splits"] = write_documents(documents, tokenizer, paths, dtype)
         if source.kind == "pairs":
             manifest["held_out"] = hold_out(by_share)
@@ -196,12 +196,12 @@ def split_documents(source: Source, config: DataConfig) -> Iterator[tuple[str, s
     """
     bound = 0 if source.val else config.val_fraction
     for document in source.train():
-        yield "val" if bound and share(document) < bound else "train", document
+        yield "val" if bound and hash_fraction(document) < bound else "train", document
     for document in source.val() if source.val else ():
         yield "val", document
 
 
-def share(document: str | Pair) -> float:
+def hash_fraction(document: str | Pair) -> float:
     """Where a document falls in [0, 1): by its prompt, or by its text where there is none."""
     text = document if isinstance(document, str) else document[0] or document[1]
     normalised = " ".join(text.casefold().split())
@@ -209,20 +209,20 @@ def share(document: str | Pair) -> float:
     return int.from_bytes(digest, "little") * 2.0**-64
 
 
-def held_out_kept(documents: Iterable[tuple], by_share: dict) -> Iterator[tuple]:
+def collect_held_out(documents: Iterable[tuple], by_share: dict) -> Iterator[tuple]:
     """The documents as they come; `by_share` gets what `hold_out` chooses from."""
     for name, document in documents:
         if name == "val":
-            by_share.setdefault(share(document), document)
-            if len(by_share) > 100 * HELD_OUT:  # memory does not grow with the split
-                for each in sorted(by_share)[HELD_OUT:]:
+            by_share.setdefault(hash_fraction(document), document)
+            if len(by_share) > 100 * MAX_HELD_OUT:  # memory does not grow with the split
+                for each in sorted(by_share)[MAX_HELD_OUT:]:
                     del by_share[each]
         yield name, document
 
 
 def hold_out(by_share: dict[float, tuple[str, str]]) -> list[dict]:
     """A few pairs with different prompts, spread over the split by their hash."""
-    chosen = [pair for _, pair in sorted(by_share.items())[:HELD_OUT]]
+    chosen = [pair for _, pair in sorted(by_share.items())[:MAX_HELD_OUT]]
     return [{"prompt": prompt, "completion": completion} for prompt, completion in chosen]
 
 

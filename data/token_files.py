@@ -22,8 +22,8 @@ from common.memory import return_freed_memory
 from data.tokenizer import Tokenizer
 
 DOCUMENTS, CHARACTERS = 1 << 12, 1 << 18  # tokenised at a time: whichever is reached first
-TRIM = 32  # pieces of work after which freed memory is given back
-PIECE = 1 << 20  # numbers checked at a time
+TRIM_INTERVAL = 32  # pieces of work after which freed memory is given back
+CHECK_SIZE = 1 << 20  # numbers checked at a time
 
 
 @dataclass(frozen=True)
@@ -57,8 +57,8 @@ def write_stream(texts: Iterable[str], tokenizer: Tokenizer, path: Path, dtype: 
         return tokenizer.encode_array(text).astype(dtype), len(text.encode())
 
     tokens = size = 0
-    with open(f"{path}.ids", "wb") as file, progress("B") as bar, uncollected():
-        for ids, n in in_order(encode, texts, tokenizer.threads):
+    with open(f"{path}.ids", "wb") as file, progress("B") as bar, garbage_collection_paused():
+        for ids, n in ordered_map(encode, texts, tokenizer.threads):
             file.write(ids)
             tokens, size = tokens + len(ids), size + n
             bar.update(n)
@@ -92,8 +92,8 @@ def write_documents(
         }
         for name in paths:
             files[name, "starts"].write(np.zeros(1, "<i8").data)
-        stack.enter_context(uncollected())
-        for name, ids, lengths, size in in_order(encode, blocks(documents), tokenizer.threads):
+        stack.enter_context(garbage_collection_paused())
+        for name, ids, lengths, size in ordered_map(encode, blocks(documents), tokenizer.threads):
             count = counts[name]
             files[name, "ids"].write(ids)
             files[name, "starts"].write(count["tokens"] + lengths.sum(1).cumsum())
@@ -119,7 +119,7 @@ def blocks(documents: Iterable[tuple]) -> Iterator[tuple[str, list]]:
     yield from waiting.items()
 
 
-def in_order(work: Callable, items: Iterable, threads: int) -> Iterator:
+def ordered_map(work: Callable, items: Iterable, threads: int) -> Iterator:
     """work(item) of each, in their order; threads do it, and few are ahead: memory is bounded."""
     if threads == 1:
         yield from map(work, items)
@@ -131,7 +131,7 @@ def in_order(work: Callable, items: Iterable, threads: int) -> Iterator:
                 waiting.append(pool.submit(work, item))
                 if len(waiting) > threads + 1:  # one is ready when a thread is
                     yield waiting.popleft().result()
-                    if number % TRIM == 0:
+                    if number % TRIM_INTERVAL == 0:
                         return_freed_memory()
             while waiting:
                 yield waiting.popleft().result()
@@ -140,7 +140,7 @@ def in_order(work: Callable, items: Iterable, threads: int) -> Iterator:
 
 
 @contextmanager
-def uncollected() -> Generator[None]:
+def garbage_collection_paused() -> Generator[None]:
     """No search for cycles meanwhile: among lists of ids it would take a tenth of the time."""
     collecting = gc.isenabled()
     gc.disable()
@@ -163,7 +163,7 @@ def open_split(path: Path, counts: dict, dtype: np.dtype, vocab_size: int) -> Sp
     """One split's memory-mapped files. Raises UserError naming the file that is wrong."""
     ids = open_array(Path(f"{path}.ids"), dtype, counts["tokens"])
     with open(f"{path}.ids", "rb") as file:  # read, because what is mapped counts as this process's
-        while len(piece := np.fromfile(file, dtype, PIECE)):
+        while len(piece := np.fromfile(file, dtype, CHECK_SIZE)):
             if (top := int(piece.max())) >= vocab_size:
                 raise UserError(f"{path}.ids: holds id {top}, the vocabulary has {vocab_size}")
     if "documents" not in counts:
@@ -172,9 +172,9 @@ def open_split(path: Path, counts: dict, dtype: np.dtype, vocab_size: int) -> Sp
     starts = open_array(Path(f"{path}.starts"), np.dtype("<i8"), n + 1)
     prompts = open_array(Path(f"{path}.prompts"), np.dtype("<i4"), n)
     fits = starts[0] == 0 and starts[-1] == len(ids)
-    for first in range(0, n, PIECE):
-        known = prompts[first : first + PIECE]
-        lengths = np.diff(starts[first : first + PIECE + 1])
+    for first in range(0, n, CHECK_SIZE):
+        known = prompts[first : first + CHECK_SIZE]
+        lengths = np.diff(starts[first : first + CHECK_SIZE + 1])
         fits = fits and ((known >= 1) & (known < lengths)).all()
     if not fits:
         raise UserError(f"{path}.starts: damaged (does not fit {path}.ids)")

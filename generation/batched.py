@@ -19,10 +19,12 @@ from generation import cpu_decoder
 from generation.cpu_decoder import CPUDecoder, Decoder
 from generation.kv_cache import KVCache
 from generation.sampling import Sampling, uniform, window
-from generation.sequential import AnyDecoder, check, number_samples
+from generation.sequential import AnyDecoder, check_prompts, number_samples
 from generation.torch_sampling import sample_tokens
 
-PAYS = 8  # new tokens from which it pays to lay out the weights anew: it costs a few steps
+MIN_TOKENS_TO_PACK = (
+    8  # new tokens from which it pays to lay out the weights anew: it costs a few steps
+)
 
 Step = Callable[[torch.Tensor, KVCache], torch.Tensor]
 
@@ -56,15 +58,15 @@ def generate(
     not touched, and the model is left in the mode it was in. Raises UserError for an empty prompt,
     ids outside the vocabulary, and a model whose logits are not finite.
     """
-    check(model, prompts)
+    check_prompts(model, prompts)
     texts = [list(prompt) for prompt in prompts]
     samples = number_samples(prompts) if samples is None else samples
     rows = list(range(len(texts)))  # rows[b]: the prompt that row b of the cache goes on with
     longest = max(map(len, texts), default=0) + rules.max_new_tokens
-    quick = rules.max_new_tokens >= PAYS and cpu_decoder.is_supported(model)
+    packed = rules.max_new_tokens >= MIN_TOKENS_TO_PACK and cpu_decoder.is_supported(model)
     places = min(model.max_len, longest - 1)  # the last token is never read
-    cache = KVCache(model, len(rows), places, cpu_decoder.CACHE_DTYPE if quick else None)
-    step = CPUDecoder(model) if quick and rows else partial(plain_step, model)
+    cache = KVCache(model, len(rows), places, cpu_decoder.CACHE_DTYPE if packed else None)
+    step = CPUDecoder(model) if packed and rows else partial(module_step, model)
 
     def finished(row: int, token: int) -> bool:
         if token == end_id:
@@ -93,7 +95,7 @@ def generate(
     return [text[len(prompt) :] for text, prompt in zip(texts, prompts, strict=True)]
 
 
-def plain_step(model: BatchedDecoder, ids: torch.Tensor, cache: KVCache) -> torch.Tensor:
+def module_step(model: BatchedDecoder, ids: torch.Tensor, cache: KVCache) -> torch.Tensor:
     """What a CPUDecoder gives, by the module itself: on every device, in every precision."""
     return model(ids, cache=cache)[:, -1]
 

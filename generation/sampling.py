@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
-from common.errors import UserError
+from common.errors import refuse
 
 MAX_NEW_TOKENS = 10**6  # tokens, or texts, that are asked for at once: more is a slip of the finger
 
@@ -45,8 +45,7 @@ class Sampling:
             wrong.append(f"top_p = {self.top_p} must be above 0 and at most 1 (all)")
         if not 1 <= self.max_new_tokens <= MAX_NEW_TOKENS:
             wrong.append(f"max_new_tokens = {self.max_new_tokens} must be 1 to {MAX_NEW_TOKENS}")
-        if wrong:
-            raise UserError("; ".join(wrong))
+        refuse(wrong)
 
     @property
     def deterministic(self) -> bool:

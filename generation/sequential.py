@@ -72,7 +72,7 @@ def generate(
     Arguments and errors are those of `generation.batched.generate`, but a prompt is done before the
     next one begins.
     """
-    check(model, prompts)
+    check_prompts(model, prompts)
     samples = number_samples(prompts) if samples is None else samples
     cache = model.new_cache()
     rows = []
@@ -112,7 +112,7 @@ def logits_after(model: SequentialDecoder[C], cache: C, text: list[int]) -> list
     return logits
 
 
-def check(model: AnyDecoder, prompts: Sequence[Sequence[int]]):
+def check_prompts(model: AnyDecoder, prompts: Sequence[Sequence[int]]):
     """Raises UserError for prompts that the model cannot read."""
     for i, prompt in enumerate(prompts):
         if not prompt:

@@ -14,12 +14,12 @@ import torch
 from common.errors import UserError
 from generation.sampling import Sampling
 
-MORE = 14  # logits that are looked at beyond the k of top-k: these may tie
-FEW = 1024  # tokens of a vocabulary that needs no short cuts
+EXTRA_CANDIDATES = 14  # logits that are looked at beyond the k of top-k: these may tie
+SMALL_VOCABULARY = 1024  # tokens of a vocabulary that needs no short cuts
 BLOCK = 512  # tokens whose weights are summed first
 SKEW = 16  # how much heavier than the mean the tokens that top-p keeps are expected to be
-COLD = 1e-30  # a temperature that float32 may take for 0
-DOUBT = 2.0**-18  # share of all weight by which a sum of float32 numbers may be wrong
+MIN_FLOAT32_TEMPERATURE = 1e-30  # a temperature that float32 may take for 0
+FLOAT32_SUM_ERROR = 2.0**-18  # share of all weight by which a sum of float32 numbers may be wrong
 
 
 def sample_tokens(logits: torch.Tensor, rules: Sampling, numbers: list[float]) -> list[int]:
@@ -29,13 +29,13 @@ def sample_tokens(logits: torch.Tensor, rules: Sampling, numbers: list[float]) -
         check_finite(largest)
         return ids.tolist()
     V = logits.shape[-1]
-    narrow = logits.dtype != torch.float64 and rules.temperature > COLD
-    if narrow and V > FEW and rules.top_p == 1 and not 0 < rules.top_k < V:
-        return among_all(logits, rules, numbers)
-    return drawn(logits, rules, numbers)
+    low_precision = logits.dtype != torch.float64 and rules.temperature > MIN_FLOAT32_TEMPERATURE
+    if low_precision and V > SMALL_VOCABULARY and rules.top_p == 1 and not 0 < rules.top_k < V:
+        return draw_from_all(logits, rules, numbers)
+    return draw(logits, rules, numbers)
 
 
-def drawn(logits: torch.Tensor, rules: Sampling, numbers: list[float]) -> list[int]:
+def draw(logits: torch.Tensor, rules: Sampling, numbers: list[float]) -> list[int]:
     """The token of each row at which the sum of its candidates' weights passes its number."""
     ids, weights = candidates(logits, rules)
     reached = weights.cumsum(-1)
@@ -44,8 +44,8 @@ def drawn(logits: torch.Tensor, rules: Sampling, numbers: list[float]) -> list[i
     return ids.gather(-1, chosen).flatten().tolist()
 
 
-def among_all(logits: torch.Tensor, rules: Sampling, numbers: list[float]) -> list[int]:
-    """`drawn` where no rule drops a token, but weighed in float32, and in blocks.
+def draw_from_all(logits: torch.Tensor, rules: Sampling, numbers: list[float]) -> list[int]:
+    """`draw` where no rule drops a token, but weighed in float32, and in blocks.
 
     A row whose number comes so near to a border that rounding could decide is drawn in float64.
     """
@@ -62,12 +62,12 @@ def among_all(logits: torch.Tensor, rules: Sampling, numbers: list[float]) -> li
     block = torch.searchsorted(reached, wanted, right=True)  # (B, 1)
     before = torch.nn.functional.pad(reached, (1, 0)).gather(-1, block)
     inside = before + weights[torch.arange(B), block[:, 0]].double().cumsum(-1)  # (B, BLOCK)
-    least = torch.searchsorted(inside, wanted - DOUBT * total, right=True)
-    most = torch.searchsorted(inside, wanted + DOUBT * total, right=True)
-    sure = (least == most) & (most < BLOCK) & (wanted - DOUBT * total >= before)
+    least = torch.searchsorted(inside, wanted - FLOAT32_SUM_ERROR * total, right=True)
+    most = torch.searchsorted(inside, wanted + FLOAT32_SUM_ERROR * total, right=True)
+    sure = (least == most) & (most < BLOCK) & (wanted - FLOAT32_SUM_ERROR * total >= before)
     tokens = (block * BLOCK + least).flatten().tolist()
     for row in (~sure[:, 0]).nonzero().flatten().tolist():
-        tokens[row] = drawn(values[row : row + 1], rules, [numbers[row]])[0]
+        tokens[row] = draw(values[row : row + 1], rules, [numbers[row]])[0]
     return tokens
 
 
@@ -93,14 +93,14 @@ def candidates(logits: torch.Tensor, rules: Sampling) -> tuple[torch.Tensor, tor
         values, ids = logits.cpu(), torch.arange(V).expand_as(logits)
     largest = values.amax(-1, keepdim=True)
     check_finite(largest)
-    if rules.top_p < 1 and values.shape[-1] > FEW:
-        few = heavy(values, largest, rules)
+    if rules.top_p < 1 and values.shape[-1] > SMALL_VOCABULARY:
+        few = likely_candidates(values, largest, rules)
         if few is not None:
             return few
     weights = weigh(values, largest, rules.temperature)
     if rules.top_p < 1:
         # not masked_fill_, which branches at each number
-        dropped = beyond_top_p(values, largest, rules)
+        dropped = dropped_by_top_p(values, largest, rules)
         assert dropped is not None  # all values are there: no doubt is left
         weights = torch.where(dropped, 0.0, weights)
     return ids, weights
@@ -111,7 +111,7 @@ def most_probable(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Ten
 
     Both (B, N), on the CPU, where N is at least what any row needs; what it does not is -inf.
     """
-    N = min(k + MORE, logits.shape[-1])
+    N = min(k + EXTRA_CANDIDATES, logits.shape[-1])
     values, ids = logits.topk(N)
     least = values[:, k - 1 : k]
     if (values[:, -1:] == least).any():  # perhaps still others tie
@@ -130,7 +130,7 @@ def weigh(values: torch.Tensor, largest: torch.Tensor, temperature: float) -> to
     return torch.from_numpy(np.exp(exact, out=exact))  # NumPy's is twice as fast
 
 
-def heavy(
+def likely_candidates(
     values: torch.Tensor, largest: torch.Tensor, rules: Sampling
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
     """What `candidates` returns, from those tokens alone that top-p may keep; None if in doubt.
@@ -139,22 +139,22 @@ def heavy(
     them is kept. Most often none that weighs SKEW times as much is either, which shows when the
     others are ranked. Which is which, weights in float32 tell.
     """
-    V, array = values.shape[-1], plain(values)
+    V, array = values.shape[-1], as_numpy(values)
     rough = (values.float() - largest.float()).div_(rules.temperature).exp_()
     total = rough.sum(-1, keepdim=True, dtype=torch.float64)
-    bound = total * ((1 - rules.top_p) / V * (1 - DOUBT) ** 2)
+    bound = total * ((1 - rules.top_p) / V * (1 - FLOAT32_SUM_ERROR) ** 2)
     for skew in (SKEW, 1):
         places = np.flatnonzero((rough >= (skew * bound).float()).numpy())
         if len(places) > array.size // 4:  # so flat that it pays no more
             return None
-        ids, head = padded(array, places)
-        dropped = beyond_top_p(head, largest, rules, total, slack=DOUBT)
+        ids, head = gather_padded(array, places)
+        dropped = dropped_by_top_p(head, largest, rules, total, slack=FLOAT32_SUM_ERROR)
         if dropped is not None:
             return ids, torch.where(dropped, 0.0, weigh(head, largest, rules.temperature))
     return None
 
 
-def padded(array: np.ndarray, places: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+def gather_padded(array: np.ndarray, places: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
     """Columns and values (B, N) at some places of a flattened array (B, V), in their order.
 
     Rows that have fewer than others end in columns 0 and values -inf, which weigh nothing.
@@ -168,7 +168,7 @@ def padded(array: np.ndarray, places: np.ndarray) -> tuple[torch.Tensor, torch.T
     return torch.from_numpy(ids), torch.from_numpy(values)
 
 
-def beyond_top_p(
+def dropped_by_top_p(
     values: torch.Tensor,
     largest: torch.Tensor,
     rules: Sampling,
@@ -180,7 +180,7 @@ def beyond_top_p(
     total, slack: the weight (B, 1) of all, where `values` are but the largest of them, and what
     share of it may be wrong. None is returned where `values` or the slack do not allow an answer.
     """
-    array = plain(values)
+    array = as_numpy(values)
     ranked = torch.from_numpy(np.sort(array)).flip(-1)  # NumPy sorts many times faster
     reached = weigh(ranked, largest, rules.temperature).cumsum(-1)
     border = rules.top_p * (reached[:, -1:] if total is None else total)
@@ -198,6 +198,6 @@ def beyond_top_p(
     return dropped
 
 
-def plain(values: torch.Tensor) -> np.ndarray:
+def as_numpy(values: torch.Tensor) -> np.ndarray:
     """As an array; NumPy has no bfloat16."""
     return (values.float() if values.dtype in (torch.bfloat16, torch.float16) else values).numpy()

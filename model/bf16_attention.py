@@ -3,25 +3,20 @@
 PyTorch's own kernel has its products in float32, which a CPU with bf16 instructions computes at a
 quarter of the speed, or else a slow backward pass. So it is written out here, as batched matrix
 products in bf16 around a softmax in float32. In fp16, without such instructions, and with a mask
-or dropout, PyTorch's kernel is used, in float32: narrow products are many times slower there.
+or dropout, PyTorch's kernel is used, in float32: bf16 products are many times slower there.
 
 Shapes: B sequences, H heads of width D, T tokens; N = B H.
 """
 
 import math
-from functools import cache
 
 import torch
 import torch.nn.functional as F
 
+from common.device import cpu_has_bf16
+
 BLOCK = 128  # queries at a time: keys after the last of them are not looked at
-SCORES = 2**19  # numbers at a time, for a CPU's caches
-
-
-@cache
-def cpu_has_bf16() -> bool:
-    """Whether this CPU has instructions for products in bf16."""
-    return getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
+MAX_SCORES = 2**19  # numbers at a time, for a CPU's caches
 
 
 def bf16_attention(Q, K, V, mask, dropout, causal):
@@ -53,8 +48,8 @@ class BF16Attention(torch.autograd.Function):
     def backward(ctx, dY):  # pyrefly: ignore[bad-override], of one output one gradient comes
         q, k, v = ctx.saved_tensors
         dy, dq = dY.reshape(q.shape).contiguous(), torch.empty_like(q)
-        # several blocks of queries see a key: what they give is summed in the wide type
-        dk, dv = (torch.zeros_like(k, dtype=wide(k)) for _ in range(2))
+        # several blocks of queries see a key: what they give is summed in float32 at least
+        dk, dv = (torch.zeros_like(k, dtype=accumulation_dtype(k)) for _ in range(2))
         for heads, queries, keys, P in blocks(q, k):
             dv[heads, keys] += torch.bmm(P.to(q.dtype).mT, dy[heads, queries])
             dP = torch.bmm(dy[heads, queries], v[heads, keys].mT).to(P.dtype)
@@ -67,10 +62,10 @@ class BF16Attention(torch.autograd.Function):
 
 
 def blocks(q, k):
-    """Slices of N heads, of T queries and of the keys that these see; their weights P, wide."""
+    """Slices of N heads, T queries and the keys that these see; their weights P, in float32."""
     N, T, D = q.shape
-    count = max(1, SCORES // (min(T, BLOCK) * T))
-    later = torch.full((BLOCK, BLOCK), -math.inf, dtype=wide(q)).triu(1)  # than the query
+    count = max(1, MAX_SCORES // (min(T, BLOCK) * T))
+    later = torch.full((BLOCK, BLOCK), -math.inf, dtype=accumulation_dtype(q)).triu(1)
     for first in range(0, N, count):
         for start in range(0, T, BLOCK):
             end = min(start + BLOCK, T)
@@ -81,6 +76,6 @@ def blocks(q, k):
             yield heads, queries, keys, S.softmax(-1)
 
 
-def wide(x) -> torch.dtype:
+def accumulation_dtype(x) -> torch.dtype:
     """The type of what is not a product."""
     return torch.promote_types(x.dtype, torch.float32)

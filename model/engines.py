@@ -16,7 +16,7 @@ Engine = Literal["torch", "numpy", "python"]
 WEIGHTS = "model.safetensors"
 
 
-def check(engine: Engine, device: str, precision: str):
+def check_options(engine: Engine, device: str, precision: str):
     """Raises UserError for what only torch has."""
     if engine == "torch":
         return
@@ -39,13 +39,13 @@ def read_weights(engine: Engine, checkpoint: Checkpoint) -> dict:
 def load_model(engine: Engine, config: ModelConfig, weights: dict, device: str, precision: str):
     """The engine's decoder with the weights that `read_weights` gave. Raises UserError."""
     if engine == "python":
-        model = decoder(engine).from_config(config)
+        model = decoder_class(engine).from_config(config)
     elif engine == "numpy":
         dtype = {"fp32": "float32", "fp64": "float64"}[precision]
-        model = decoder(engine).from_config(config, dtype)
+        model = decoder_class(engine).from_config(config, dtype)
     else:
         keep_freed_memory()  # which each token would have cleared anew
-        kind = decoder(engine)  # first, because it says what is missing
+        kind = decoder_class(engine)  # first, because it says what is missing
         from common.device import choose_device, choose_precision
 
         place = choose_device(device)
@@ -55,7 +55,7 @@ def load_model(engine: Engine, config: ModelConfig, weights: dict, device: str, 
     return model.eval()
 
 
-def decoder(engine: Engine) -> type:
+def decoder_class(engine: Engine) -> type:
     """The engine's decoder. Raises UserError where what it is built on is not installed."""
     try:
         if engine == "python":

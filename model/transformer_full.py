@@ -161,8 +161,8 @@ class TransformerDecoder(nn.Module):
         """
         for name, parameter in self.named_parameters():
             if parameter.ndim == 2:
-                narrow = self.config.norm_first and name.endswith(("W_o.weight", "linear2.weight"))
-                std = self.config.init_std / (math.sqrt(2 * len(self.layers)) if narrow else 1.0)
+                scaled = self.config.norm_first and name.endswith(("W_o.weight", "linear2.weight"))
+                std = self.config.init_std / (math.sqrt(2 * len(self.layers)) if scaled else 1.0)
                 nn.init.normal_(parameter, std=std)
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)

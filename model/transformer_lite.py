@@ -172,8 +172,8 @@ class TransformerDecoderLite(nn.Module):
         """As in `transformer_full`."""
         for name, parameter in self.named_parameters():
             if parameter.ndim == 2:
-                narrow = self.config.norm_first and name.endswith(("W_o.weight", "linear2.weight"))
-                std = self.config.init_std / (math.sqrt(2 * len(self.layers)) if narrow else 1.0)
+                scaled = self.config.norm_first and name.endswith(("W_o.weight", "linear2.weight"))
+                std = self.config.init_std / (math.sqrt(2 * len(self.layers)) if scaled else 1.0)
                 parameter.data[...] = nn.generator.normal(0.0, std, parameter.shape)
             elif name.endswith("bias"):
                 parameter.data[...] = 0.0

@@ -169,8 +169,8 @@ class TransformerDecoderMicro(nn.Module):
         """As in `transformer_full`."""
         for name, parameter in self.named_parameters():
             if len(parameter.shape) == 2:
-                narrow = self.config.norm_first and name.endswith(("W_o.weight", "linear2.weight"))
-                std = self.config.init_std / (math.sqrt(2 * len(self.layers)) if narrow else 1.0)
+                scaled = self.config.norm_first and name.endswith(("W_o.weight", "linear2.weight"))
+                std = self.config.init_std / (math.sqrt(2 * len(self.layers)) if scaled else 1.0)
                 for row in parameter:
                     row.data = [self.random.gauss(0.0, std) for _ in row.data]
 

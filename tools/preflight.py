@@ -47,10 +47,10 @@ def main() -> int:
     state = build(spec, lambda line: log(f"  {cli.visible(line)}"))
     show_parameters(state)
     remarks = show_data(state) + show_learning_rate(state)
-    tried, failure = try_steps(state)
-    if tried:
-        remarks += show_memory(state, tried) + show_time(state, tried)
-        remarks += show_first_loss(state, spec, tried) + show_disk(state, spec)
+    measured, failure = try_steps(state)
+    if measured:
+        remarks += show_memory(state, measured) + show_time(state, measured)
+        remarks += show_first_loss(state, spec, measured) + show_disk(state, spec)
     remarks.append(("wrong", bool(failure), failure))
     remarks = [(kind, text) for kind, applies, text in remarks if applies]
     log("remarks" if remarks else "no remarks")
@@ -174,7 +174,7 @@ def plot(config: OptimizerConfig, steps: int, horizon: int) -> list[str]:
 
 
 @dataclass(frozen=True)
-class Tried:
+class Measured:
     """What was measured, in bytes and seconds."""
 
     first_loss: float
@@ -184,7 +184,7 @@ class Tried:
     evaluation: float  # one, samples included
 
 
-def try_steps(state) -> tuple[Tried | None, str]:
+def try_steps(state) -> tuple[Measured | None, str]:
     """Takes the run's first steps and its longest; or says why that cannot be.
 
     They move the weights of this process, which are thrown away with it.
@@ -216,7 +216,7 @@ def try_steps(state) -> tuple[Tried | None, str]:
             raise
         too_much = "a step needs more memory than there is; lower train.batch_size"
         return None, f"{too_much}, or raise train.accumulation_steps"
-    return Tried(first_loss, max(0, peak - before), available, seconds, evaluation), ""
+    return Measured(first_loss, max(0, peak - before), available, seconds, evaluation), ""
 
 
 def timed_step(state, loss_module, step: int, still: bool = False) -> tuple[float, float]:
@@ -307,7 +307,7 @@ def forget_peak(device):
         Path("/proc/self/clear_refs").write_text("5")
 
 
-def show_memory(state, tried: Tried) -> Remarks:
+def show_memory(state, measured: Measured) -> Remarks:
     """Where the memory of a step goes, at the longest step of an epoch."""
     weights = sum(p.nbytes for p in state.model.parameters())
     states = [values for optimizer in state.optimizers for values in optimizer.state.values()]
@@ -316,16 +316,16 @@ def show_memory(state, tried: Tried) -> Remarks:
     for name, size in (("weights", weights), ("gradients", weights), ("optimizer state", moments)):
         row(name, megabytes(size))
     if state.device.type in ("cpu", "cuda"):
-        rest = max(0, tried.growth - weights - moments)
+        rest = max(0, measured.growth - weights - moments)
         row("activations", megabytes(rest), "and everything else, at the peak of the longest step")
-        row("total", megabytes(weights + tried.growth), "measured")
-    if tried.available:
-        row("available", megabytes(weights + tried.available))
-    full = tried.growth > 0.8 * (tried.available or math.inf)
+        row("total", megabytes(weights + measured.growth), "measured")
+    if measured.available:
+        row("available", megabytes(weights + measured.available))
+    full = measured.growth > 0.8 * (measured.available or math.inf)
     return [("note", full, "a step takes more than 80% of the free memory; lower train.batch_size")]
 
 
-def show_time(state, tried: Tried) -> Remarks:
+def show_time(state, measured: Measured) -> Remarks:
     """How long the run will take, on a machine as busy as it is now."""
     from common.device import choose_precision
 
@@ -335,21 +335,27 @@ def show_time(state, tried: Tried) -> Remarks:
         state.config.train.eval_interval,
     )
     evaluations = end // interval - begin // interval + (end % interval > 0) if interval else 1
-    step = statistics.median(tried.steps)
-    seconds = (end - begin) * step + evaluations * tried.evaluation
+    step = statistics.median(measured.steps)
+    seconds = (end - begin) * step + evaluations * measured.evaluation
     log("time")
-    row("a step", f"{1000 * step:,.1f} ms", f"median of {len(tried.steps)}")
-    row("an evaluation", duration(tried.evaluation), "with its samples")
+    row("a step", f"{1000 * step:,.1f} ms", f"median of {len(measured.steps)}")
+    row("an evaluation", duration(measured.evaluation), "with its samples")
     row("the run", duration(seconds), f"{end - begin:,} steps, {evaluations:,} evaluations")
-    narrow = (
+    bf16_is_faster = (
         choose_precision("auto", state.device)[0].name == "bf16" and state.precision.name == "fp32"
     )
-    return [("note", narrow, f"this {state.device.type} has bf16; --precision bf16 may be faster")]
+    return [
+        (
+            "note",
+            bf16_is_faster,
+            f"this {state.device.type} has bf16; --precision bf16 may be faster",
+        )
+    ]
 
 
-def show_first_loss(state, spec, tried: Tried) -> Remarks:
+def show_first_loss(state, spec, measured: Measured) -> Remarks:
     """The first loss beside that of a model that knows nothing."""
-    vocabulary, loss = state.config.model.vocab_size, tried.first_loss
+    vocabulary, loss = state.config.model.vocab_size, measured.first_loss
     uniform, trained = math.log(vocabulary), bool(spec.resume or spec.weights)
     log("loss")
     row("at the first step", f"{loss:.4f}")

@@ -17,7 +17,7 @@ from checkpoint.reader import Checkpoint
 from common import cli
 from common.errors import UserError
 from model.config import read_model_config
-from training.config import FREE, Config, load, to_toml
+from training.config import FREE_CHANGES, Config, load, to_toml
 from training.resume import (
     RunSpec,
     find_resume,
@@ -148,7 +148,7 @@ def check_shape(config: Config, weights: Checkpoint):
     differing = [
         f"model.{key} = {own[key]!r}, but the checkpoint has {its[key]!r}"
         for key in own
-        if own[key] != its[key] and f"model.{key}" not in FREE
+        if own[key] != its[key] and f"model.{key}" not in FREE_CHANGES
     ]
     if differing:
         raise UserError(

@@ -1,12 +1,11 @@
 """All settings of a run: TOML and command line to one checked dataclass. No torch.
 
-Each room owns its part (`ModelConfig`, `DataConfig`, ...); here they are put together, read from a
-file, checked, and compared on resuming.
+Each folder owns its part (`ModelConfig`, `DataConfig`, ...); here they are put together, read from
+a file, checked, and compared on resuming.
 """
 
 import difflib
 import json
-import math
 import os
 import re
 import tomllib
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import TypeAdapter, ValidationError
 
-from common.errors import UserError
+from common.errors import UserError, at_least, refuse
 from data.config import DataConfig
 from generation.sampling import Sampling
 from model.config import ModelConfig
@@ -149,22 +148,6 @@ class Config:
         return self.optimizer.schedule_steps or self.max_steps
 
 
-def at_least(config, least: int, *names: str) -> list[str]:
-    """What is wrong with the fields `names`: those below `least`."""
-    return [
-        f"{name} = {getattr(config, name)} must be at least {least}"
-        + ("" if math.isfinite(getattr(config, name)) else " and finite")
-        for name in names
-        if not least <= getattr(config, name) < math.inf  # refuses NaN as well
-    ]
-
-
-def refuse(wrong: list[str]):
-    """Raises UserError with everything that is wrong, if anything is."""
-    if wrong:
-        raise UserError("; ".join(wrong))
-
-
 # pydantic takes its settings from this attribute, also of standard-library dataclasses
 for _part in (ModelConfig, DataConfig, OptimizerConfig, TrainConfig, Sampling, Config):
     _part.__pydantic_config__ = {"extra": "forbid", "strict": True, "allow_inf_nan": False}
@@ -269,14 +252,14 @@ def to_toml(config: Config) -> str:
 # Resuming ---------------------------------------------------------------------------------------
 
 # All other settings of the data are judged by its hash, once it is prepared: a moved file is none.
-REFUSED = {
+REFUSED_CHANGES = {
     "seed": "the order of the data would change",
     "data.seq_len": "the training data would change",
     "train.batch_size": "the order of the data would change",
     "optimizer.name": "the optimizer's state would not fit",
     "optimizer.schedule_steps": "the end of the learning-rate schedule would move",
 }
-FREE = {"model.dropout", "model.attention_dropout"}
+FREE_CHANGES = {"model.dropout", "model.attention_dropout"}
 
 
 @dataclass(frozen=True)
@@ -296,8 +279,8 @@ def changes(stored: Config, wanted: Config, extend: bool) -> list[Change]:
     for key in before:
         if before[key] == after[key]:
             continue
-        reason = REFUSED.get(key, "")
-        if key.startswith("model.") and key not in FREE:
+        reason = REFUSED_CHANGES.get(key, "")
+        if key.startswith("model.") and key not in FREE_CHANGES:
             reason = "the model would change"
         beyond = key == "max_steps" and after[key] > max(stored.horizon, stored.max_steps)
         if beyond and not extend:

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from comparison import code_size, config_table, controls, markdown, plots, report
-from comparison.results import Part, parts_of_a_step, step_s
+from comparison.results import JobResults, parts_of_a_step, step_s
 from comparison.trainers import StackOrder
 from model.transformer_lite import TransformerDecoderLite
 from tests.helpers import ROOT
@@ -61,7 +61,7 @@ def test_smoothing_is_the_mean_of_the_last_losses():
 
 def test_the_gap_is_between_the_furthest_of_the_engines():
     losses = {"unfused": [9.0], "python": [2.0, 2.0], "numpy": [1.5, 1.5], "stack": [30.0, 30.0]}
-    part = Part(None, {e: {"steps": len(x), "losses": x} for e, x in losses.items()})
+    part = JobResults(None, {e: {"steps": len(x), "losses": x} for e, x in losses.items()})
     assert [part.gap(step) for step in (1, 2, 3)] == [7.5, 0.5, None]
 
 
@@ -72,8 +72,8 @@ def test_gradients_are_compared_with_the_largest():
         "stack": {"w": [[9.0, 9.0]], "b": [9.0]},
     }
     results = {e: {"gradients": g} for e, g in gradients.items()}
-    assert Part(None, results).gradient_gap() == pytest.approx(0.2 / 4)
-    assert Part(None, {**results, "numpy": {}}).gradient_gap() is None  # too many to keep
+    assert JobResults(None, results).gradient_gap() == pytest.approx(0.2 / 4)
+    assert JobResults(None, {**results, "numpy": {}}).gradient_gap() is None  # too many to keep
 
 
 def test_the_parts_of_a_step_are_a_step():

@@ -16,7 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from comparison import code_size, controls, job, plots, report, tensorboard
 from comparison.markdown import figure
-from comparison.results import Part, parts_of_a_step, step_s
+from comparison.results import JobResults, parts_of_a_step, step_s
 from comparison.trainers import LABELS
 from data.config import DataConfig
 from generation.sampling import Sampling
@@ -37,7 +37,7 @@ SIZES = [
 
 
 @pytest.fixture(scope="module")
-def part(tmp_path_factory) -> Part:
+def part(tmp_path_factory) -> JobResults:
     """Real runs of the three that start quickly, and of the controls."""
     folder = tmp_path_factory.mktemp("report")
     words = re.findall(r"[a-z]{2,14}", TEXT.read_text().lower())
@@ -54,14 +54,14 @@ def part(tmp_path_factory) -> Part:
         command = [sys.executable, "-m", "comparison.worker", str(made.folder), engine, str(steps)]
         subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
         results[engine] = json.loads((made.folder / f"{engine}.json").read_text())
-    return Part(made, results, 500)
+    return JobResults(made, results, 500)
 
 
-def with_results(part: Part, **results: dict) -> Part:
+def with_results(part: JobResults, **results: dict) -> JobResults:
     return replace(part, results=results)
 
 
-def written(folder: Path, *parts: Part, sizes=()) -> str:
+def written(folder: Path, *parts: JobResults, sizes=()) -> str:
     return report.write(folder, list(parts), list(sizes)).read_text()
 
 

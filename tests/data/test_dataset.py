@@ -10,7 +10,7 @@ import pytest
 
 from common.errors import UserError
 from data.config import DataConfig
-from data.dataset import prepare, share
+from data.dataset import hash_fraction, prepare
 from tests.helpers import ROOT, TEXT
 
 
@@ -73,7 +73,7 @@ def test_lines_split_by_their_text(config, tmp_path):
     (tmp_path / "lines.txt").write_text("\n".join(f"line {i}" for i in range(500)))
     data = prepare(replace(config, path=str(tmp_path / "lines.txt"), kind="lines"), quiet)
     assert data.kind == "lines"
-    expected = sum(share(f"line {i}") < 0.1 for i in range(500))
+    expected = sum(hash_fraction(f"line {i}") < 0.1 for i in range(500))
     assert len(data.val.starts) - 1 == expected
     assert 25 < expected < 80
 

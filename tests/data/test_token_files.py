@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from data import token_files
-from data.token_files import blocks, in_order, write_documents, write_stream
+from data.token_files import blocks, ordered_map, write_documents, write_stream
 from data.train_tokenizer import train_sentencepiece
 from tests.helpers import TEXT
 
@@ -77,7 +77,7 @@ def test_few_are_ahead_and_their_order_stays():
             gate.wait(0.01)
         return i
 
-    for done, i in enumerate(in_order(work, items(), 3)):
+    for done, i in enumerate(ordered_map(work, items(), 3)):
         assert i == done
         assert len(taken) - done <= 3 + 2
 
@@ -91,5 +91,5 @@ def test_an_error_of_a_thread_is_raised_and_the_rest_not_begun():
             raise OSError("full")
 
     with pytest.raises(OSError, match="full"):
-        list(in_order(work, iter(range(1000)), 2))
+        list(ordered_map(work, iter(range(1000)), 2))
     assert len(begun) < 20

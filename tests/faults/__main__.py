@@ -19,9 +19,9 @@ from pathlib import Path
 import tests.faults
 from common import cli
 from common.errors import UserError
-from tests.faults.campaign import CAMPAIGNS, Campaign, Skip, Tally, say
+from tests.faults.campaign import CAMPAIGNS, Campaign, Skip, Tally, log
 
-HEAD = ("promise", "what was tried", "times", "lost", "got through", "of which", "took")
+HEAD = ("promise", "what was tried", "times", "lost", "undetected", "of which", "took")
 
 
 def load() -> dict[str, Campaign]:
@@ -49,7 +49,7 @@ def row(campaign: Campaign, tally: Tally, seconds: float) -> str:
     took = f"{seconds / 60:.0f} min" if seconds >= 100 else f"{seconds:.0f} s"
     cells = (
         campaign.items, campaign.what, f"{tally.tried:,} {campaign.unit}", str(len(tally.lost)),
-        str(len(tally.through)), counts, took,
+        str(len(tally.undetected)), counts, took,
     )  # fmt: skip
     return f"| {' | '.join(cells)} |"
 
@@ -86,19 +86,19 @@ def conduct(chosen: list[Campaign], options) -> int:
     rows, failed = [f"| {' | '.join(HEAD)} |", "|---" * len(HEAD) + "|"], False
     for each in chosen:
         count = options.count or (each.quick if options.quick else each.full)
-        say(f"{each.name}: {each.what}, {count} {each.unit}")
+        log(f"{each.name}: {each.what}, {count} {each.unit}")
         folder = Path(tempfile.mkdtemp(prefix=f"faults-{each.name}-"))
         began = time.monotonic()
         try:
             tally = each(folder, count, options.seed)
         except Skip as reason:
-            say(f"{each.name}: not on this machine: {reason}")
+            log(f"{each.name}: not on this machine: {reason}")
             rows.append(f"| {each.items} | {each.what} | skipped: {reason} | | | | |")
             continue
         for text in tally.failed:
-            say(f"{each.name}: FAILED: {text}")
+            log(f"{each.name}: FAILED: {text}")
         if tally.failed:
-            say(f"{each.name}: left as it is in {folder}")
+            log(f"{each.name}: left as it is in {folder}")
         else:
             shutil.rmtree(folder, ignore_errors=True)
         failed |= bool(tally.failed) or not tally.tried

@@ -29,18 +29,18 @@ class Skip(Exception):
 class Tally:
     """The tries of one campaign, and everything that went wrong in them.
 
-    lost: what should have survived and did not. through: what should have been noticed or refused
-    and was not, tracebacks and hangs included. counts: what else there is to know, by name.
+    lost: what should have survived and did not. undetected: what should have been noticed or
+    refused and was not, tracebacks and hangs included. counts: what else there is to know, by name.
     """
 
     tried: int = 0
     lost: list[str] = field(default_factory=list)
-    through: list[str] = field(default_factory=list)
+    undetected: list[str] = field(default_factory=list)
     counts: Counter = field(default_factory=Counter)
 
     @property
     def failed(self) -> list[str]:
-        return self.lost + self.through
+        return self.lost + self.undetected
 
 
 @dataclass(frozen=True)
@@ -161,6 +161,6 @@ def one_line(result: subprocess.CompletedProcess, status: int = 2) -> str:
     return "" if len(lines) == 1 else f"{len(lines)} lines on stderr: {lines[:3]}"
 
 
-def say(text: str):
+def log(text: str):
     """A line of progress, for campaigns that take long."""
     print(text, file=sys.stderr, flush=True)

@@ -73,7 +73,7 @@ def flips(tally: Tally, count: int, folder: Path, dice):
         if file == best:
             tally.counts["in best.json"] += 1
             if read_best(run_folder) not in (None, known):
-                tally.through.append(f"best.json: {file.read_bytes()!r} is believed")
+                tally.undetected.append(f"best.json: {file.read_bytes()!r} is believed")
         else:
             examine(tally, newest, [file.name], f"a bit of {file.name}")
             if real:
@@ -133,19 +133,19 @@ def examine(tally: Tally, newest: Path, names: list[str], what: str):
 
     try:
         Checkpoint(newest).verify()
-        tally.through.append(f"{what}: not noticed")
+        tally.undetected.append(f"{what}: not noticed")
     except CheckpointError as error:
         if not named(str(error)):
-            tally.through.append(f"{what}: not named in {error}")
+            tally.undetected.append(f"{what}: not named in {error}")
     except Exception as error:
-        tally.through.append(f"{what}: {error!r}")
+        tally.undetected.append(f"{what}: {error!r}")
         return
     run_folder, said = newest.parent.parent, []
     found = newest_complete(run_folder, said.append)
     if found.path != list_steps(run_folder)[-2]:
         tally.lost.append(f"{what}: {found.path} is resumed from")
     if len(said) != 1 or not named(said[0]):
-        tally.through.append(f"{what}: skipped with {said}")
+        tally.undetected.append(f"{what}: skipped with {said}")
 
 
 def give_to_programs(tally: Tally, damaged: Path, *names: str):
@@ -163,11 +163,11 @@ def give_to_programs(tally: Tally, damaged: Path, *names: str):
         result = run(*command, cwd=folder)
         wrong = one_line(result)
         if wrong or not any(name in result.stderr for name in names):
-            tally.through.append(f"{names}: {command[0]}: {wrong or result.stderr}")
+            tally.undetected.append(f"{names}: {command[0]}: {wrong or result.stderr}")
     result = run("train.py", "--resume", "--name", "broken", cwd=folder)
     passed = [line for line in result.stdout.splitlines() if line.startswith("skipped: ")]
     if len(passed) != 1 or not any(name in passed[0] for name in names):
-        tally.through.append(f"{names}: --resume skipped {passed}: {result.stderr}")
+        tally.undetected.append(f"{names}: --resume skipped {passed}: {result.stderr}")
     if result.returncode:
         tally.lost.append(f"{names}: --resume ended with {result.returncode}: {result.stderr}")
     elif different := same_run(trained() / "runs" / "straight", broken):
@@ -191,17 +191,17 @@ def token_files(tally: Tally, count: int, folder: Path, dice):
                 same = facts(prepare(config, lambda line: None)) == whole
                 tally.counts["harmless" if same else "not noticed"] += 1
                 if not same:
-                    tally.through.append(f"{what}: not noticed")
+                    tally.undetected.append(f"{what}: not noticed")
             except UserError as error:
                 if "\n" in str(error) or f"remove {place}" not in explained(str(error), place):
-                    tally.through.append(f"{what}: not named, or no fix, in {error}")
+                    tally.undetected.append(f"{what}: not named, or no fix, in {error}")
                 elif real:
                     result = run("train.py", *TINY, "--name", f"r{number}", cwd=folder)
                     tally.counts["in train.py"] += 1
                     if wrong := one_line(result) or ("" if place.name in result.stderr else "?"):
-                        tally.through.append(f"{what}: train.py: {wrong}")
+                        tally.undetected.append(f"{what}: train.py: {wrong}")
             except Exception as error:
-                tally.through.append(f"{what}: {error!r}")
+                tally.undetected.append(f"{what}: {error!r}")
 
 
 def explained(message: str, place: Path) -> str:

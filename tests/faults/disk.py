@@ -75,7 +75,7 @@ def syscalls(tally: Tally, count: int, folder: Path, dice):
 def fsync(tally: Tally, count: int, folder: Path, dice):
     """Each fsync from the save of step 2 to the next save fails once, with EIO.
 
-    Where it is of the save, the save has failed and is said to; whatever it is of, the run goes
+    Where it is of the save, the save has failed and is reported; whatever it is of, the run goes
     on or stops with one line, and ends with the bits of one on a good disk.
     """
     write_config(folder)
@@ -96,12 +96,12 @@ def fsync(tally: Tally, count: int, folder: Path, dice):
             continue
         label = f"fsync {at}, of {Path(found[at - 1][1]).name}"
         if at <= IN_SAVE and (not failed or result.returncode):
-            tally.through.append(f"{label}: not told or not gone on: {result.returncode}")
+            tally.undetected.append(f"{label}: not told or not gone on: {result.returncode}")
         if failed and any("step_00000002" in path for path in reported(result.stdout)):
-            tally.through.append(f"{label}: said to be saved")
+            tally.undetected.append(f"{label}: said to be saved")
         if failed and (folder / "runs/faulty/checkpoints/step_00000002").exists():
-            tally.through.append(f"{label}: what could not be saved is there")
-        tally.counts["saves that failed and were said to"] += failed
+            tally.undetected.append(f"{label}: what could not be saved is there")
+        tally.counts["saves that failed and were reported"] += failed
         judge(tally, folder / "runs" / "faulty", result, label)
         go_on(tally, folder, result, label)
 
@@ -114,12 +114,12 @@ def judge(tally: Tally, run_folder: Path, result, label: str):
     said = result.stdout + result.stderr
     unsaved = result.returncode == 1 and "could not be saved" in result.stdout
     if "Traceback" in said:
-        tally.through.append(f"{label}: a traceback: {said.strip().splitlines()[-1]}")
+        tally.undetected.append(f"{label}: a traceback: {said.strip().splitlines()[-1]}")
     elif result.returncode:
         if wrong := one_line(result, 1 if unsaved else 2):
-            tally.through.append(f"{label}: {wrong}")
+            tally.undetected.append(f"{label}: {wrong}")
     elif result.stderr:
-        tally.through.append(f"{label}: on stderr: {result.stderr[:200]}")
+        tally.undetected.append(f"{label}: on stderr: {result.stderr[:200]}")
     tally.counts["runs that came to their end"] += not result.returncode
     tally.counts["runs that stopped with one line"] += result.returncode == 2
     steps = list_steps(run_folder)
@@ -235,9 +235,9 @@ def read_only(tally: Tally, count: int, folder: Path, dice):
             result = attempt(folder, *starts[name], inside=other.inside)
             tally.tried += 1
             if wrong := one_line(result):
-                tally.through.append(f"{name}: {wrong}")
+                tally.undetected.append(f"{name}: {wrong}")
             if "saved" in result.stdout:
-                tally.through.append(f"{name}: refused late: {result.stdout[-200:]}")
+                tally.undetected.append(f"{name}: refused late: {result.stdout[-200:]}")
             if (snapshot(other.seen), snapshot(folder / "runs")) != before:
                 tally.lost.append(f"{name}: something was left behind")
 

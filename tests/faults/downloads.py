@@ -138,7 +138,7 @@ def downloads(tally: Tally, count: int, folder: Path, dice):
             goes_on(tally, server, path, what)
             left = {file.name for at in (folder, path.parent) for file in at.iterdir()}
             if left - {"code"} != {"cache", "file"}:
-                tally.through.append(f"{what}: left {left}")
+                tally.undetected.append(f"{what}: left {left}")
 
 
 def part_of(path: Path) -> Path:
@@ -172,7 +172,7 @@ def judge(tally: Tally, result, page: str, path: Path, old, part, what: str):
         return
     tally.counts["refused"] += 1
     if wrong := one_line(result):
-        tally.through.append(f"{what}: {wrong[-300:]}")
+        tally.undetected.append(f"{what}: {wrong[-300:]}")
     if now != old:
         tally.lost.append(f"{what}: the old file is {str(now)[:20]}")
     if page in GOOD and (part is None or CONTENT.startswith(part)):
@@ -229,6 +229,6 @@ def through_proxy(tally: Tally, server, folder: Path, page: str):
     )  # fmt: skip
     tally.counts["by data.builtin, behind a bad proxy"] += 1
     if wrong := one_line(result):
-        tally.through.append(f"data.builtin fetch, proxy {page}: {wrong[-300:]}")
+        tally.undetected.append(f"data.builtin fetch, proxy {page}: {wrong[-300:]}")
     if old.read_text() != "old" or len(list(old.parent.iterdir())) > 1:
         tally.lost.append(f"data.builtin fetch, proxy {page}: {list(old.parent.iterdir())}")

@@ -161,7 +161,7 @@ def below_one(tally: Tally, checkpoint: Checkpoint, place: Path):
     rewrite(checkpoint, place / "runs" / "small", weights=huge, state=small)
     result = run("train.py", "--resume", "--name", "small", cwd=place)
     if wrong := one_line(result, status=1):
-        tally.through.append(f"a scale below 1: {wrong}")
+        tally.undetected.append(f"a scale below 1: {wrong}")
 
 
 @campaign("nonfinite", "16", "weights that make a loss or gradient NaN or infinite, fp32 and bf16",
@@ -185,7 +185,7 @@ def nonfinite(tally: Tally, count: int, folder: Path, dice):
         result = run("train.py", *flags, cwd=folder)
         tally.tried += 1
         if wrong := one_line(result, status=1):
-            tally.through.append(f"{case}: {wrong}")
+            tally.undetected.append(f"{case}: {wrong}")
             continue
         look_at_nan_dump(tally, start_at, case)
 
@@ -200,7 +200,7 @@ def look_at_nan_dump(tally: Tally, checkpoint: Path, case: str):
     if list_steps(run_folder)[-1:] != [checkpoint]:
         tally.lost.append(f"{case}: there is a later checkpoint, or none")
     if any(record["step"] > 20 for record in metrics(run_folder)):
-        tally.through.append(f"{case}: a step was recorded")
+        tally.undetected.append(f"{case}: a step was recorded")
     nan_dumps = list(run_folder.glob("nonfinite_step_21"))
     if not nan_dumps or Checkpoint(nan_dumps[0]).verify().read("model.safetensors") != before:
         tally.lost.append(f"{case}: no NaN dump, or of other weights")

@@ -33,7 +33,7 @@ SILENCE = 20  # seconds after which the process counts as hanging
 SLOW = 5  # seconds that one input may take
 TURN = 2  # seconds that a target has before it is another's turn
 LONGEST = 2000  # characters of a message
-ROOM = 4 << 30  # bytes of address space
+ADDRESS_SPACE = 4 << 30  # bytes of address space
 FRAMES = 1000  # Python's own limit of calls in each other, which hypothesis raises
 SCRATCH = "/dev/shm" if os.path.isdir("/dev/shm") else None  # noqa: S108, a folder of our own in it
 
@@ -58,7 +58,7 @@ def fuzz(tally: Tally, count: int, folder: Path, dice):
             died = watch(tally, folder, arguments)
         tally.tried += round(time.monotonic() - began) if died else count - tally.tried
         if died:
-            tally.through.append(died)
+            tally.undetected.append(died)
             deaths += 1
 
 
@@ -80,7 +80,7 @@ def watch(tally: Tally, folder: Path, arguments: list[str]) -> str:
             report = json.loads(line)
             target = report["target"]
             tally.counts.update(report["counts"])
-            tally.through.extend(report["through"])
+            tally.undetected.extend(report["undetected"])
     if not reason:
         return ""
     said = (folder / "stderr.txt").read_text(errors="replace").splitlines()
@@ -128,7 +128,7 @@ class Worker:
 
     def turn(self, name: str, target: Target, number: int, until: float):
         """Up to 100 inputs of one target."""
-        report = {"target": name, "counts": Counter(), "through": []}
+        report = {"target": name, "counts": Counter(), "undetected": []}
         self.tell(report)  # before the first input, so that it is known whose it is
 
         @seed(number)
@@ -153,7 +153,7 @@ class Worker:
         kind = f"{whose}: {wrong.split(': ')[0]}"
         self.failed[kind] += bool(wrong)
         if wrong and self.failed[kind] <= 2:
-            report["through"].append(f"{whose}: {wrong}: {keep(self.folder, whose, file)}")
+            report["undetected"].append(f"{whose}: {wrong}: {keep(self.folder, whose, file)}")
         if time.monotonic() > self.told + 1:
             self.tell(report)
 
@@ -161,7 +161,7 @@ class Worker:
         """A line for the parent; what it has been told is not told again."""
         print(json.dumps(report), flush=True)
         self.told = time.monotonic()
-        report["counts"], report["through"] = Counter(), []
+        report["counts"], report["undetected"] = Counter(), []
 
 
 def attempt(target: Target, name: str, content: bytes) -> str:
@@ -229,7 +229,9 @@ def main(arguments: list[str]):
         return
     import resource  # not on Windows
 
-    resource.setrlimit(resource.RLIMIT_AS, (ROOM, ROOM))  # a runaway ends in a MemoryError
+    resource.setrlimit(
+        resource.RLIMIT_AS, (ADDRESS_SPACE, ADDRESS_SPACE)
+    )  # a runaway ends in a MemoryError
     signal.signal(signal.SIGALRM, stop)
     folder, place, number, seconds = arguments
     Worker(Path(folder), Path(place)).work(int(number), float(seconds))

@@ -87,7 +87,7 @@ def configs(tally: Tally, count: int, folder: Path, dice):
         if count >= 300 and took > 1000:  # fewer tries are made beside other work
             wrong = wrong or f"{took} ms"
         if wrong:
-            tally.through.append(f"{what}: {wrong[:300]}")
+            tally.undetected.append(f"{what}: {wrong[:300]}")
 
 
 def bad_config(file: Path, text: str, dice) -> tuple[Path, str]:
@@ -208,14 +208,14 @@ def prompts(tally: Tally, count: int, folder: Path, dice):
         tally.counts["in real programs"] += real
         tally.counts["answered"] += result.returncode == 0
         if wrong := judge(result):
-            tally.through.append(f"generate.py {arguments[4:]!r:.200}: {wrong}")
+            tally.undetected.append(f"generate.py {arguments[4:]!r:.200}: {wrong}")
     others = [("--interactive",), *ABSURD]
     for arguments in others:
         program = command("generate.py", "--checkpoint", runs[0], *arguments)
         result = attempt(program, folder, input="\udcff\x1b\0\n\n", errors="surrogateescape")
         tally.tried += 1
         if wrong := judge(result):
-            tally.through.append(f"generate.py {' '.join(arguments)}: {wrong}")
+            tally.undetected.append(f"generate.py {' '.join(arguments)}: {wrong}")
 
 
 def hostile_arguments(folder: Path, dice, real: bool) -> list[str]:

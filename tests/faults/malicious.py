@@ -129,11 +129,11 @@ def malicious(tally: Tally, count: int, folder: Path, dice):
                 if result.returncode == 1 and "-m" in program and not result.stderr:
                     continue  # what these say of damage, on stdout
                 if wrong := judge(result, refused=kind == "a name"):
-                    tally.through.append(f"{what}: {' '.join(program[1:])}: {wrong[:300]}")
+                    tally.undetected.append(f"{what}: {' '.join(program[1:])}: {wrong[:300]}")
         tally.tried += 1
         left = sorted(path.name for path in folder.iterdir())
         if left != ["home", "victim"] or victim.read_text() != "as it was":
-            tally.through.append(f"{what}: EXECUTED, or written outside: {left}")
+            tally.undetected.append(f"{what}: EXECUTED, or written outside: {left}")
             victim.write_text("as it was")
             for name in set(left) - {"home", "victim"}:
                 (folder / name).unlink()

@@ -70,9 +70,9 @@ def refused(tally: Tally, name: str, result, holder: int):
     """Counts a start that is to be refused in one line that names the process `holder`."""
     tally.tried += 1
     if wrong := one_line(result):
-        tally.through.append(f"{name}: {wrong}")
+        tally.undetected.append(f"{name}: {wrong}")
     elif f"process {holder}" not in result.stderr:
-        tally.through.append(f"{name}: does not name process {holder}: {result.stderr.strip()}")
+        tally.undetected.append(f"{name}: does not name process {holder}: {result.stderr.strip()}")
 
 
 @campaign("signals", "7", "SIGTERM or SIGINT at a random moment of train.py", "signals", 100, 1)
@@ -97,7 +97,7 @@ def signals(tally: Tally, count: int, folder: Path, dice):
         if process.returncode > 0 and "stopping: saving" in output:
             tally.counts["answered with a save"] += 1
         if "Traceback" in output:
-            tally.through.append(f"a traceback: {output.splitlines()[-1]}")
+            tally.undetected.append(f"a traceback: {output.splitlines()[-1]}")
         steps, trained = list_steps(killed), [0]
         if (killed / "metrics.jsonl").exists():
             trained += [step for kind, step in losses(killed) if kind == "loss/train"]
@@ -115,10 +115,10 @@ def stop(tally: Tally, process, dice, limit: float, what: str):
     try:
         process.wait(limit)
     except subprocess.TimeoutExpired:
-        tally.through.append(f"{number.name}: not gone within {limit:g} s {what}")
+        tally.undetected.append(f"{number.name}: not gone within {limit:g} s {what}")
         return
     if process.returncode != 128 + number:
-        tally.through.append(f"{number.name}: exit status {process.returncode} {what}")
+        tally.undetected.append(f"{number.name}: exit status {process.returncode} {what}")
     took, name = round(1000 * (time.monotonic() - began)), f"ms at most from a signal {what}"
     tally.counts[name] = max(took, tally.counts[name])
 
@@ -157,7 +157,7 @@ def preparing(tally: Tally, count: int, folder: Path, dice):
         look_around(tally, folder, children)
     slowest = max((n for name, n in tally.counts.items() if name.startswith("ms ")), default=0)
     if slowest > AT_ONCE and count > 10:  # a few tries are a test, and no test asserts a time
-        tally.through.append(f"gone after {slowest} ms only")
+        tally.undetected.append(f"gone after {slowest} ms only")
 
 
 def children_of(parent: int) -> list[int]:
@@ -174,7 +174,7 @@ def look_around(tally: Tally, folder: Path, children: list[int]):
     """What a stop while data is prepared must leave: no process, no cache, no run, no traceback."""
     said = (folder / "output.txt").read_text()
     if "Traceback" in said:
-        tally.through.append(f"a traceback: {said.splitlines()[-1]}")
+        tally.undetected.append(f"a traceback: {said.splitlines()[-1]}")
     cached = [path.name for path in (folder / "cache").iterdir() if path.suffix != ".lock"]
     if cached or (folder / "runs" / "never").exists():
         tally.lost.append(f"left behind: {cached}, {[*(folder / 'runs').iterdir()]}")
@@ -182,4 +182,4 @@ def look_around(tally: Tally, folder: Path, children: list[int]):
     for child in children:
         with contextlib.suppress(OSError):
             if Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()[0] != "Z":
-                tally.through.append(f"SentencePiece's process {child} is still there")
+                tally.undetected.append(f"SentencePiece's process {child} is still there")

@@ -55,7 +55,7 @@ def same_name(tally: Tally, count: int, folder: Path, dice):
             tally.lost.append(f"none has trained: {[result.stderr for result in ends]}")
             continue
         if wrong := one_line(ends[1]):
-            tally.through.append(f"the other one: {wrong}")
+            tally.undetected.append(f"the other one: {wrong}")
         tally.counts["refused when PyTorch had loaded"] += "device:" in ends[1].stdout
         if different := same_run(folder / "runs" / "new", folder / "runs" / "straight"):
             tally.lost.append(f"the one that has trained: {different}")
@@ -78,7 +78,7 @@ def same_data(tally: Tally, count: int, folder: Path, dice):
         tally.tried += 1
         prepared = sum("tokens: train" in result.stdout for result in ends)
         if prepared != 1:
-            tally.through.append(f"{prepared} have prepared the data")
+            tally.undetected.append(f"{prepared} have prepared the data")
         failed = [result.stderr.strip()[-300:] for result in ends if result.returncode]
         if wrong := failed or same_run(*runs):
             tally.lost.append(str(wrong))

@@ -182,10 +182,10 @@ LARGE = {  # name: (logits of a large vocabulary, top_p, whether all must be sor
 
 @pytest.mark.parametrize("make, top_p, whole", LARGE.values(), ids=LARGE)
 def test_top_p_of_a_large_vocabulary_sorts_it_only_where_it_must(make, top_p, whole, monkeypatch):
-    sizes, beyond = [], torch_sampling.beyond_top_p
+    sizes, beyond = [], torch_sampling.dropped_by_top_p
     monkeypatch.setattr(
         torch_sampling,
-        "beyond_top_p",
+        "dropped_by_top_p",
         lambda v, *a, **k: sizes.append(v.shape[-1]) or beyond(v, *a, **k),
     )
     logits = make(torch.Generator().manual_seed(3))
@@ -206,8 +206,8 @@ def test_top_p_of_a_large_vocabulary_sorts_it_only_where_it_must(make, top_p, wh
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_a_draw_among_all_of_a_large_vocabulary(scale, dtype, monkeypatch):
     """Also where the number is as near to a border as float64 can tell: then that decides."""
-    again, drawn = [], torch_sampling.drawn
-    monkeypatch.setattr(torch_sampling, "drawn", lambda *a: again.append(len(a[0])) or drawn(*a))
+    again, draw = [], torch_sampling.draw
+    monkeypatch.setattr(torch_sampling, "draw", lambda *a: again.append(len(a[0])) or draw(*a))
     dice = torch.Generator().manual_seed(5)
     logits = (torch.randn(40, 3001, generator=dice, dtype=torch.float64) * scale).to(dtype)
     rules = Sampling(0.7)

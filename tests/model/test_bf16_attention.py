@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from model import bf16_attention as room
+from model import bf16_attention as module
 from model.bf16_attention import BF16Attention
 from model.transformer_full import attention
 
@@ -30,7 +30,7 @@ def own(Q, K, V):
 @pytest.mark.parametrize("scores", [1, 2**15, 2**22])
 def test_equals_pytorchs_in_float64(T, scores, monkeypatch):
     """However it is cut into blocks of heads and of queries."""
-    monkeypatch.setattr(room, "SCORES", scores)
+    monkeypatch.setattr(module, "MAX_SCORES", scores)
     inputs, gradient = heads(2, 3, T, 8, torch.float64)
     for ours, theirs in zip(
         passes(BF16Attention.apply, inputs, gradient), passes(own, inputs, gradient), strict=True
@@ -39,13 +39,13 @@ def test_equals_pytorchs_in_float64(T, scores, monkeypatch):
 
 
 def test_gradient_by_finite_differences(monkeypatch):
-    monkeypatch.setattr(room, "BLOCK", 4)
+    monkeypatch.setattr(module, "BLOCK", 4)
     inputs, _ = heads(1, 2, 7, 3, torch.float64)
     assert torch.autograd.gradcheck(BF16Attention.apply, inputs)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_narrow_types_are_as_close_as_pytorchs(dtype):
+def test_low_precision_types_are_as_close_as_pytorchs(dtype):
     """To float32 on the same numbers: at most twice as far off as PyTorch's kernel in that type."""
     inputs, gradient = heads(2, 2, 200, 32, dtype)
     exact = passes(own, [x.detach().float().requires_grad_() for x in inputs], gradient.float())
@@ -71,7 +71,7 @@ def test_a_token_sees_nothing_after_it():
 @pytest.mark.parametrize("has_bf16", [True, False])
 def test_which_is_taken(has_bf16, monkeypatch):
     """Ours in bf16 on a CPU that has it; else PyTorch's, and with a mask or dropout always."""
-    monkeypatch.setattr(room, "cpu_has_bf16", lambda: has_bf16)
+    monkeypatch.setattr(module, "cpu_has_bf16", lambda: has_bf16)
     mask = torch.ones(5, 5, dtype=torch.bool)
 
     def taken(dtype, *how):

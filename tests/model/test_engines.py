@@ -303,6 +303,6 @@ def test_weights_that_cannot_be_used(home, tmp_path, monkeypatch, capsys, engine
 def test_what_is_not_installed_is_named(tmp_path):
     (tmp_path / "torch.py").write_text("raise ModuleNotFoundError('no torch', name='torch')")
     code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); sys.path.insert(0, {str(ROOT)!r})\n"
-    code += "from model.engines import decoder\ndecoder('torch')"
+    code += "from model.engines import decoder_class\ndecoder_class('torch')"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert "UserError: --engine torch: torch is not installed" in done.stderr

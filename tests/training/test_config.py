@@ -51,7 +51,7 @@ def test_every_key_of_a_shipped_configuration_has_a_comment(path):
         ({"seed": True}, "seed = True: input should be a valid integer"),
     ],
 )
-def test_bad_values_are_named_with_their_key_and_mend(values, said):
+def test_bad_values_are_named_with_their_key_and_fix(values, said):
     with pytest.raises(UserError) as error:
         check(values, "my.toml")
     assert str(error.value).startswith("my.toml: ")

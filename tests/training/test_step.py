@@ -105,7 +105,7 @@ def test_fp16_stops_when_the_scale_would_fall_below_1(make):
         step(t, 1)
 
 
-def test_narrow_precisions_train_to_about_the_same_loss(make):
+def test_low_precisions_train_to_about_the_same_loss(make):
     losses = {}
     for precision in PRECISIONS:
         t = make(precision)
