@@ -12,9 +12,9 @@ import numpy as np
 from safetensors.numpy import save
 
 from data.batches import Batch, Batches, Examples
-from data.dataset import Dataset, Report, prepare
+from data.dataset import Dataset, Log, prepare
 from data.prompt_format import end_id, prompt_ids
-from data.rng import key
+from data.rng import derive_seed
 from model.config import IGNORE_INDEX
 from model.transformer_lite import TransformerDecoderLite
 from torchlite import nn
@@ -42,11 +42,9 @@ class Job:
         return self.dataset.tokenizer.decode(ids)
 
 
-def create(
-    folder: Path, name: str, config: Config, steps: int, precision: str, report: Report
-) -> Job:
+def create(folder: Path, name: str, config: Config, steps: int, precision: str, log: Log) -> Job:
     """Prepares the data, draws the weights, and writes the job's folder. Raises UserError."""
-    dataset = prepare(config.data, report)
+    dataset = prepare(config.data, log)
     tokenizer = dataset.tokenizer
     shape = replace(config.model, vocab_size=tokenizer.vocab_size, dropout=0.0)
     shape = replace(shape, attention_dropout=0.0)
@@ -54,7 +52,7 @@ def create(
     examples = Examples(dataset.train, config.seq_len, tokenizer.pad_id)
     batches = Batches(examples, config.train.batch_size, config.seed)
     # how a run of its own would begin, so that nobody starts from special weights
-    nn.manual_seed(key("weights", config.seed))
+    nn.manual_seed(derive_seed("weights", config.seed))
     model = TransformerDecoderLite.from_config(shape, "float64")
     weights = {name: p.data for name, p in model.named_parameters()}
     folder.mkdir(parents=True)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from common.errors import UserError
-from data.rng import key, permutation
+from data.rng import derive_seed, permutation
 from data.token_files import Split
 
 POOL_BATCHES = 50  # batches that are sorted by length together
@@ -113,7 +113,7 @@ class Batches:
         order = permutation(self.examples.count, "order", self.seed, epoch)
         shift = 0
         if self.examples.split.starts is None:
-            shift = key("shift", self.seed, epoch) % self.examples.shifts
+            shift = derive_seed("shift", self.seed, epoch) % self.examples.shifts
             batches = cut(order, self.batch_size)
         else:  # examples of like length go together, so that little is padded
             batches = []

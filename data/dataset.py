@@ -35,7 +35,7 @@ FORMAT = 1  # of the token ids: another one is other data, on which no older run
 LAYOUT = 2  # of the folder: another one is prepared beside those of older versions
 MAX_HELD_OUT = 10  # validation pairs that travel with every checkpoint
 
-Report = Callable[[str], object]
+Log = Callable[[str], object]
 Reader = Callable[[], Iterator[str]]  # of a stream
 
 
@@ -53,9 +53,7 @@ class Dataset:
     held_out: list[dict]
 
 
-def prepare(
-    config: DataConfig, report: Report = print, tokenizer: Tokenizer | None = None
-) -> Dataset:
+def prepare(config: DataConfig, log: Log = print, tokenizer: Tokenizer | None = None) -> Dataset:
     """Opens the data set of `config`, after preparing it if it is not in the cache yet.
 
     `tokenizer` is used in place of the one that `config` describes.
@@ -66,7 +64,7 @@ def prepare(
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"{cache}: {reason}; set data.cache_dir to a writable folder") from None
-    source = open_source(config, report, cache)
+    source = open_source(config, log, cache)
     settings = {
         "format": FORMAT,
         "source": source.fingerprint,
@@ -79,7 +77,7 @@ def prepare(
     with FileLock(f"{folder}.lock"):  # two runs may prepare the same data at once
         if not (folder / "manifest.json").exists():
             with published_folder(folder) as unfinished:
-                build(source, config, fingerprint, unfinished, report, tokenizer)
+                build(source, config, fingerprint, unfinished, log, tokenizer)
     return open_dataset(folder, tokenizer is not None)
 
 
@@ -116,13 +114,13 @@ def build(
     config: DataConfig,
     fingerprint: str,
     folder: Path,
-    report: Report,
+    log: Log,
     tokenizer: Tokenizer | None = None,
 ):
     """Tokenizer, token files and manifest of a source, into an existing empty folder."""
     names = ["train", "val"] if source.val or config.val_fraction else ["train"]
     readers = split_stream(source, config) if source.kind == "stream" else None
-    tokenizer = tokenizer or make_tokenizer(config, source, readers, report)
+    tokenizer = tokenizer or make_tokenizer(config, source, readers, log)
     tokenizer.save(folder)
     dtype = "<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4"
     manifest: dict = {
@@ -135,7 +133,7 @@ def build(
         "held_out": [],
         "splits": {},
     }
-    report(f"tokens: {' and '.join(names)} split of {source.name}")
+    log(f"tokens: {' and '.join(names)} split of {source.name}")
     paths = {name: folder / name for name in names}
     if readers:
         for name, path in paths.items():
@@ -230,13 +228,11 @@ def hold_out(by_share: dict[float, tuple[str, str]]) -> list[dict]:
 
 
 def make_tokenizer(
-    config: DataConfig, source: Source, readers: dict[str, Reader] | None, report: Report
+    config: DataConfig, source: Source, readers: dict[str, Reader] | None, log: Log
 ) -> Tokenizer:
     """Characters of the whole source, or a SentencePiece model of its training part."""
     if config.tokenizer in ("bpe", "unigram"):
-        report(
-            f"tokenizer: training SentencePiece {config.tokenizer}, {config.vocab_size:,} tokens"
-        )
+        log(f"tokenizer: training SentencePiece {config.tokenizer}, {config.vocab_size:,} tokens")
         if readers:
             texts = readers["train"]()
         else:
@@ -244,13 +240,13 @@ def make_tokenizer(
             pairs = source.kind == "pairs"
             # a document of another kind than pairs is its text
             texts = chain.from_iterable(documents) if pairs else cast(Iterator[str], documents)
-        return train_sentencepiece(texts, config.tokenizer, config.vocab_size, report)
+        return train_sentencepiece(texts, config.tokenizer, config.vocab_size, log)
     characters = set()
     both = [source.train()] + ([source.val()] if source.val else [])
     for document in chain.from_iterable(both):
         characters.update(*((document,) if isinstance(document, str) else document))
     tokenizer = CharTokenizer(characters, config.tokenizer)
-    report(f"tokenizer: {tokenizer.vocab_size:,} tokens (characters and special tokens)")
+    log(f"tokenizer: {tokenizer.vocab_size:,} tokens (characters and special tokens)")
     return tokenizer
 
 

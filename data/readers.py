@@ -41,7 +41,7 @@ class Source:
     fingerprint: str  # hex hash of all that the readers give
 
 
-def open_source(config: DataConfig, report: Callable[[str], object], cache: Path) -> Source:
+def open_source(config: DataConfig, log: Callable[[str], object], cache: Path) -> Source:
     """The source that `config` names, checked as far as its first text; `cache` keeps what is made.
 
     Raises UserError for a file that is missing, unreadable, empty, or not of the kind asked for.
@@ -58,12 +58,12 @@ def open_source(config: DataConfig, report: Callable[[str], object], cache: Path
         where, natural = f"data.path = {path}", "pairs" if _holds_pairs(train) else "stream"
     else:
         name, natural = config.source, NAMED[config.source][0]
-        train = named_files(name, cache, report)
+        train = named_files(name, cache, log)
         where = f"data.source = {name}"
     kind = natural if config.kind == "auto" else config.kind
     if config.val_path:
         val = _own_files(Path(os.path.expanduser(config.val_path)), "data.val_path", "dev")
-    report(f"reading {name} as {kind}: {', '.join(str(file) for file in train + val)}")
+    log(f"reading {name} as {kind}: {', '.join(str(file) for file in train + val)}")
     _check(train, kind, where)
     if val:
         _check(val, kind, f"data.val_path = {config.val_path}" if config.val_path else where)

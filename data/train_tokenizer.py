@@ -25,7 +25,7 @@ def train_sentencepiece(
     texts: Iterable[str],
     model_type: str,
     vocab_size: int,
-    report: Callable[[str], object] = print,
+    log: Callable[[str], object] = print,
 ) -> SentencePieceTokenizer:
     """A "bpe" or "unigram" vocabulary for `texts`, of which it sees an even sample of 20 MB.
 
@@ -48,9 +48,7 @@ def train_sentencepiece(
         raise UserError(_explain(chatter, vocab_size, trained.returncode))
     tokenizer = SentencePieceTokenizer(trained.stdout)
     seconds = time.monotonic() - started
-    report(
-        f"tokenizer: {tokenizer.vocab_size:,} tokens from {len(sample):,} bytes, {seconds:.1f} s"
-    )
+    log(f"tokenizer: {tokenizer.vocab_size:,} tokens from {len(sample):,} bytes, {seconds:.1f} s")
     return tokenizer
 
 

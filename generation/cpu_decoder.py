@@ -173,7 +173,7 @@ class CPUDecoder:
 
     def __call__(self, ids: torch.Tensor, cache: KVCache) -> torch.Tensor:
         """Logits (B, V) after `ids` (B, 1), which follow on what the KVCache has seen."""
-        table = cache.take(self.positions, 1)  # (1, C) or (B, 1, C)
+        table = cache.reserve(self.positions, 1)  # (1, C) or (B, 1, C)
         x = F.embedding(ids, self.embed) * self.scale + table  # (B, 1, C)
         x = self.embed_norm(x[:, 0])
         for layer, layer_cache in zip(self.layers, cache.layers, strict=True):

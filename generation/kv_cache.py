@@ -34,7 +34,7 @@ class CachedModel(Protocol):
 class KVCache:
     """Keys and values of the tokens each row has read, in memory allocated once.
 
-    The decoder's forward pass, without gradients, calls `take` and then each layer's `extend`. A
+    The decoder's forward pass, without gradients, calls `reserve` and then each layer's `extend`. A
     pass over several tokens needs an empty cache (prefill); a pass over one token adds it to each
     row at that row's own place (decode). `lengths` may be set by who knows that the end of a row
     was padding.
@@ -59,7 +59,7 @@ class KVCache:
         """Bytes of memory: 2 L B H S D times the size of a number."""
         return 2 * self.keys.numel() * self.keys.element_size()
 
-    def take(self, table: torch.Tensor, T: int) -> torch.Tensor:
+    def reserve(self, table: torch.Tensor, T: int) -> torch.Tensor:
         """Makes room for T more tokens a row; their positions in `table`: (T, C) or (B, 1, C)."""
         first, last, B = min(self.lengths), max(self.lengths), len(self.lengths)
         if T > 1 and last > 0:

@@ -3,6 +3,8 @@
     rules = Sampling(temperature=0.8, top_k=50)
     token = sample_token(logits, rules, uniform(seed, sample, position))
 
+`torch_sampling.py` does the same for a batch of rows, fast: a new rule belongs in both.
+
 The order is temperature, then top-k, then top-p. Probabilities are the softmax of the logits
 divided by the temperature, and sums of them are taken in float64, which Python's floats are. All
 that is random is one number a token, which is a hash: the same in each engine and in any batch.

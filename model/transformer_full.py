@@ -5,6 +5,8 @@
     model = TransformerDecoder.from_checkpoint("runs/my-run")  # in a notebook
 
 Read it beside `transformer_lite.py` and `transformer_micro.py`: same classes, order and numbers.
+Whoever changes attention, feed-forward or positions changes `generation/cpu_decoder.py` as well,
+which has them packed for one token a row; `tests/generation/test_cpu_decoder.py` compares the two.
 
 Shapes: B sequences, T tokens, C = d_model, H heads of width D = C / H, S keys, V = vocab_size.
 """
@@ -190,7 +192,7 @@ class TransformerDecoder(nn.Module):
         if cache is None:
             table, layer_caches = self.pos_encoding[:T], [None] * len(self.layers)
         else:
-            table, layer_caches = cache.take(self.pos_encoding, T), cache.layers
+            table, layer_caches = cache.reserve(self.pos_encoding, T), cache.layers
             mask = cache.mask
         x = self.embed(ids) * self.embedding_scale + table  # (B, T, C)
         x = self.dropout(self.embed_norm(x))

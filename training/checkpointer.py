@@ -9,7 +9,7 @@ from checkpoint.writer import prune, save, set_best
 from common.files import set_aside
 from training.resume import RunSpec
 from training.schedule import save_due
-from training.setup import TrainState
+from training.state import TrainState
 
 
 class Checkpointer:

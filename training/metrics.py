@@ -1,4 +1,6 @@
-"""What a run tells: `metrics.jsonl`, which is the record, and TensorBoard, which shows it.
+"""Writes what a run measures: `metrics.jsonl`, the record, and TensorBoard, which shows it.
+
+Which scalars there are is decided in `recorder.py` and `evaluation/validation.py`.
 
 A resumed run cuts both back to the step it starts from, so that no point stands twice. If the disk
 is full, training goes on: what cannot be written waits in memory until it can.

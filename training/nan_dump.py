@@ -22,7 +22,8 @@ from model.loss import LossModule
 from model.transformer_full import TransformerDecoder
 from training.config import Config
 from training.resume import stored_config
-from training.setup import TrainState, configure_torch, restore_scaler
+from training.setup import configure_torch
+from training.state import TrainState, restore_scaler
 
 NOTE = "nan_dump.json"
 EARLIER_NOTE = "capsule.json"  # what it was called in version 0.1

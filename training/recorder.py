@@ -19,7 +19,7 @@ from training.checkpointer import Checkpointer
 from training.metrics import Metrics
 from training.resume import RunSpec
 from training.schedule import due, evaluation_due, log_due
-from training.setup import TrainState
+from training.state import TrainState
 from training.step import StepResult
 from training.timing import StepTimer
 from training.visuals import Sampler, as_markdown, attention_image, positions_image

@@ -1,95 +1,30 @@
 """The parts of a run put together: device, data, model, optimizers, and where it stands."""
 
-import json
 import os
-import platform
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
-from safetensors.numpy import save as to_safetensors
 from torch.utils.checkpoint import checkpoint
 
-from checkpoint.reader import Checkpoint, read_best
 from common.device import Precision, choose_device, choose_precision
 from common.errors import UserError
 from common.memory import keep_freed_memory
 from common.signals import defer_interrupts
 from data.batches import Batches, Examples
 from data.dataset import Dataset, prepare
-from data.rng import key
+from data.rng import derive_seed
 from data.tokenizer import Tokenizer, load_tokenizer
 from model.loss import LossModule
 from model.transformer_full import TransformerDecoder
 from training.config import Config, TrainConfig
-from training.optimizer import create_optimizers, load_state_tensors, state_tensors
+from training.optimizer import create_optimizers, load_state_tensors
 from training.resume import RunSpec
+from training.state import Progress, TrainState, restore_progress, restore_scaler
 
 Log = Callable[[str], object]
-
-
-@dataclass
-class Progress:
-    """Where a run stands: the loop's counters, saved with every checkpoint."""
-
-    step: int = 0
-    tokens: int = 0  # read in training so far
-    skipped: int = 0  # steps without an update, fp16 only
-    best_step: int = 0
-    best_val_loss: float | None = None
-
-
-@dataclass
-class TrainState:
-    """What the loop works on."""
-
-    config: Config  # resolved: no "auto" is left in it
-    device: torch.device
-    precision: Precision
-    dataset: Dataset
-    batches: Batches
-    val: Examples | None
-    loss_module: LossModule  # the decoder and its loss
-    optimizers: list[torch.optim.Optimizer]
-    scaler: torch.amp.GradScaler
-    progress: Progress
-
-    @property
-    def model(self) -> TransformerDecoder:
-        """The decoder alone, whatever wraps it."""
-        return self.loss_module.model
-
-    def config_json(self) -> bytes:
-        """The resolved configuration, as a run and each of its checkpoints keep it."""
-        return json.dumps(asdict(self.config), indent=1).encode()
-
-    def checkpoint_files(self) -> dict[str, bytes]:
-        """Everything that going on needs, as the files of a checkpoint."""
-        weights = {n: p.detach().cpu().numpy() for n, p in self.model.named_parameters()}
-        state = {
-            **asdict(self.progress),
-            "scaler": self.scaler.state_dict(),
-            "data": self.dataset.fingerprint,
-            "tokenizer": self.dataset.tokenizer.fingerprint,
-            "tokenizer_given": self.dataset.tokenizer_given,
-            "held_out": self.dataset.held_out,
-            "validates": self.val is not None,
-            "versions": {
-                "python": platform.python_version(),
-                "torch": torch.__version__,
-                "numpy": np.__version__,
-            },
-        }
-        return {
-            "model.safetensors": to_safetensors(weights),
-            "optimizer.safetensors": to_safetensors(state_tensors(self.model, self.optimizers)),
-            "state.json": json.dumps(state, indent=1).encode(),
-            "config.json": self.config_json(),
-            **self.dataset.tokenizer.files(),
-        }
 
 
 def build(spec: RunSpec, log: Log) -> TrainState:
@@ -104,25 +39,9 @@ def build(spec: RunSpec, log: Log) -> TrainState:
     dataset = prepare(config.data, log, tokenizer=given_tokenizer(spec))
     check_data(spec, dataset)
     config = resolve(config, device, precision, dataset)
-    pad_id = dataset.tokenizer.pad_id
-    examples = Examples(dataset.train, config.seq_len, pad_id)
-    val = Examples(dataset.val, config.seq_len, pad_id) if dataset.val else None
-    for split, side in (("train", examples), ("validation", val)):
-        if side is not None:
-            log(f"data: {dataset.name} ({dataset.kind}), {split}: {side.split.describe()}")
-            if side.dropped:
-                log(
-                    f"data: {side.dropped:,} {split} examples longer than {config.seq_len} tokens "
-                    "are skipped"
-                )
-    batches = Batches(examples, config.train.batch_size, config.seed)
-    if val is not None and val.split.starts is not None and not val.count:
-        raise UserError(
-            f"data.seq_len = {config.seq_len}: every validation example is longer; raise it and "
-            "model.max_len"
-        )
+    batches, val = open_batches(dataset, config, log)
 
-    torch.manual_seed(key("init", config.seed))
+    torch.manual_seed(derive_seed("init", config.seed))
     model = TransformerDecoder.from_config(config.model, precision.weights)
     source = spec.resume or spec.weights
     if source:
@@ -156,6 +75,28 @@ def build(spec: RunSpec, log: Log) -> TrainState:
         scaler,
         progress,
     )
+
+
+def open_batches(dataset: Dataset, config: Config, log: Log) -> tuple[Batches, Examples | None]:
+    """The training batches and the validation examples, None without any. Raises UserError."""
+    pad_id = dataset.tokenizer.pad_id
+    examples = Examples(dataset.train, config.seq_len, pad_id)
+    val = Examples(dataset.val, config.seq_len, pad_id) if dataset.val else None
+    for split, side in (("train", examples), ("validation", val)):
+        if side is not None:
+            log(f"data: {dataset.name} ({dataset.kind}), {split}: {side.split.describe()}")
+            if side.dropped:
+                log(
+                    f"data: {side.dropped:,} {split} examples longer than {config.seq_len} tokens "
+                    "are skipped"
+                )
+    batches = Batches(examples, config.train.batch_size, config.seed)
+    if val is not None and val.split.starts is not None and not val.count:
+        raise UserError(
+            f"data.seq_len = {config.seq_len}: every validation example is longer; raise it and "
+            "model.max_len"
+        )
+    return batches, val
 
 
 def configure_torch(config: TrainConfig, device: torch.device):
@@ -228,31 +169,3 @@ def check_data(spec: RunSpec, dataset: Dataset):
             f"--resume {spec.resume.path}: the data differs from what the run was trained on "
             f"({why}); use --init_from to train on other data"
         )
-
-
-def restore_scaler(scaler: torch.amp.GradScaler, checkpoint: Checkpoint):
-    """The loss scale of a checkpoint that was made in fp16; another precision has none."""
-    stored = checkpoint.state.get("scaler")
-    if not scaler.is_enabled() or not stored:
-        return
-    if stored.keys() != scaler.state_dict().keys() or not all(
-        isinstance(value, int | float) for value in stored.values()
-    ):
-        raise UserError(
-            f"{checkpoint.path / 'state.json'}: scaler: must have the numbers "
-            f"{', '.join(scaler.state_dict())} (found {stored!r:.80}); use another checkpoint"
-        )
-    scaler.load_state_dict(stored)
-
-
-def restore_progress(spec: RunSpec) -> Progress:
-    """The counters of the checkpoint, with the best step that is known by now."""
-    assert spec.resume is not None  # what the progress is of
-    known = Progress.__dataclass_fields__
-    progress = Progress(**{k: v for k, v in spec.resume.state.items() if k in known})
-    best = read_best(spec.run)
-    if spec.is_new:  # the best so far is in another run
-        progress.best_step, progress.best_val_loss = 0, None
-    elif best is not None and best["step"] <= progress.step:
-        progress.best_step, progress.best_val_loss = best["step"], best["val_loss"]
-    return progress

@@ -10,9 +10,9 @@ import torch
 
 from common.device import Precision, to_device
 from data.batches import Batch
-from data.rng import key
+from data.rng import derive_seed
 from training.config import Config
-from training.setup import TrainState
+from training.state import TrainState
 from training.timing import StepTimer
 
 Loss = Callable[..., torch.Tensor]  # a LossModule, or what torch.compile makes of one
@@ -109,7 +109,7 @@ def micro_step(
     with part("data"):
         inputs = to_device(batch.inputs, state.device)
     # dropout's numbers depend on this alone: there is no random state to save
-    torch.manual_seed(key("dropout", state.config.seed, step, micro, 0))
+    torch.manual_seed(derive_seed("dropout", state.config.seed, step, micro, 0))
     with part("forward"), state.precision.autocast(state.device):
         loss = loss_module(*inputs) / targets
     with part("backward"):

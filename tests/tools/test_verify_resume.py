@@ -61,7 +61,7 @@ def test_dropout_that_does_not_follow_the_step_is_noticed(home):
     shutil.copy(ROOT / "train.py", project)
     step = project / "training" / "step.py"
     broken, times = re.subn(
-        r'torch\.manual_seed\(key\("dropout".*\)', "pass", step.read_text(encoding="utf-8")
+        r'torch\.manual_seed\(derive_seed\("dropout".*\)', "pass", step.read_text(encoding="utf-8")
     )
     assert times == 1
     step.write_text(broken, encoding="utf-8")

@@ -1,0 +1,109 @@
+"""The state of a run: what the loop works on, and what of it a checkpoint keeps and gives back."""
+
+import json
+import platform
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import torch
+from safetensors.numpy import save as to_safetensors
+
+from checkpoint.reader import Checkpoint, read_best
+from common.device import Precision
+from common.errors import UserError
+from data.batches import Batches, Examples
+from data.dataset import Dataset
+from model.loss import LossModule
+from model.transformer_full import TransformerDecoder
+from training.config import Config
+from training.optimizer import state_tensors
+from training.resume import RunSpec
+
+
+@dataclass
+class Progress:
+    """Where a run stands: the loop's counters, saved with every checkpoint."""
+
+    step: int = 0
+    tokens: int = 0  # read in training so far
+    skipped: int = 0  # steps without an update, fp16 only
+    best_step: int = 0
+    best_val_loss: float | None = None
+
+
+@dataclass
+class TrainState:
+    """What the loop works on."""
+
+    config: Config  # resolved: no "auto" is left in it
+    device: torch.device
+    precision: Precision
+    dataset: Dataset
+    batches: Batches
+    val: Examples | None
+    loss_module: LossModule  # the decoder and its loss
+    optimizers: list[torch.optim.Optimizer]
+    scaler: torch.amp.GradScaler
+    progress: Progress
+
+    @property
+    def model(self) -> TransformerDecoder:
+        """The decoder alone, whatever wraps it."""
+        return self.loss_module.model
+
+    def config_json(self) -> bytes:
+        """The resolved configuration, as a run and each of its checkpoints keep it."""
+        return json.dumps(asdict(self.config), indent=1).encode()
+
+    def checkpoint_files(self) -> dict[str, bytes]:
+        """Everything that going on needs, as the files of a checkpoint."""
+        weights = {n: p.detach().cpu().numpy() for n, p in self.model.named_parameters()}
+        state = {
+            **asdict(self.progress),
+            "scaler": self.scaler.state_dict(),
+            "data": self.dataset.fingerprint,
+            "tokenizer": self.dataset.tokenizer.fingerprint,
+            "tokenizer_given": self.dataset.tokenizer_given,
+            "held_out": self.dataset.held_out,
+            "validates": self.val is not None,
+            "versions": {
+                "python": platform.python_version(),
+                "torch": torch.__version__,
+                "numpy": np.__version__,
+            },
+        }
+        return {
+            "model.safetensors": to_safetensors(weights),
+            "optimizer.safetensors": to_safetensors(state_tensors(self.model, self.optimizers)),
+            "state.json": json.dumps(state, indent=1).encode(),
+            "config.json": self.config_json(),
+            **self.dataset.tokenizer.files(),
+        }
+
+
+def restore_progress(spec: RunSpec) -> Progress:
+    """The counters of the checkpoint, with the best step that is known by now."""
+    assert spec.resume is not None  # what the progress is of
+    known = Progress.__dataclass_fields__
+    progress = Progress(**{k: v for k, v in spec.resume.state.items() if k in known})
+    best = read_best(spec.run)
+    if spec.is_new:  # the best so far is in another run
+        progress.best_step, progress.best_val_loss = 0, None
+    elif best is not None and best["step"] <= progress.step:
+        progress.best_step, progress.best_val_loss = best["step"], best["val_loss"]
+    return progress
+
+
+def restore_scaler(scaler: torch.amp.GradScaler, checkpoint: Checkpoint):
+    """The loss scale of a checkpoint that was made in fp16; another precision has none."""
+    stored = checkpoint.state.get("scaler")
+    if not scaler.is_enabled() or not stored:
+        return
+    if stored.keys() != scaler.state_dict().keys() or not all(
+        isinstance(value, int | float) for value in stored.values()
+    ):
+        raise UserError(
+            f"{checkpoint.path / 'state.json'}: scaler: must have the numbers "
+            f"{', '.join(scaler.state_dict())} (found {stored!r:.80}); use another checkpoint"
+        )
+    scaler.load_state_dict(stored)
