@@ -318,7 +318,7 @@ def show_memory(state, tried: Tried) -> Remarks:
     if state.device.type in ("cpu", "cuda"):
         rest = max(0, tried.growth - weights - moments)
         row("activations", megabytes(rest), "and everything else, at the peak of the longest step")
-        row("total", megabytes(weights + tried.growth), "measured")
+        row("peak memory", megabytes(weights + tried.growth), "measured")
     if tried.available:
         row("available", megabytes(weights + tried.available))
     full = tried.growth > 0.8 * (tried.available or math.inf)
