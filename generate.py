@@ -65,7 +65,7 @@ class Arguments:
     device: str = "auto"
     """For torch: auto (cuda, else mps, else cpu), cpu, cuda, cuda:1, mps."""
     precision: Literal["fp32", "bf16", "fp64"] = "fp32"
-    """Of all computing; fp64 gives the same text in any batch and engine. python: always fp64."""
+    """Of weights and computing; fp64 gives the same text in any batch. python: always fp64."""
     explain: bool = False
     """Print a table of all tokens: probability, rank, entropy in bits, what top_k, top_p remove."""
     json: bool = False

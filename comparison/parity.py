@@ -92,6 +92,8 @@ def main():
     parser = cli.Parser(prog="python -m comparison.parity", description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=200)
     arguments = parser.parse_args()
+    if arguments.steps < 1:
+        parser.error(f"--steps {arguments.steps} must be at least 1")
     dice = random.Random(0)  # noqa: S311, not for secrets
     print("float64, python, numpy and torch                logits  gradients")
     for file in sorted(CONFIGS.glob("*.toml")):

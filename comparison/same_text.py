@@ -59,6 +59,8 @@ def main():
     parser.add_argument("run", help="a run or a checkpoint's folder, of lines or pairs")
     parser.add_argument("--prompts", type=int, default=100)
     arguments = parser.parse_args()
+    if arguments.prompts < 1:
+        parser.error(f"--prompts {arguments.prompts} must be at least 1")
     checkpoint = Checkpoint.find(arguments.run)
     tokenizer = load_tokenizer(checkpoint.path)
     prompts = prompts_of(checkpoint, tokenizer, arguments.prompts)

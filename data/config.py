@@ -23,7 +23,7 @@ class DataConfig:
     val_path: str = ""
     """A validation file of the same kind; empty: split off as val_fraction says."""
     kind: Literal["auto", "stream", "lines", "pairs"] = "auto"
-    """stream: one long text; lines: a document a line; pairs: prompts and completions."""
+    """stream: one text; lines: a document a line; pairs: prompt, completion; auto: by file name."""
     tokenizer: Literal["bpe", "unigram", "char", "char_bos"] = "bpe"
     """bpe, unigram: SentencePiece; char: characters; char_bos: with one special token."""
     tokenizer_path: str = ""

@@ -191,7 +191,7 @@ def main(arguments: list[str] | None = None, root: Path = ROOT) -> int:
     if not check:
         path.write_text(text, encoding="utf-8", newline="\n")
     elif not path.exists() or path.read_text(encoding="utf-8") != text:
-        print(f"{DOCUMENT} is out of date; to update it: {COMMAND}", file=sys.stderr)
+        print(f"{DOCUMENT} is out of date; run {COMMAND}", file=sys.stderr)
         return 1
     return 0
 

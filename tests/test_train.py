@@ -181,7 +181,7 @@ def test_resume_refuses_what_would_change_the_run(home):
 
     assert "model.d_ff 64 -> 128: the model would change" in resume("--model.d_ff", 128)
     assert "seed 7 -> 8" in resume("--seed", 8)
-    assert "add --extend" in resume("--max_steps", 80)
+    assert "--extend allows it" in resume("--max_steps", 80)
     other = home / "other.txt"
     other.write_text("another text, long enough for a few windows " * 20)
     assert "use --init_from" in resume("--data.path", other, "--max_steps", 80, "--extend")
@@ -252,7 +252,7 @@ def test_bad_input_is_one_line(home, tmp_path):
         return refused(run("train.py", *flags, cwd=home))
 
     assert "did you mean" in says("--config", "tiyn.toml")
-    assert "exists: add --resume" in says(*tiny, "--name", "straight")
+    assert "exists; add --resume" in says(*tiny, "--name", "straight")
     assert "--name '../x'" in says(*tiny, "--name", "../x")
     assert "data.path" in says(*tiny, "--data.path", "nowhere.txt")
     (home / "latin.txt").write_bytes("caf\xe9 ".encode("latin-1") * 200)

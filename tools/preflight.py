@@ -318,7 +318,7 @@ def show_memory(state, measured: Measured) -> Remarks:
     if state.device.type in ("cpu", "cuda"):
         rest = max(0, measured.growth - weights - moments)
         row("activations", megabytes(rest), "and everything else, at the peak of the longest step")
-        row("total", megabytes(weights + measured.growth), "measured")
+        row("peak memory", megabytes(weights + measured.growth), "measured")
     if measured.available:
         row("available", megabytes(weights + measured.available))
     full = measured.growth > 0.8 * (measured.available or math.inf)

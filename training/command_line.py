@@ -44,8 +44,8 @@ class Arguments:
     """Name of the run, a folder in runs_dir; empty: the configuration's name and the time."""
     runs_dir: str = "runs"
     """Folder of the runs."""
-    resume: tuple[str, ...] | None = None
-    """Continue the newest run (or that of --name), or the run or checkpoint at a path."""
+    resume: Annotated[tuple[str, ...] | None, tyro.conf.arg(metavar="[PATH]")] = None
+    """Continue the newest run (or that of --name), or the run or checkpoint at PATH."""
     init_from: str = ""
     """Start a new run from the weights of a run or checkpoint, on the same or other data."""
     extend: bool = False

@@ -111,7 +111,7 @@ class Config:
     """Everything that shapes a run; a TOML file holds it, and so does each checkpoint."""
 
     seed: int = 1337
-    """Of everything random: initial weights, data order, dropout."""
+    """Seed of everything random: initial weights, data order, dropout."""
     max_steps: int = 1000
     """Optimizer steps to train."""
     device: str = "auto"

@@ -83,7 +83,9 @@ def test_where_it_does_not_pay_or_not_hold_the_module_is_called(steps, monkeypat
     generate(decoder(torch.float64), PROMPTS, RULES["greedy"])
     with torch.autocast("cpu", torch.bfloat16):
         generate(decoder(torch.float32), PROMPTS, RULES["greedy"])
-    generate(decoder(torch.float32), PROMPTS, Sampling(max_new_tokens=batched.MIN_TOKENS_TO_PACK - 1))
+    generate(
+        decoder(torch.float32), PROMPTS, Sampling(max_new_tokens=batched.MIN_TOKENS_TO_PACK - 1)
+    )
     assert steps == []
     generate(decoder(torch.float32), PROMPTS, Sampling(max_new_tokens=batched.MIN_TOKENS_TO_PACK))
     assert len(steps) == 1

@@ -60,7 +60,7 @@ def test_what_it_shows(home):
     assert float(shown["a step"].removesuffix(" ms")) > 0
     weights = float(shown["weights"].removesuffix(" MB"))
     assert weights == round(4 * int(shown["total"].replace(",", "")) / 1e6, 1)
-    assert float(shown["in all"].removesuffix(" MB")) > 4 * weights
+    assert float(shown["peak memory"].removesuffix(" MB")) > 4 * weights
     assert shown["an epoch"].endswith("tokens")
     golden = json.loads((ROOT / "tests" / "golden" / "losses.json").read_text())
     assert float(shown["at the first step"]) == pytest.approx(golden["loss/train 1"], rel=1e-3)
