@@ -13,7 +13,7 @@ from common import cli
 DOCUMENT = ROOT / "docs" / "benchmarks.md"
 ORDER = (
     "train_throughput", "train_profile", "compile_cost", "time_to_quality", "train_memory", "cost",
-    "generation", "decode_cost", "sampling_cost", "start_up", "preparing", "loader",
+    "lite_step", "generation", "decode_cost", "sampling_cost", "start_up", "preparing", "loader",
 )  # fmt: skip
 HEAD = """# Benchmarks
 

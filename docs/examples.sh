@@ -41,7 +41,7 @@ expect "^d_model = 256"
 try "$python" train.py --runs_dir "$runs" --resume --name my-run
 expect "finished at step 20"
 try "$python" train.py --runs_dir "$runs" --resume "$run" --extend --max_steps 30
-expect "going on with .* from step 20"
+expect "resuming .* from step 20"
 try "$python" train.py --runs_dir "$runs" --resume --max_steps 40 --extend
 expect "best validation loss"
 if "$python" train.py --runs_dir "$runs" --resume "$run" --model.d_model 64 >"$output" 2>&1; then

@@ -4,7 +4,7 @@
 
 Prefill reads all of a prompt but its last token in one pass; then each decode step reads one token
 of every row and chooses the next. A row gives what it gives alone, whatever stands beside it: in
-float64 exactly, in narrower floats up to rounding.
+float64 exactly, in lower precision up to rounding.
 
 Shapes: B rows, T tokens, L layers, H heads of width D, S places in the cache, V = vocab_size.
 """

@@ -158,7 +158,7 @@ class TransformerDecoder(nn.Module):
         """Every matrix from N(0, init_std^2); biases 0; norms 1 and 0, as torch.nn makes them.
 
         In a pre-norm model the residual path adds up 2 n_layers outputs, so the matrices that
-        write to it are narrower by sqrt(2 n_layers), which keeps its variance (GPT-2, 2.3).
+        write to it are scaled down by sqrt(2 n_layers), which keeps its variance (GPT-2, 2.3).
         With these the first loss is close to ln(vocab_size) in either order of the norms.
         """
         for name, parameter in self.named_parameters():
