@@ -100,7 +100,7 @@ def test_every_init_is_empty(folder):
 
 def test_tests_mirror_the_folders():
     """Each folder of tests but these is named after the folder that it tests."""
-    others = {"faults", "golden", "parity", "fixtures"}
+    others = {"faults", "golden", "parity", "fixtures", "cuda"}
     folders = {f.name for f in (ROOT / "tests").iterdir() if f.is_dir() and f.name[0] not in "._"}
     assert folders - others <= LEVEL.keys()
     for folder in folders - others:
