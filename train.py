@@ -33,13 +33,15 @@ def train(spec: "RunSpec") -> int:
     with defer_interrupts():
         from data.batches import Prefetch
         from training.checkpointer import Checkpointer
+        from training.compile import compile_loss
+        from training.cuda_graphs import choose_step
         from training.nan_dump import explain_stop
         from training.optimizer import set_lr
         from training.recorder import Recorder
         from training.run_folder import locked
         from training.schedule import evaluation_due, lr_factor
         from training.setup import build
-        from training.step import NonFiniteError, compile_loss, train_step
+        from training.step import NonFiniteError
 
     state = build(spec, log)
     config, progress = state.config, state.progress
@@ -53,6 +55,7 @@ def train(spec: "RunSpec") -> int:
         Recorder(state, spec, stop) as recorder,
     ):
         checkpointer = Checkpointer(state, spec, recorder.log, recorder.metrics.flush)
+        take_step = choose_step(state, loss_module, recorder.log)
         micro_batches, targets = [], 0
         try:
             for step in range(progress.step, config.max_steps + 1):
@@ -69,9 +72,7 @@ def train(spec: "RunSpec") -> int:
                 recorder.begin_step()
                 with recorder.timer.part("data"):
                     micro_batches, targets = batches(step)
-                result = train_step(
-                    state, loss_module, micro_batches, targets, step, recorder.timer
-                )
+                result = take_step(micro_batches, targets, step, recorder.timer)
                 progress.step, progress.tokens = step + 1, progress.tokens + result.tokens
                 progress.skipped += not result.updated
                 recorder.end_step(result, lr)

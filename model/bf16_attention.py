@@ -9,6 +9,8 @@ Shapes: B sequences, H heads of width D, T tokens; N = B H.
 """
 
 import math
+from collections.abc import Callable
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -17,48 +19,91 @@ from common.device import cpu_has_bf16
 
 BLOCK = 128  # queries at a time: keys after the last of them are not looked at
 MAX_SCORES = 2**19  # numbers at a time, for a CPU's caches
+HAS_FAST_PRODUCTS = cpu_has_bf16()
 
 
 def bf16_attention(Q, K, V, mask, dropout, causal):
     """What `scaled_dot_product_attention` gives, for (B, H, T, D) on a CPU under autocast."""
-    if causal and not dropout and Q.dtype == torch.bfloat16 and cpu_has_bf16():
-        return BF16Attention.apply(Q, K, V)
+    if causal and not dropout and Q.dtype == torch.bfloat16 and HAS_FAST_PRODUCTS:
+        return attend(Q, K, V)
     with torch.autocast("cpu", enabled=False):
         Q, K, V = Q.float(), K.float(), V.float()
         return F.scaled_dot_product_attention(Q, K, V, mask, dropout, is_causal=causal)
 
 
-class BF16Attention(torch.autograd.Function):
+def forward(Q: torch.Tensor, K: torch.Tensor, V: torch.Tensor) -> torch.Tensor:
     """Causal attention: products in the type of Q, K and V, the softmax in float32 at least.
 
     Like FlashAttention (Dao et al., 2022) it goes block by block, and keeps nothing for the
     backward pass but its inputs: that computes the weights again.
     """
+    q, k, v = (x.reshape(-1, *x.shape[2:]) for x in (Q, K, V))  # (N, T, D)
+    y = torch.empty_like(q)
+    for heads, queries, keys, P in blocks(q, k):
+        torch.bmm(P.to(v.dtype), v[heads, keys], out=y[heads, queries])
+    return y.view(Q.shape)
+
+
+def backward(
+    Q: torch.Tensor, K: torch.Tensor, V: torch.Tensor, dY: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The gradients of Q, K and V."""
+    q, k, v = (x.reshape(-1, *x.shape[2:]) for x in (Q, K, V))  # (N, T, D)
+    dy, dq = dY.reshape(q.shape).contiguous(), torch.empty_like(q)
+    # several blocks of queries see a key: what they give is summed in float32 at least
+    dk, dv = (torch.zeros_like(k, dtype=accumulation_dtype(k)) for _ in range(2))
+    for heads, queries, keys, P in blocks(q, k):
+        dv[heads, keys] += torch.bmm(P.to(q.dtype).mT, dy[heads, queries])
+        dP = torch.bmm(dy[heads, queries], v[heads, keys].mT).to(P.dtype)
+        # of the softmax: P (dP - the sum of P dP over the keys)
+        dS = torch._softmax_backward_data(dP, P, -1, P.dtype)
+        dS = dS.mul_(1 / math.sqrt(q.shape[-1])).to(q.dtype)
+        torch.bmm(dS, k[heads, keys], out=dq[heads, queries])
+        dk[heads, keys] += torch.bmm(dS.mT, q[heads, queries])
+    dQ, dK, dV = (x.to(q.dtype).view(dY.shape) for x in (dq, dk, dv))
+    return dQ, dK, dV
+
+
+class BF16Attention(torch.autograd.Function):
+    """`forward` with its `backward`."""
 
     @staticmethod
     def forward(ctx, Q, K, V):
-        q, k, v = (x.reshape(-1, *x.shape[2:]) for x in (Q, K, V))  # (N, T, D)
-        y = torch.empty_like(q)
-        for heads, queries, keys, P in blocks(q, k):
-            torch.bmm(P.to(v.dtype), v[heads, keys], out=y[heads, queries])
-        ctx.save_for_backward(q, k, v)
-        return y.view(Q.shape)
+        ctx.save_for_backward(Q, K, V)
+        return forward(Q, K, V)
 
     @staticmethod
     def backward(ctx, dY):  # pyrefly: ignore[bad-override], of one output one gradient comes
-        q, k, v = ctx.saved_tensors
-        dy, dq = dY.reshape(q.shape).contiguous(), torch.empty_like(q)
-        # several blocks of queries see a key: what they give is summed in float32 at least
-        dk, dv = (torch.zeros_like(k, dtype=accumulation_dtype(k)) for _ in range(2))
-        for heads, queries, keys, P in blocks(q, k):
-            dv[heads, keys] += torch.bmm(P.to(q.dtype).mT, dy[heads, queries])
-            dP = torch.bmm(dy[heads, queries], v[heads, keys].mT).to(P.dtype)
-            # of the softmax: P (dP - the sum of P dP over the keys)
-            dS = torch._softmax_backward_data(dP, P, -1, P.dtype)
-            dS = dS.mul_(1 / math.sqrt(q.shape[-1])).to(q.dtype)
-            torch.bmm(dS, k[heads, keys], out=dq[heads, queries])
-            dk[heads, keys] += torch.bmm(dS.mT, q[heads, queries])
-        return tuple(x.to(q.dtype).view(dY.shape) for x in (dq, dk, dv))
+        Q, K, V = ctx.saved_tensors
+        return backward(Q, K, V, dY)
+
+
+attend: Callable[..., torch.Tensor] = BF16Attention.apply
+
+
+def become_operator():
+    """Makes it an operator of PyTorch's: torch.compile then calls it and does not look into it.
+
+    Otherwise it would unroll the blocks, for each length anew.
+    """
+    global attend
+    attend = operator()
+
+
+@cache
+def operator() -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]:
+    """`forward` and `backward` as PyTorch's operators."""
+    attend = torch.library.custom_op("triptych::bf16_attention", forward, mutates_args=())
+    attend_backward = torch.library.custom_op(
+        "triptych::bf16_attention_backward", backward, mutates_args=()
+    )
+    attend.register_fake(lambda Q, K, V: Q.new_empty(Q.shape))
+    attend_backward.register_fake(lambda Q, K, V, dY: tuple(Q.new_empty(Q.shape) for _ in range(3)))
+    attend.register_autograd(
+        lambda ctx, dY: attend_backward(*ctx.saved_tensors, dY),
+        setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
+    )
+    return attend
 
 
 def blocks(q, k):

@@ -74,9 +74,9 @@ class MultiHeadAttention(nn.Module):
         V = self.W_v(x).reshape(B, T, self.n_heads, -1).transpose(1, 2)  # (B, H, T, D)
         if cache is not None:
             K, V = cache.extend(K, V)  # (B, H, S, D)
-        # (2) every query weighs the keys up to its own place: a lone query sees all it is given
+        # (2) every query weighs the keys up to its own place; one that follows on a cache sees all
         dropout = self.dropout if self.training else 0.0
-        y = attention(Q, K, V, mask, dropout, causal=mask is None and T > 1)
+        y = attention(Q, K, V, mask, dropout, causal=mask is None and (cache is None or T > 1))
         # (3) heads side by side again, and the output projection
         return self.W_o(y.transpose(1, 2).reshape(B, T, C))
 

@@ -190,7 +190,8 @@ def try_steps(state) -> tuple[Measured | None, str]:
     They move the weights of this process, which are thrown away with it.
     """
     from common.device import memory_used
-    from training.step import NonFiniteError, compile_loss
+    from training.compile import compile_loss
+    from training.step import NonFiniteError
 
     available, begin = memory_available(state.device), state.progress.step
     loss_module = state.loss_module

@@ -6,6 +6,7 @@ from torch import nn
 
 from common.errors import UserError
 from training.config import OptimizerConfig
+from training.muon import Muon
 
 
 def create_optimizers(model: nn.Module, config: OptimizerConfig) -> list[torch.optim.Optimizer]:
@@ -26,7 +27,7 @@ def create_optimizers(model: nn.Module, config: OptimizerConfig) -> list[torch.o
             rest.append(parameter)
     optimizers = []
     if config.name == "muon":
-        muon = torch.optim.Muon(
+        muon = Muon(
             hidden,
             lr=config.muon_lr,
             weight_decay=config.weight_decay,
@@ -54,10 +55,15 @@ def create_optimizers(model: nn.Module, config: OptimizerConfig) -> list[torch.o
 
 def set_lr(optimizers: list[torch.optim.Optimizer], factor: float) -> float:
     """Sets every group to its peak times `factor`. Returns AdamW's learning rate."""
+    lr = 0.0
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group["lr"] = group["peak_lr"] * factor
-    return optimizers[-1].param_groups[0]["lr"]
+            lr = group["peak_lr"] * factor
+            if isinstance(group["lr"], torch.Tensor):  # which a CUDA graph reads
+                group["lr"].fill_(lr)
+            else:
+                group["lr"] = lr
+    return lr
 
 
 def state_tensors(model: nn.Module, optimizers) -> dict[str, np.ndarray]:

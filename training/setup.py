@@ -1,6 +1,7 @@
 """The parts of a run put together: device, data, model, optimizers, and where it stands."""
 
 import os
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -17,6 +18,7 @@ from data.batches import Batches, Examples
 from data.dataset import Dataset, prepare
 from data.rng import derive_seed
 from data.tokenizer import Tokenizer, load_tokenizer
+from model.cuda_attention import prefers_cudnn, use_cuda_attention
 from model.loss import LossModule
 from model.transformer_full import TransformerDecoder
 from training.config import Config, TrainConfig
@@ -47,6 +49,11 @@ def build(spec: RunSpec, log: Log) -> TrainState:
     if source:
         model.load_weights(source.tensors("model.safetensors"))
     model.to(device)
+    if device.type == "cuda":
+        cudnn = prefers_cudnn(device, fixed_shapes=dataset.train.starts is None)
+        use_cuda_attention(model, cudnn)
+        if cudnn and precision.name in ("bf16", "fp16"):
+            log("attention: cuDNN's, the faster one on this GPU")
     if config.train.checkpoint_activations:
         recompute_layers(model)
     with defer_interrupts():  # the first optimizer makes PyTorch load its compiler
@@ -103,11 +110,19 @@ def configure_torch(config: TrainConfig, device: torch.device):
     """Threads and algorithms. One thread and two give different bits, so they are recorded."""
     if device.type == "cpu":
         keep_freed_memory()
+    if device.type == "cuda":  # float32 is float32, as on a CPU: TF32 has 10 bits of 23
+        torch.set_float32_matmul_precision("highest")
+        warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores")
     if config.threads:
         torch.set_num_threads(config.threads)
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS asks for
         torch.use_deterministic_algorithms(True)
+        # which would cost time: nothing reads it
+        torch.utils.deterministic.fill_uninitialized_memory = False  # pyrefly: ignore[missing-attribute]
+        from torch._inductor import config as compiler  # here, because it takes long to import
+
+        compiler.deterministic = True  # or it chooses kernels by timing them
 
 
 def recompute_layers(model: TransformerDecoder):

@@ -72,24 +72,40 @@ def train_step(
     for micro, batch in enumerate(micro_batches):
         total = total + micro_step(state, loss_module, batch, targets, step, micro, timer.part)
     with timer.part("optimizer"):
-        for optimizer in state.optimizers:
-            state.scaler.unscale_(optimizer)
-        clip = state.config.optimizer.grad_clip or math.inf
-        norm = torch.nn.utils.clip_grad_norm_(state.model.parameters(), clip).item()
-        loss = total.item()
-        updated = math.isfinite(norm)
-        check_finite(state, loss, norm, step)
-        if updated:
-            for optimizer in state.optimizers:
-                state.scaler.step(optimizer)
-        state.scaler.update()
+        loss, norm = update(state, total).tolist()  # the only time that a GPU is waited for
+    return finish_step(state, micro_batches, step, loss, norm)
+
+
+def update(state: TrainState, total: torch.Tensor) -> torch.Tensor:
+    """Clips the gradient and moves the weights. Returns the loss `total` and the norm, (2,).
+
+    Where either is not finite the optimizers skip the update, without anybody waiting for a look.
+    """
+    for optimizer in state.optimizers:
+        state.scaler.unscale_(optimizer)
+    clip = state.config.optimizer.grad_clip or math.inf
+    norm = torch.nn.utils.clip_grad_norm_(state.model.parameters(), clip)
+    result = torch.stack([total.to(norm.dtype), norm])
+    found_inf = 1 - result.isfinite().all().float()
+    for optimizer in state.optimizers:
+        optimizer.found_inf = found_inf  # pyrefly: ignore[missing-attribute], fused ones have it
+        optimizer.step()
+    return result
+
+
+def finish_step(
+    state: TrainState, micro_batches: Sequence[Batch], step: int, loss: float, norm: float
+) -> StepResult:
+    """What comes after the update: whether there was one, and the scale of the next."""
+    check_finite(state, loss, norm, step)
+    state.scaler.update()
     return StepResult(
         loss,
         norm,
         tokens=sum(batch.tokens for batch in micro_batches),
         padded_tokens=sum(batch.ids.size for batch in micro_batches),
         flops=step_flops(state, micro_batches),
-        updated=updated,
+        updated=math.isfinite(norm),
     )
 
 
@@ -110,6 +126,17 @@ def micro_step(
         inputs = to_device(batch.inputs, state.device)
     # dropout's numbers depend on this alone: there is no random state to save
     torch.manual_seed(derive_seed("dropout", state.config.seed, step, micro, 0))
+    return forward_backward(state, loss_module, inputs, targets, part)
+
+
+def forward_backward(
+    state: MicroStepState,
+    loss_module: Loss,
+    inputs: Sequence[torch.Tensor | None],
+    targets: int,
+    part: Callable[[str], AbstractContextManager] = nullcontext,
+) -> torch.Tensor:
+    """Adds the gradients of `inputs`, of which `loss_module` is called. Returns their loss."""
     with part("forward"), state.precision.autocast(state.device):
         loss = loss_module(*inputs) / targets
     with part("backward"):
@@ -140,26 +167,3 @@ def check_finite(state: TrainState, loss: float, norm: float, step: int):
             problem += " and the loss scale would fall below 1"
     if problem:
         raise NonFiniteError(f"step {step + 1}: {problem}")
-
-
-def compile_loss(
-    state: TrainState,
-    micro_batches: Sequence[Batch],
-    targets: int,
-    log: Callable[[str], object],
-) -> Loss:
-    """state.loss_module through torch.compile, tried on one batch; as it is where that fails."""
-    log("compile: the first step takes longer")
-    try:
-        compiled: Loss = torch.compile(state.loss_module)
-        with state.precision.autocast(state.device):
-            loss = compiled(*to_device(micro_batches[0].inputs, state.device))
-            (loss / targets).backward()
-        return compiled
-    except Exception as error:  # whatever the compiler's many parts raise
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:100]
-        log(f"compile: torch.compile failed ({reason}); continuing without it")
-        torch._dynamo.reset()
-        return state.loss_module
-    finally:
-        state.model.zero_grad(set_to_none=True)
