@@ -39,32 +39,42 @@ class Muon(torch.optim.Muon):
 
     def update_in_batches(self, group: dict):
         """What torch.optim.Muon does for each matrix by itself."""
+        if group["adjust_lr_fn"] != "match_rms_adamw":
+            raise ValueError(f"adjust_lr_fn = {group['adjust_lr_fn']}: only match_rms_adamw")
         parameters, gradients, momenta = [], [], []
         self._init_group(group, parameters, gradients, momenta)
+        lr, skipped = group["lr"], None
+        if self.found_inf is not None:
+            skipped = self.found_inf != 0
+            lr = torch.where(skipped, 0.0, lr)
         by_shape = defaultdict(list)
         for entry in zip(parameters, gradients, momenta, strict=True):
             R, C = entry[0].shape
             by_shape[min(R, C), max(R, C)].append(entry)
         for shape, entries in by_shape.items():
-            self.update_batch(group, shape, *zip(*entries, strict=True))
+            self.update_batch(group, lr, skipped, shape, *zip(*entries, strict=True))
 
-    def update_batch(self, group: dict, shape: tuple[int, int], parameters, gradients, momenta):
+    def update_batch(
+        self,
+        group: dict,
+        lr: float | torch.Tensor,
+        skipped: torch.Tensor | None,
+        shape: tuple[int, int],
+        parameters,
+        gradients,
+        momenta,
+    ):
         """Moves parameters of one shape (R, C), R <= C; some are stored as (C, R)."""
         tall = [p.shape != shape for p in parameters]
         G, M = (  # (n, R, C)
             torch.stack([x.T if t else x for x, t in zip(matrices, tall, strict=True)])
             for matrices in (gradients, momenta)
         )
-        lr: float | torch.Tensor = group["lr"]
-        if self.found_inf is not None:
-            skipped = self.found_inf != 0
+        if skipped is not None:
             G = torch.where(skipped, M, G)  # which leaves the momentum as it is
-            lr = torch.where(skipped, 0.0, lr)
         M.lerp_(G, 1 - group["momentum"])
         update = G.lerp(M, group["momentum"]) if group["nesterov"] else M
         update = orthogonalise(update, group["ns_coefficients"], group["ns_steps"], group["eps"])
-        if group["adjust_lr_fn"] != "match_rms_adamw":
-            raise ValueError(f"adjust_lr_fn = {group['adjust_lr_fn']}: only match_rms_adamw")
         update = update.to(G.dtype) * (-0.2 * math.sqrt(shape[1]) * lr)
         torch._foreach_copy_(momenta, turned(M, tall))
         torch._foreach_mul_(parameters, 1 - lr * group["weight_decay"])

@@ -71,7 +71,7 @@ def test_a_decoder_with_it_is_the_plain_one(cudnn, length):
     models = []
     for dtype in (torch.float64, torch.float32):
         torch.manual_seed(0)
-        config = ModelConfig(97, 128, 2, 2, 256, 512, 0.0, norm_first=True, final_norm=True)
+        config = ModelConfig(97, 128, 2, 2, 256, 512, 0.0, activation="gelu")
         models.append(TransformerDecoder.from_config(config, dtype).to("cuda"))
     plain, ours = models
     ours.load_state_dict(plain.state_dict())
@@ -86,4 +86,4 @@ def test_a_decoder_with_it_is_the_plain_one(cudnn, length):
     assert found.item() == pytest.approx(expected.item(), rel=2e-3)
     for (name, a), b in zip(plain.named_parameters(), ours.parameters(), strict=True):
         # that of K's bias is 0: the softmax does not see what all keys have in common
-        assert (a.grad - b.grad).norm() < 3e-2 * a.grad.norm() + 1e-3, name
+        assert (a.grad - b.grad).norm() < 5e-2 * a.grad.norm() + 1e-3, name
