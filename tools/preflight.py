@@ -250,13 +250,13 @@ def timed_evaluation(state) -> float:
         windows = (len(state.val.split.ids) - 1) // state.val.seq_len
         count = windows if state.val.split.starts is None else state.val.count
         count = max(1, min(count, settings.eval_examples or count))
-        part = min(count, 4 * settings.batch_size)
+        part = min(count, 4 * settings.micro_batch_size)
         for limit in (1, part):  # the first only warms up
             began = time.perf_counter()
             evaluate(
                 state.loss_module,
                 state.val,
-                settings.batch_size,
+                settings.micro_batch_size,
                 limit,
                 state.precision,
                 StopRequest(),

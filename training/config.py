@@ -6,6 +6,7 @@ a file, checked, and compared on resuming.
 
 import difflib
 import json
+import math
 import os
 import re
 import tomllib
@@ -104,6 +105,11 @@ class TrainConfig:
             + at_least(self, 0, "histogram_interval", "threads")
             + ([f"threads = {self.threads} must be at most 1024"] if self.threads > 1024 else [])
         )
+
+    @property
+    def micro_batch_size(self) -> int:
+        """Examples in a forward pass: of a micro-batch, and of an evaluation's batches."""
+        return math.ceil(self.batch_size / self.accumulation_steps)
 
 
 @dataclass(frozen=True)

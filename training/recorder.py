@@ -111,7 +111,7 @@ class Recorder:
         values = evaluate(
             state.loss_module,
             state.val,
-            settings.batch_size,
+            settings.micro_batch_size,
             settings.eval_examples,
             state.precision,
             self.stop,
