@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from checkpoint.reader import list_steps, read_best
 from common import cli
-from common.device import matmul_flops, memory_used
+from common.device import datasheet_flops, forget_peak, matmul_flops, memory_scalars
 from common.errors import UserError
 from common.files import replace_synced
 from common.signals import StopRequest
@@ -19,7 +19,7 @@ from training.checkpointer import Checkpointer
 from training.metrics import Metrics
 from training.resume import RunSpec
 from training.schedule import due, evaluation_due, log_due
-from training.state import TrainState
+from training.state import TrainState, versions
 from training.step import StepResult
 from training.timing import StepTimer
 from training.visuals import Sampler, as_markdown, attention_image, positions_image
@@ -51,6 +51,10 @@ class Recorder:
         self.metrics = Metrics(spec.run, config, resumed_at, redo_val, self.log)
         self.sampler = Sampler(state.dataset, config.sample, config.seed)
         self.peak_flops = matmul_flops(state.device, state.precision)
+        self.datasheet_flops = datasheet_flops(state.device, state.precision)
+        forget_peak(state.device)
+        machine = as_markdown([f"{key}: {value}" for key, value in versions(state.device).items()])
+        self.metrics.events.add(summary.text("machine", machine), resumed_at or 0)
         if not resumed_at:  # also where a resume at step 0 hides what stood there
             self.add_image("positional encoding", positions_image(state.model), 0)
         self.timer = StepTimer(state.device)
@@ -163,8 +167,13 @@ class Recorder:
                 "speed/tokens_per_second": speed,
                 "speed/tflops": flops / 1e12,
                 "speed/mfu": flops / self.peak_flops,
+                **(
+                    {"speed/mfu_datasheet": flops / sheet}
+                    if (sheet := self.datasheet_flops)
+                    else {}
+                ),
                 "padding": 1 - timer.tokens / timer.padded_tokens,
-                "memory/megabytes": memory_used(state.device) / 1e6,
+                **memory_scalars(state.device),
                 **({"fp16/scale": state.scaler.get_scale()} if state.scaler.is_enabled() else {}),
                 **timer.shares(),
             },

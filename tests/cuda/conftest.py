@@ -1,4 +1,4 @@
-"""What only a GPU can show. Without one these tests are skipped; with one they are part of pytest."""
+"""What only a GPU can show. Without one these tests are skipped; with one pytest runs them."""
 
 from pathlib import Path
 
