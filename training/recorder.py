@@ -17,6 +17,7 @@ from common.signals import StopRequest
 from evaluation.validation import Interrupted, evaluate
 from training.checkpointer import Checkpointer
 from training.metrics import Metrics
+from training.profiler import StepProfiler
 from training.resume import RunSpec
 from training.schedule import due, evaluation_due, log_due
 from training.state import TrainState, versions
@@ -57,6 +58,7 @@ class Recorder:
         self.metrics.events.add(summary.text("machine", machine), resumed_at or 0)
         if not resumed_at:  # also where a resume at step 0 hides what stood there
             self.add_image("positional encoding", positions_image(state.model), 0)
+        self.profiler = StepProfiler(config, state.device, spec.run, self.log)
         self.timer = StepTimer(state.device)
 
     def __enter__(self):
@@ -64,6 +66,7 @@ class Recorder:
 
     def __exit__(self, failure, *_):
         self.bar.close()
+        self.profiler.close()
         # a full disk has been told about once
         with contextlib.suppress(OSError) if failure else contextlib.nullcontext():
             self.metrics.close()
@@ -137,12 +140,17 @@ class Recorder:
 
     def begin_step(self):
         """Before a step: on a GPU, parts are timed only in steps that are logged."""
-        logged = log_due(self.state.config, self.state.progress.step + 1)
-        self.timer.on = self.state.device.type == "cpu" or logged
+        step = self.state.progress.step + 1
+        self.timer.on = self.state.device.type == "cpu" or log_due(self.state.config, step)
+        with self.timer.pause():
+            self.profiler.begin_step(step)
+        self.timer.traced = self.profiler.on
 
     def end_step(self, result: StepResult, lr: float):
         """After a step: the bar, and a log entry if one is due."""
         state, step = self.state, self.state.progress.step
+        with self.timer.pause():
+            self.profiler.end_step(step)
         self.timer.count_step(result.tokens, result.padded_tokens, result.flops)
         self.bar.update()
         if not result.updated:
