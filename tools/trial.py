@@ -113,6 +113,7 @@ def attempt(state: TrainState, available: int, log: Log) -> tuple[Measured | Non
 
 def release(state: TrainState):
     """Gives back what a step that failed has left, so that the next has all memory there is."""
+    state.loss_module.train()  # an evaluation that failed leaves it as it was then
     for optimizer in state.optimizers:
         optimizer.zero_grad(set_to_none=True)
         optimizer.state.clear()

@@ -73,11 +73,12 @@ def test_what_never_fits(state):
 def test_an_attempt_that_failed_holds_nothing(state):
     """An exception holds its frames, and those hold tensors."""
     held = fails_above(state, 0)
-    state.loss_module.train()
+    state.loss_module.eval()  # as an evaluation leaves it that fails
     for parameter in state.model.parameters():  # as a step leaves them that fails at its end
         parameter.grad = torch.ones_like(parameter)
     assert attempt(state, 0, lambda line: None) == (None, True, "")
     release(state)
+    assert state.loss_module.training
     assert [reference() for reference in held] == [None]
     assert kept(state) == (sum(p.nbytes for p in state.model.parameters()), 0, 0)
 
