@@ -66,7 +66,8 @@ def probe() -> tuple[bool, str]:
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         available = torch.cuda.is_available()
-    return available, " ".join(str(warning.message) for warning in told)
+    said = [str(warning.message) for warning in told]
+    return available, " ".join(text for text in said if text.startswith("CUDA"))  # no deprecations
 
 
 def absence(built: bool, runtime: str, visible: str | None, said: str) -> Problem:

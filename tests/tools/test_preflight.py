@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -134,6 +135,15 @@ def test_a_batch_for_another_machine(home):
     assert f"with train.accumulation_steps = {steps}\nmemory\n" in result.stdout
     flags[-1] = steps  # which is true of a run
     assert "memory" not in remarks(preflight(home, *flags, preexec_fn=bounded(700_000_000)), 0)
+
+
+def test_a_run_that_does_not_fit_is_told_of_the_program_that_finds_what_does(home):
+    flags = ["--config", "tiny.toml", "--model.d_ff", 16384, "--train.batch_size", 64]
+    flags += ["--train.accumulation_steps", 1, "--name", "full"]
+    line = refused(run("train.py", *flags, cwd=home, preexec_fn=bounded(700_000_000)))
+    assert line.startswith("train.py: out of memory (")
+    assert line.endswith("; python -m tools.preflight finds the micro-batch that fits")
+    shutil.rmtree(home / "runs" / "full")
 
 
 def test_the_cost_of_a_run(home):
