@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn, TypeVar, cast
 
+from common import cuda
 from common.errors import UserError
 from common.signals import handle_interrupts
 
@@ -20,6 +21,31 @@ CONTROL = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f]")  # all but tab and newline
 PART = re.compile(r"Error parsing (?:Arguments|sampling|settings)?\.?(\w*): ")
 CHOICE = re.compile(r"[Ii]nvalid choice '(.*)' for argument '(.*)'\. Expected one of \((.*)\)\.")
 T = TypeVar("T")
+
+# what PyTorch and the libraries below it say, in RuntimeErrors, where memory is full
+OUT_OF_MEMORY = re.compile(
+    r"out of memory|not enough memory|allocate memory|std::bad_alloc|OUT_OF_MEMORY"
+    r"|CU(BLAS|DNN)_STATUS_NOT_INITIALIZED|CU[A-Z]+_STATUS_ALLOC_FAILED"
+    r"|ALLOCATION_FAILED|CUFFT_ALLOC_FAILED|CUSPARSE_STATUS_INSUFFICIENT_RESOURCES"
+    r"|NVML_SUCCESS == .*CUDACachingAllocator",  # it failed to say by how much
+    re.DOTALL,
+)
+# what a program's user can do about it
+LESS_MEMORY = {
+    "train.py": "lower train.batch_size, raise train.accumulation_steps or add "
+    "--train.checkpoint_activations; python -m tools.preflight finds the micro-batch that fits",
+    "generate.py": "write fewer texts at once (--num_samples) or shorter ones (--max_new_tokens), "
+    "or use a smaller model",
+}
+# other ways in which the machine fails a program: what torch says, and what to do
+MACHINE = {
+    "no kernel image is available": "this PyTorch has no code for this GPU; install one that has "
+    f"it ({cuda.INSTALL}), or use --device cpu",
+    "devices are busy or unavailable": "another process has this GPU for itself; wait until it "
+    "ends, or use another --device",
+    "driver on your system is too old": "update the NVIDIA driver, or use --device cpu",
+    "Found no NVIDIA driver": "install the NVIDIA driver, or use --device cpu",
+}
 
 
 def parse(
@@ -94,20 +120,24 @@ def run(program: str, main: Callable[[], int | None]) -> int:
             # half an import, say, may make something else of an interrupt
             if interrupt.received or isinstance(error, KeyboardInterrupt):
                 return 128 + (interrupt.received or [signal.SIGINT])[0]
-            if not (reason := explain_error(error)):
+            if not (reason := explain_error(error, program)):
                 raise
             print(f"{program}: {reason}", file=sys.stderr)
             return 2
 
 
-def explain_error(error: BaseException) -> str:
+def explain_error(error: BaseException, program: str = "") -> str:
     """What the machine, not the program, is to be blamed for, in one line; "" for a bug."""
-    first = (str(error).splitlines() or [""])[0][:150]
+    first = (str(error).splitlines() or [""])[0]
+    # an allocator's next sentences say which process has what, and which variable to try
+    first = re.split(r"(?<=\.) (?=Including|Process|Of the|If reserved|See )", first)[0][:200]
     if is_out_of_memory(error):
-        return (
-            f"out of memory ({first}); use a smaller model; when training, lower "
-            "train.batch_size or raise train.accumulation_steps"
-        )
+        advice = LESS_MEMORY.get(program, "use a smaller model or fewer examples at once")
+        return f"out of memory ({first.rstrip('. ')}); {advice}"
+    if isinstance(error, RuntimeError):
+        for said, advice in MACHINE.items():
+            if said in str(error):
+                return f"{first.rstrip('. ')}; {advice}"
     if isinstance(error, OSError):  # a full disk, a path that cannot be
         where = f"{error.filename}: " if error.filename else ""
         full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -119,7 +149,7 @@ def explain_error(error: BaseException) -> str:
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether memory was full, of the machine or of its GPU; PyTorch's own is a RuntimeError."""
     if isinstance(error, RuntimeError):
-        return bool(re.search(r"out of memory|not enough memory|allocate memory", str(error)))
+        return bool(OUT_OF_MEMORY.search(str(error)))
     return isinstance(error, MemoryError)
 
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import statistics
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Literal
 
+from common import cuda
 from common.errors import UserError
 from common.memory import resident_memory
 
@@ -58,28 +61,34 @@ PRECISIONS = {
 
 
 def choose_device(name: str) -> torch.device:
-    """The device asked for, or the best there is. Raises UserError where it is not there."""
+    """The device asked for, or the best there is. Raises UserError where it is not there.
+
+    A CUDA device with an index becomes the current one, which is where kernels and memory go that
+    nobody has named a device for.
+    """
     import torch
 
     if name == "auto":
-        if torch.cuda.is_available():
+        problem = cuda.find_problem(0)
+        if not problem.why:
             return torch.device("cuda")
+        if not problem.is_absent:
+            print(f"--device auto: no cuda: {problem.why}; {problem.fix}", file=sys.stderr)
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise UserError(f"--device {name}: no such device; use auto, cpu, cuda or mps") from None
-    if device.type not in ("cpu", "cuda", "mps"):
-        raise UserError(f"--device {name}: not supported; use auto, cpu, cuda or mps")
-    count = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": torch.backends.mps.is_available()}
-    if (device.index or 0) >= count[device.type]:
-        why = "this PyTorch was built without CUDA" if not torch.version.cuda else "none was found"
-        raise UserError(
-            f"--device {name}: not on this machine"
-            + (f" ({why})" if device.type == "cuda" else "")
-            + "; use --device cpu"
-        )
-    return device
+    # torch would read an index as one signed byte: 256 as 0, and 128 as -128
+    parts = re.fullmatch(r"(cpu|cuda|mps)(?::(0|[1-9][0-9]{0,5}))?", name)
+    if not parts:
+        raise UserError(f"--device {name}: no such device; use auto, cpu, cuda, cuda:1 or mps")
+    kind, index = parts[1], int(parts[2] or 0)
+    if kind == "cuda":
+        problem = cuda.find_problem(index)
+        if problem.why:
+            raise UserError(f"--device {name}: not on this machine ({problem.why}); {problem.fix}")
+        if parts[2]:
+            torch.cuda.set_device(index)
+    elif index or (kind == "mps" and not torch.backends.mps.is_available()):
+        raise UserError(f"--device {name}: not on this machine; use --device cpu")
+    return torch.device(name)
 
 
 def choose_precision(name: str, device: torch.device) -> tuple[Precision, str]:
@@ -93,12 +102,23 @@ def choose_precision(name: str, device: torch.device) -> tuple[Precision, str]:
     if device.type == "cuda":
         if torch.cuda.is_bf16_supported(including_emulation=False):
             return PRECISIONS["bf16"], "auto: this GPU has bf16"
-        return PRECISIONS["fp32"], "auto: this GPU has no bf16"
+        rates = {key: matmul_flops(device, PRECISIONS[key]) for key in ("fp32", "fp16")}
+        return faster(rates["fp32"], rates["fp16"])
     if device.type == "cpu" and cpu_has_bf16():
         return PRECISIONS["bf16"], "auto: this CPU has bf16 instructions"
     if device.type == "cpu":
         return PRECISIONS["fp32"], "auto: this CPU has no bf16 instructions"
     return PRECISIONS["fp32"], f"auto: the default on {device.type}"
+
+
+def faster(fp32: float, fp16: float) -> tuple[Precision, str]:
+    """The precision of a GPU without bf16, by the FLOP/s of its products; and why, for people.
+
+    fp16 has to be worth the scaling of its loss and the steps that overflow.
+    """
+    rates = f"fp16 {fp16 / 1e12:.1f} TFLOP/s, fp32 {fp32 / 1e12:.1f}"
+    chosen = "fp16" if fp16 > 1.5 * fp32 else "fp32"
+    return PRECISIONS[chosen], f"auto: this GPU has no bf16; measured: {rates}"
 
 
 @cache
@@ -110,10 +130,17 @@ def cpu_has_bf16() -> bool:
 
 
 def matmul_flops(device: torch.device, precision: Precision, n: int = 0) -> float:
-    """FLOP/s of a large matrix product here, n-cubed: what MFU is a share of. Median of 5."""
+    """FLOP/s of a large matrix product here, n-cubed: what MFU is a share of.
+
+    The median of 5; on CUDA the mean of 20 without a pause, after a tenth of a second in which the
+    card takes up its clock.
+    """
     import torch
 
-    n = n or (4096 if device.type == "cuda" else 1024)
+    if device.type == "cuda":
+        n = n or product_size(torch.cuda.mem_get_info(device)[0], precision.products.itemsize)
+        return 2 * n**3 / cuda_product_seconds(device, precision, n)
+    n = n or 1024
     a = torch.ones(n, n, device=device, dtype=precision.products).normal_()
     seconds = []
     for _ in range(7):
@@ -123,6 +150,48 @@ def matmul_flops(device: torch.device, precision: Precision, n: int = 0) -> floa
         synchronize(device)
         seconds.append(time.perf_counter() - began)
     return 2 * n**3 / statistics.median(seconds[2:])
+
+
+def product_size(free: int, itemsize: int) -> int:
+    """n of the product that is timed on CUDA: its three matrices take a quarter of what is free."""
+    return next((n for n in (8192, 4096, 2048) if 3 * n * n * itemsize <= free / 4), 1024)
+
+
+def cuda_product_seconds(device: torch.device, precision: Precision, n: int) -> float:
+    """Seconds of an n-cubed product, by CUDA's own clock. What it takes of memory is given back."""
+    import torch
+
+    products = 20
+    with torch.cuda.device(device):
+        a, b = (torch.empty(n, n, device=device, dtype=precision.products) for _ in range(2))
+        result = torch.empty_like(a)
+        a.normal_()
+        b.normal_()
+        torch.mm(a, b, out=result)  # makes cuBLAS ready
+        torch.cuda.synchronize()
+        warm = time.perf_counter() + 0.1
+        while time.perf_counter() < warm:
+            torch.mm(a, b, out=result)
+            torch.cuda.synchronize()
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        for _ in range(products):
+            torch.mm(a, b, out=result)
+        end.record()
+        end.synchronize()
+        milliseconds = start.elapsed_time(end)
+        del a, b, result
+        torch.cuda.empty_cache()
+    return milliseconds / 1000 / products
+
+
+def datasheet_flops(device: torch.device, precision: Precision) -> float:
+    """FLOP/s that the data sheet of this card has for such products; 0: not known here."""
+    if device.type != "cuda":
+        return 0.0
+    import torch
+
+    return cuda.datasheet_flops(torch.cuda.get_device_name(device), precision.name)
 
 
 def to_device(
@@ -159,3 +228,22 @@ def memory_used(device: torch.device) -> int:
     import torch
 
     return torch.cuda.max_memory_allocated(device)
+
+
+def forget_peak(device: torch.device):
+    """On CUDA, makes the next peak of memory one of what follows."""
+    if device.type == "cuda":
+        import torch
+
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def memory_scalars(device: torch.device) -> dict[str, float]:
+    """What a log entry says of memory. On CUDA also the peaks of what tensors and torch took."""
+    values = {"memory/megabytes": memory_used(device) / 1e6}
+    if device.type == "cuda":
+        import torch
+
+        values["memory/allocated_megabytes"] = torch.cuda.max_memory_allocated(device) / 1e6
+        values["memory/reserved_megabytes"] = torch.cuda.max_memory_reserved(device) / 1e6
+    return values

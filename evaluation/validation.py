@@ -29,6 +29,7 @@ def evaluate(
 ) -> dict[str, float]:
     """Loss in nats a token over the validation examples (`limit` of them, 0: all).
 
+    batch_size: examples in a forward pass; as many as in one of training need no more memory.
     Returns the scalars to log: loss/val, perplexity/val, bits_per_byte/val. Raises Interrupted.
     """
     device = next(loss_module.parameters()).device

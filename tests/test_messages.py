@@ -56,6 +56,10 @@ FORBIDDEN = re.compile(rf"(?i)(?<![\w-])({' '.join(PRIVATE.split())})(?!\w)")
 
 # (file, how the message begins): why it lacks a name or what to do
 EXCEPTIONS = {
+    (
+        "common/device.py",
+        "--device {name}: not on this machine ({",
+    ): "the fix is in the placeholder",
     ("data/tokenizer.py", "{unknown"): "names the characters of the prompt; there is no file",
     ("data/tokenizer.py", "not a SentencePiece model"): "load_tokenizer names the file and the fix",
     ("data/token_files.py", "{path}"): "open_dataset says to remove the folder",

@@ -1,23 +1,21 @@
 """Estimates the memory, disk space and time of a run before it starts; nothing is saved.
 
 python -m tools.preflight --config configs/full.toml --train.batch_size 64
+python -m tools.preflight --resume runs/my-run --price 2.5
 """
 
-import contextlib
 import math
 import shutil
 import statistics
 import sys
-import time
 from collections import Counter
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from common import cli
-from common.memory import peak_memory, return_freed_memory
+from common.errors import UserError
 from data.config import DEFAULT_CACHE_DIR
 from training.command_line import read_command_line
 from training.config import OptimizerConfig
@@ -25,31 +23,38 @@ from training.schedule import lr_factor
 
 PROGRAM = "python -m tools.preflight"
 WIDTH, HEIGHT = 60, 8  # characters of the plot
-STEPS, SECONDS = 12, 3.0  # so many steps are timed, or three if they take longer than that
-SAMPLED = 10_000  # batches of an epoch that are looked at
 Remarks = list[tuple[str, bool, str]]  # "wrong" (stops or spoils the run) or "note"; if; what
 
 log = partial(print, flush=True)
 
 
 def main() -> int:
-    if {"-h", "--help"} & set(sys.argv[1:]):
-        log(f"{PROGRAM}: {__doc__.splitlines()[0]} The flags are those of train.py.")
+    parser = cli.Parser(prog=PROGRAM, add_help=False, allow_abbrev=False)
+    parser.add_argument("--price", type=float, default=0.0)
+    options, flags = parser.parse_known_args()
+    if not 0 <= options.price < math.inf:
+        raise UserError(f"--price {options.price} must be at least 0: what an hour costs")
+    if {"-h", "--help"} & set(flags):
+        log(f"{PROGRAM}: {__doc__.splitlines()[0]} The flags are those of train.py, and")
+        log("--price FLOAT: what an hour of this machine costs; the run's cost is printed.")
     lines: list[str] = []
-    spec = read_command_line(lines.append)
+    spec = read_command_line(lines.append, flags)
     if spec is None:
         print(*lines, sep="\n")
         return 0
     lines[-1] = "preflight: trying a few steps, nothing is saved"  # for where the run is begun
     log(*lines, sep="\n")
-    from training.setup import build  # here, because PyTorch takes its time
+    from tools.trial import step_sizes, try_run  # here, because PyTorch takes its time
+    from training.setup import build
 
     state = build(spec, lambda line: log(f"  {cli.visible(line)}"))
     show_parameters(state)
-    remarks = show_data(state) + show_learning_rate(state)
-    measured, failure = try_steps(state)
+    remarks = show_data(state, step_sizes(state)) + show_learning_rate(state)
+    measured, failure = try_run(state, log)
     if measured:
-        remarks += show_memory(state, measured) + show_time(state, measured)
+        if failure:
+            log(f"with train.accumulation_steps = {state.config.train.accumulation_steps}")
+        remarks += show_memory(state, measured.memory) + show_time(state, measured, options.price)
         remarks += show_first_loss(state, spec, measured) + show_disk(state, spec)
     remarks.append(("wrong", bool(failure), failure))
     remarks = [(kind, text) for kind, applies, text in remarks if applies]
@@ -89,9 +94,12 @@ def show_parameters(state):
     row("output", f"{parts['output']:,}", "tied to the embedding" if tied else "")
 
 
-def show_data(state) -> Remarks:
-    """An epoch in steps and tokens, how often the run goes through it, and what is wasted."""
-    examples, config, sizes = state.batches.examples, state.config, step_sizes(state)
+def show_data(state, sizes: list[tuple[int, int]]) -> Remarks:
+    """An epoch in steps and tokens, how often the run goes through it, and what is wasted.
+
+    sizes: (tokens, tokens with padding) of its steps.
+    """
+    examples, config = state.batches.examples, state.config
     padding = 1 - sum(tokens for tokens, _ in sizes) / sum(padded for _, padded in sizes)
     is_stream = examples.split.starts is None
     tokens = examples.count * examples.seq_len if is_stream else int(examples.lengths.sum())
@@ -119,21 +127,6 @@ def show_data(state) -> Remarks:
         ("note", size > examples.count, whole),
         ("note", state.val is None, "no validation data, so no checkpoint is marked as the best"),
     ]
-
-
-def step_sizes(state) -> list[tuple[int, int]]:
-    """(tokens, tokens with padding) of the steps of the first epoch."""
-    from data.batches import cut
-
-    examples, sizes = state.batches.examples, []
-    for chosen in state.batches.plan(0)[0][:SAMPLED]:
-        if examples.split.starts is None:
-            sizes.append((len(chosen) * examples.seq_len,) * 2)
-            continue
-        rows = math.ceil(len(chosen) / state.config.train.accumulation_steps)
-        parts = [examples.lengths[part] for part in cut(chosen, rows)]
-        sizes.append((sum(n.sum() for n in parts), sum(len(n) * n.max() for n in parts)))
-    return sizes
 
 
 def show_learning_rate(state) -> Remarks:
@@ -173,161 +166,30 @@ def plot(config: OptimizerConfig, steps: int, horizon: int) -> list[str]:
     return [*text, f"     +{'-' * WIDTH}", f"      {left}{f'{steps:,} steps':>{WIDTH - len(left)}}"]
 
 
-@dataclass(frozen=True)
-class Measured:
-    """What was measured, in bytes and seconds."""
-
-    first_loss: float
-    growth: int  # of memory at its peak, on top of the weights
-    available: int  # memory for that growth; 0: unknown
-    steps: list[float]
-    evaluation: float  # one, samples included
-
-
-def try_steps(state) -> tuple[Measured | None, str]:
-    """Takes the run's first steps and its longest; or says why that cannot be.
-
-    They move the weights of this process, which are thrown away with it.
-    """
-    from common.device import memory_used
-    from training.compile import compile_loss
-    from training.step import NonFiniteError
-
-    available, begin = memory_available(state.device), state.progress.step
-    loss_module = state.loss_module
-    longest = int(np.argmax([padded for _, padded in step_sizes(state)]))
-    try:
-        with bounded_memory(state.device, available):
-            if state.config.compile:
-                micro_batches = state.batches(begin, state.config.train.accumulation_steps)
-                loss_module = compile_loss(state, micro_batches, 1, log)
-            forget_peak(state.device)
-            before = memory_used(state.device)
-            timed_step(state, loss_module, longest, still=True)
-            first_loss, _ = timed_step(state, loss_module, begin)
-            peak = peak_memory() if state.device.type == "cpu" else memory_used(state.device)
-            seconds = []
-            while len(seconds) < 3 or (len(seconds) < STEPS and sum(seconds) < SECONDS):
-                seconds.append(timed_step(state, loss_module, begin + 1 + len(seconds))[1])
-            evaluation = timed_evaluation(state)
-    except NonFiniteError as error:
-        return None, str(error)
-    except (MemoryError, RuntimeError) as error:
-        if not cli.is_out_of_memory(error):
-            raise
-        too_much = "a step needs more memory than there is; lower train.batch_size"
-        return None, f"{too_much}, or raise train.accumulation_steps"
-    return Measured(first_loss, max(0, peak - before), available, seconds, evaluation), ""
-
-
-def timed_step(state, loss_module, step: int, still: bool = False) -> tuple[float, float]:
-    """Loss and seconds of one step as train.py makes it; `still` moves no weights."""
-    from common.device import synchronize
-    from training.optimizer import set_lr
-    from training.step import train_step
-    from training.timing import StepTimer
-
-    set_lr(
-        state.optimizers,
-        0 if still else lr_factor(state.config.optimizer, step, state.config.horizon),
-    )
-    micro_batches = state.batches(step, state.config.train.accumulation_steps)
-    targets = state.batches.target_count(step)
-    synchronize(state.device)
-    began = time.perf_counter()  # without the batch: a thread makes it meanwhile
-    result = train_step(state, loss_module, micro_batches, targets, step, StepTimer(state.device))
-    synchronize(state.device)
-    return result.loss, time.perf_counter() - began
-
-
-def timed_evaluation(state) -> float:
-    """Seconds of an evaluation, of which a part is made, drawn evenly; and of its samples."""
-    from common.signals import StopRequest
-    from evaluation.validation import evaluate
-    from training.visuals import Sampler
-
-    settings, validation = state.config.train, 0.0
-    if state.val:
-        windows = (len(state.val.split.ids) - 1) // state.val.seq_len
-        count = windows if state.val.split.starts is None else state.val.count
-        count = max(1, min(count, settings.eval_examples or count))
-        part = min(count, 4 * settings.batch_size)
-        for limit in (1, part):  # the first only warms up
-            began = time.perf_counter()
-            evaluate(
-                state.loss_module,
-                state.val,
-                settings.batch_size,
-                limit,
-                state.precision,
-                StopRequest(),
-            )
-            validation = (time.perf_counter() - began) * count / part
-    began = time.perf_counter()
-    Sampler(state.dataset, state.config.sample, state.config.seed)(state.model)
-    return validation + time.perf_counter() - began
-
-
-def memory_available(device) -> int:
-    """Bytes that can still be had; 0 where that is not known."""
-    if device.type == "cuda":
-        import torch
-
-        return torch.cuda.mem_get_info(device)[0]
-    with contextlib.suppress(OSError, IndexError):
-        return int(Path("/proc/meminfo").read_text().split("MemAvailable:")[1].split()[0]) * 1024
-    return 0
-
-
-@contextlib.contextmanager
-def bounded_memory(device, available: int):
-    """On Linux, what does not fit fails in the block, where the kernel would kill something."""
-    if device.type != "cpu" or not available:  # known only on Linux
-        yield
-        return
-    import resource
-
-    before = resource.getrlimit(resource.RLIMIT_DATA)
-    held = int(Path("/proc/self/statm").read_text().split()[5]) * resource.getpagesize()
-    bound = min(b for b in (held + available, *before) if b != resource.RLIM_INFINITY)
-    resource.setrlimit(resource.RLIMIT_DATA, (bound, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_DATA, before)
-
-
-def forget_peak(device):
-    """Makes the next peak one of what follows, where that can be done."""
-    import torch
-
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    return_freed_memory()  # what is kept would hide what is taken
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def show_memory(state, measured: Measured) -> Remarks:
-    """Where the memory of a step goes, at the longest step of an epoch."""
-    weights = sum(p.nbytes for p in state.model.parameters())
-    states = [values for optimizer in state.optimizers for values in optimizer.state.values()]
-    moments = sum(value.nbytes for values in states for value in values.values())
+def show_memory(state, memory) -> Remarks:
+    """Where the memory of the run goes, stage by stage. `memory` is a Memory of tools/trial.py."""
+    train = state.config.train
     log("memory")
-    for name, size in (("weights", weights), ("gradients", weights), ("optimizer state", moments)):
-        row(name, megabytes(size))
+    row("micro-batch", f"{train.micro_batch_size:,}", f"of {train.batch_size:,} examples a step")
+    row("weights", megabytes(memory.weights))
+    row("gradients", megabytes(memory.gradients))
+    row("optimizer state", megabytes(memory.optimizer))
     if state.device.type in ("cpu", "cuda"):
-        rest = max(0, measured.growth - weights - moments)
-        row("activations", megabytes(rest), "and everything else, at the peak of the longest step")
-        row("peak memory", megabytes(weights + measured.growth), "measured")
-    if measured.available:
-        row("available", megabytes(weights + measured.available))
-    full = measured.growth > 0.8 * (measured.available or math.inf)
-    return [("note", full, "a step takes more than 80% of the free memory; lower train.batch_size")]
+        row("activations", megabytes(memory.activations), "and what else the longest step takes")
+        row("peak of a step", megabytes(memory.step), "all of these")
+        row("of an evaluation", megabytes(memory.evaluation), "with its samples")
+        row("peak memory", megabytes(memory.peak), "measured")
+    if memory.reserved:
+        row("reserved", megabytes(memory.reserved), "what PyTorch took of the GPU for it")
+    if memory.available:
+        row("available", megabytes(memory.before + memory.available))
+    full = memory.peak - memory.before > 0.8 * (memory.available or math.inf)
+    more = "raise train.accumulation_steps"
+    return [("note", full, f"the run takes more than 80% of the free memory; {more}")]
 
 
-def show_time(state, measured: Measured) -> Remarks:
-    """How long the run will take, on a machine as busy as it is now."""
+def show_time(state, measured, price: float) -> Remarks:
+    """How long the run will take, on a machine as busy as it is now; price: of an hour."""
     from common.device import choose_precision
 
     begin, end, interval = (
@@ -340,10 +202,13 @@ def show_time(state, measured: Measured) -> Remarks:
     seconds = (end - begin) * step + evaluations * measured.evaluation
     log("time")
     row("a step", f"{1000 * step:,.1f} ms", f"median of {len(measured.steps)}")
+    row("tokens a second", f"{measured.tokens / sum(measured.steps):,.0f}")
     row("an evaluation", duration(measured.evaluation), "with its samples")
     row("the run", duration(seconds), f"{end - begin:,} steps, {evaluations:,} evaluations")
+    if price:
+        row("its cost", f"{seconds / 3600 * price:,.2f}", f"at {price:,g} an hour")
     bf16_is_faster = (
-        choose_precision("auto", state.device)[0].name == "bf16" and state.precision.name == "fp32"
+        state.precision.name == "fp32" and choose_precision("auto", state.device)[0].name == "bf16"
     )
     return [
         (
@@ -354,7 +219,7 @@ def show_time(state, measured: Measured) -> Remarks:
     ]
 
 
-def show_first_loss(state, spec, measured: Measured) -> Remarks:
+def show_first_loss(state, spec, measured) -> Remarks:
     """The first loss beside that of a model that knows nothing."""
     vocabulary, loss = state.config.model.vocab_size, measured.first_loss
     uniform, trained = math.log(vocabulary), bool(spec.resume or spec.weights)

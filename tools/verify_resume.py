@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from checkpoint.reader import Checkpoint, list_steps, step_path
-from common import cli
+from common import cli, cuda
 from common.errors import UserError
 from common.jsonl import read_records
 from training.command_line import read_command_line, underscored
@@ -106,6 +106,9 @@ def flags_of_both(flags: list[str], options, folder: Path) -> list[str] | None:
     plan = read_command_line(lambda line: None, flags)
     if plan is None:
         return None
+    if not plan.config.train.deterministic and is_cuda(plan.config.device):
+        print("on CUDA both runs get --train.deterministic: else the order of sums is free")
+        flags.append("--train.deterministic")
     stop_at, interval = options.stop_at, plan.config.train.eval_interval or options.stop_at
     ours = {
         "max_steps": options.steps,
@@ -115,6 +118,13 @@ def flags_of_both(flags: list[str], options, folder: Path) -> list[str] | None:
         "train.eval_interval": min(interval, stop_at),  # also on either side of the stop
     }
     return [*flags, *(part for key, value in ours.items() for part in (f"--{key}", str(value)))]
+
+
+def is_cuda(device: str) -> bool:
+    """Whether train.py would compute on CUDA. Its context, which takes memory, is not made here."""
+    if device != "auto":
+        return device.startswith("cuda")
+    return cuda.probe()[0]
 
 
 def train_all(flags: list[str], options, folder: Path):

@@ -6,6 +6,7 @@ a file, checked, and compared on resuming.
 
 import difflib
 import json
+import math
 import os
 import re
 import tomllib
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
 
 MAX_BYTES = 1 << 20  # of a configuration file
+MAX_PROFILED = 100  # steps in a trace
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,8 @@ class TrainConfig:
     """On CUDA: use only deterministic algorithms."""
     cuda_graphs: bool = False
     """On CUDA, for one long text: replay steps as CUDA graphs; faster where the model is small."""
+    profile_steps: str = ""
+    """Steps A:B, both included, to record with torch.profiler in the run's folder; empty: none."""
 
     def __post_init__(self):
         refuse(
@@ -105,7 +109,31 @@ class TrainConfig:
             + at_least(self, 0, "eval_interval", "eval_examples", "save_interval")
             + at_least(self, 0, "histogram_interval", "threads")
             + ([f"threads = {self.threads} must be at most 1024"] if self.threads > 1024 else [])
+            + self.wrong_profile()
         )
+
+    def wrong_profile(self) -> list[str]:
+        """What is wrong with profile_steps. A trace is kept in memory until it ends."""
+        if not self.profile_steps:
+            return []
+        given = f"profile_steps = {self.profile_steps[:40]!r}"
+        if not re.fullmatch(r"[0-9]{1,15}:[0-9]{1,15}", self.profile_steps):
+            return [f"{given} must be A:B, the first and the last step, such as 20:22"]
+        first, last = self.profiled
+        if not 1 <= first <= last < first + MAX_PROFILED:
+            return [f"{given} must be A:B with 1 <= A <= B, at most {MAX_PROFILED} steps"]
+        return []
+
+    @property
+    def profiled(self) -> tuple[int, int]:
+        """The first and the last step of profile_steps, counted from 1; (0, 0): none."""
+        first, _, last = self.profile_steps.partition(":")
+        return (int(first), int(last)) if last else (0, 0)
+
+    @property
+    def micro_batch_size(self) -> int:
+        """Examples in a forward pass: of a micro-batch, and of an evaluation's batches."""
+        return math.ceil(self.batch_size / self.accumulation_steps)
 
 
 @dataclass(frozen=True)

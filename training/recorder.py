@@ -10,16 +10,17 @@ from tqdm import tqdm
 
 from checkpoint.reader import list_steps, read_best
 from common import cli
-from common.device import matmul_flops, memory_used
+from common.device import datasheet_flops, forget_peak, matmul_flops, memory_scalars
 from common.errors import UserError
 from common.files import replace_synced
 from common.signals import StopRequest
 from evaluation.validation import Interrupted, evaluate
 from training.checkpointer import Checkpointer
 from training.metrics import Metrics
+from training.profiler import StepProfiler
 from training.resume import RunSpec
 from training.schedule import due, evaluation_due, log_due
-from training.state import TrainState
+from training.state import TrainState, versions
 from training.step import StepResult
 from training.timing import StepTimer
 from training.visuals import Sampler, as_markdown, attention_image, positions_image
@@ -51,8 +52,13 @@ class Recorder:
         self.metrics = Metrics(spec.run, config, resumed_at, redo_val, self.log)
         self.sampler = Sampler(state.dataset, config.sample, config.seed)
         self.peak_flops = matmul_flops(state.device, state.precision)
+        self.datasheet_flops = datasheet_flops(state.device, state.precision)
+        forget_peak(state.device)
+        machine = as_markdown([f"{key}: {value}" for key, value in versions(state.device).items()])
+        self.metrics.events.add(summary.text("machine", machine), resumed_at or 0)
         if not resumed_at:  # also where a resume at step 0 hides what stood there
             self.add_image("positional encoding", positions_image(state.model), 0)
+        self.profiler = StepProfiler(config, state.device, spec.run, self.log)
         self.timer = StepTimer(state.device)
 
     def __enter__(self):
@@ -60,6 +66,7 @@ class Recorder:
 
     def __exit__(self, failure, *_):
         self.bar.close()
+        self.profiler.close()
         # a full disk has been told about once
         with contextlib.suppress(OSError) if failure else contextlib.nullcontext():
             self.metrics.close()
@@ -111,7 +118,7 @@ class Recorder:
         values = evaluate(
             state.loss_module,
             state.val,
-            settings.batch_size,
+            settings.micro_batch_size,
             settings.eval_examples,
             state.precision,
             self.stop,
@@ -133,12 +140,17 @@ class Recorder:
 
     def begin_step(self):
         """Before a step: on a GPU, parts are timed only in steps that are logged."""
-        logged = log_due(self.state.config, self.state.progress.step + 1)
-        self.timer.on = self.state.device.type == "cpu" or logged
+        step = self.state.progress.step + 1
+        self.timer.on = self.state.device.type == "cpu" or log_due(self.state.config, step)
+        with self.timer.pause():
+            self.profiler.begin_step(step)
+        self.timer.traced = self.profiler.on
 
     def end_step(self, result: StepResult, lr: float):
         """After a step: the bar, and a log entry if one is due."""
         state, step = self.state, self.state.progress.step
+        with self.timer.pause():
+            self.profiler.end_step(step)
         self.timer.count_step(result.tokens, result.padded_tokens, result.flops)
         self.bar.update()
         if not result.updated:
@@ -163,8 +175,13 @@ class Recorder:
                 "speed/tokens_per_second": speed,
                 "speed/tflops": flops / 1e12,
                 "speed/mfu": flops / self.peak_flops,
+                **(
+                    {"speed/mfu_datasheet": flops / sheet}
+                    if (sheet := self.datasheet_flops)
+                    else {}
+                ),
                 "padding": 1 - timer.tokens / timer.padded_tokens,
-                "memory/megabytes": memory_used(state.device) / 1e6,
+                **memory_scalars(state.device),
                 **({"fp16/scale": state.scaler.get_scale()} if state.scaler.is_enabled() else {}),
                 **timer.shares(),
             },

@@ -33,8 +33,8 @@ def build(spec: RunSpec, log: Log) -> TrainState:
     """Makes or restores every part of the run that `spec` describes."""
     config = spec.config
     device = choose_device(config.device)
+    configure_torch(config.train, device)  # cuBLAS reads its settings when it first computes
     precision, why = choose_precision(config.precision, device)
-    configure_torch(config.train, device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
     log(f"device: {name}, {torch.get_num_threads()} CPU threads, {precision.name} ({why})")
 

@@ -9,6 +9,7 @@ import torch
 from safetensors.numpy import save as to_safetensors
 
 from checkpoint.reader import Checkpoint, read_best
+from common import cuda
 from common.device import Precision
 from common.errors import UserError
 from data.batches import Batches, Examples
@@ -66,11 +67,7 @@ class TrainState:
             "tokenizer_given": self.dataset.tokenizer_given,
             "held_out": self.dataset.held_out,
             "validates": self.val is not None,
-            "versions": {
-                "python": platform.python_version(),
-                "torch": torch.__version__,
-                "numpy": np.__version__,
-            },
+            "versions": versions(self.device),
         }
         return {
             "model.safetensors": to_safetensors(weights),
@@ -79,6 +76,12 @@ class TrainState:
             "config.json": self.config_json(),
             **self.dataset.tokenizer.files(),
         }
+
+
+def versions(device: torch.device) -> dict[str, str]:
+    """The software of a run, and on CUDA its card, driver and libraries."""
+    found = {"python": platform.python_version(), "torch": torch.__version__}
+    return found | {"numpy": np.__version__} | cuda.versions(device)
 
 
 def restore_progress(spec: RunSpec) -> Progress:

@@ -2,9 +2,10 @@
 
 import time
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
+from torch.profiler import record_function
 
 from common.device import synchronize
 
@@ -13,12 +14,14 @@ class StepTimer:
     """Seconds and work since the last log entry; seconds are kept for each part of a step.
 
     A CPU's parts are timed always. A GPU works asynchronously, so its parts are only known where
-    the program waits for it, which costs time: `on` says whether this step is worth it.
+    the program waits for it, which costs time: `on` says whether this step is worth it. `traced`
+    says whether a profiler records this step, in whose trace the parts are ranges.
     """
 
     def __init__(self, device: torch.device):
         self.device = device
         self.on = True
+        self.traced = False
         self.restart()
 
     def restart(self):
@@ -31,14 +34,15 @@ class StepTimer:
     @contextmanager
     def part(self, name: str) -> Generator[None]:
         """Times a part of the step."""
-        if not self.on:
+        with record_function(name) if self.traced else nullcontext():
+            if not self.on:
+                yield
+                return
+            synchronize(self.device)
+            began = time.perf_counter()
             yield
-            return
-        synchronize(self.device)
-        began = time.perf_counter()
-        yield
-        synchronize(self.device)
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began
+            synchronize(self.device)
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began
 
     @contextmanager
     def pause(self) -> Generator[None]:

@@ -4,16 +4,16 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
 from checkpoint.reader import list_steps
 from tests.helpers import ROOT, refused, run, write_config
-from tools.preflight import HEIGHT, WIDTH, bounded_memory, duration, plot
+from tools.preflight import HEIGHT, WIDTH, duration, plot
 from training.config import OptimizerConfig
 
 
@@ -60,7 +60,13 @@ def test_what_it_shows(home):
     assert float(shown["a step"].removesuffix(" ms")) > 0
     weights = float(shown["weights"].removesuffix(" MB"))
     assert weights == round(4 * int(shown["total"].replace(",", "")) / 1e6, 1)
-    assert float(shown["peak memory"].removesuffix(" MB")) > 4 * weights
+    peak = float(shown["peak memory"].removesuffix(" MB"))
+    assert peak > 4 * weights
+    assert peak == max(
+        float(shown[n].removesuffix(" MB")) for n in ("peak of a step", "of an evaluation")
+    )
+    assert float(shown["tokens a second"].replace(",", "")) > 0
+    assert shown["micro-batch"] == "4"
     assert shown["an epoch"].endswith("tokens")
     golden = json.loads((ROOT / "tests" / "golden" / "losses.json").read_text())
     assert float(shown["at the first step"]) == pytest.approx(golden["loss/train 1"], rel=1e-3)
@@ -99,16 +105,57 @@ def test_data_that_does_not_fit_and_a_loss_that_is_none(home):
     assert [path.name for path in (home / "runs").iterdir()] == ["one"]
 
 
-def test_a_model_for_another_machine(home):
+def bounded(size: int):
+    """What a process does first that may have only so many bytes of data."""
     resource = pytest.importorskip("resource")
     if not sys.platform.startswith("linux"):
         pytest.skip("memory is bounded on Linux only")
+    return lambda: resource.setrlimit(resource.RLIMIT_DATA, (size, size))
 
-    def bounded():
-        resource.setrlimit(resource.RLIMIT_DATA, (1_200_000_000, 1_200_000_000))
 
-    result = preflight(home, "--model.d_ff", 2**18, "--model.n_layers", 3, preexec_fn=bounded)
-    assert "wrong: a step needs more memory than there is" in remarks(result, 1)
+def test_a_model_for_another_machine(home):
+    flags = ["--model.d_ff", 2**18, "--model.n_layers", 3]
+    found = remarks(preflight(home, *flags, preexec_fn=bounded(1_200_000_000)), 1)
+    assert "wrong: the run needs more memory than there is, even with a micro-batch of 1" in found
+
+
+def test_a_batch_for_another_machine(home):
+    """59 windows of 32 tokens, 64 KiB of hidden units each; and the size that does fit."""
+    flags = ["--model.d_ff", 16384, "--train.batch_size", 64, "--train.accumulation_steps", 1]
+    result = preflight(home, *flags, preexec_fn=bounded(700_000_000))
+    found = re.search(
+        r"wrong: the run needs more memory than there is; train.accumulation_steps = (\d+) fits "
+        r"\(micro-batch of (\d+)\)",
+        remarks(result, 1),
+    )
+    assert found, result.stdout
+    steps, size = map(int, found.groups())
+    assert steps > 1 and steps * size == 64
+    assert "  a micro-batch of 64 does not fit\n" in result.stdout
+    assert f"with train.accumulation_steps = {steps}\nmemory\n" in result.stdout
+    flags[-1] = steps  # which is true of a run
+    assert "memory" not in remarks(preflight(home, *flags, preexec_fn=bounded(700_000_000)), 0)
+
+
+def test_a_run_that_does_not_fit_is_told_of_the_program_that_finds_what_does(home):
+    flags = ["--config", "tiny.toml", "--model.d_ff", 16384, "--train.batch_size", 64]
+    flags += ["--train.accumulation_steps", 1, "--name", "full"]
+    line = refused(run("train.py", *flags, cwd=home, preexec_fn=bounded(700_000_000)))
+    assert line.startswith("train.py: out of memory (")
+    assert line.endswith("; python -m tools.preflight finds the micro-batch that fits")
+    shutil.rmtree(home / "runs" / "full")
+
+
+def test_the_cost_of_a_run(home):
+    result = preflight(home, "--price", 36_000, "--max_steps", 1000)
+    seconds = re.search(r"^  the run +(?:(\d+) min )?([\d.]+) s ", result.stdout, re.M)
+    seconds = 60 * float(seconds[1] or 0) + float(seconds[2])
+    cost = re.search(r"^  its cost +([\d,.]+)  at 36,000 an hour$", result.stdout, re.M)[1]
+    assert float(cost.replace(",", "")) == pytest.approx(10 * seconds, abs=6)
+    assert "its cost" not in preflight(home).stdout
+    for price in ("-1", "nan", "inf", "much"):
+        assert "--price" in refused(preflight(home, f"--price={price}"))
+    assert "--price FLOAT" in preflight(home, "--help").stdout
 
 
 def test_bad_flags_are_refused_as_train_py_does(home):
@@ -162,11 +209,3 @@ def test_durations():
     assert [duration(s) for s in (0.04, 59.2, 59.97, 247, 12_000)] == [
         "0.0 s", "59.2 s", "60.0 s", "4 min 7 s", "3 h 20 min",
     ]  # fmt: skip
-
-
-def test_the_bound_on_memory_is_lifted_afterwards():
-    resource = pytest.importorskip("resource")
-    before = resource.getrlimit(resource.RLIMIT_DATA)
-    with bounded_memory(SimpleNamespace(type="cpu"), 10**9):
-        assert resource.getrlimit(resource.RLIMIT_DATA) != before
-    assert resource.getrlimit(resource.RLIMIT_DATA) == before

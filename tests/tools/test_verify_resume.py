@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from tests.helpers import ROOT, refused, write_config
-from tools.verify_resume import Compared, compare_tensors
+from tools.verify_resume import Compared, compare_tensors, flags_of_both, read_flags
+from training.command_line import read_command_line
 
 
 def verify(home: Path, *flags, project: Path = ROOT) -> subprocess.CompletedProcess:
@@ -80,6 +81,21 @@ def test_what_train_py_refuses_and_what_we_do(home):
     assert "nowhere.toml: no such file" in refused(verify(home, "--config", "nowhere.toml"))
     assert refused(verify(home, "--data.path", "nowhere")).startswith("train.py: data.path")
     assert not kept(home)
+
+
+@pytest.mark.parametrize(
+    ("device", "more", "added"),
+    [("cpu", [], False), ("cuda", [], True), ("cuda:1", ["--train.no_deterministic"], True),
+     ("cuda", ["--train.deterministic"], False)],
+)  # fmt: skip
+def test_on_cuda_both_runs_are_deterministic(home, capsys, device, more, added):
+    """Attention's backward pass adds with atomics there: no two runs are the same without it."""
+    options, flags = read_flags(["--config", str(home / "tiny.toml"), "--device", device, *more])
+    flags = flags_of_both(flags, options, home / "runs")
+    plan = read_command_line(lambda line: None, flags)
+    assert plan.config.train.deterministic == (device != "cpu")
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == added and all("--train.deterministic" in line for line in lines)
 
 
 @pytest.mark.parametrize(
