@@ -9,14 +9,16 @@ float64 exactly, in lower precision up to rounding.
 Shapes: B rows, T tokens, L layers, H heads of width D, S places in the cache, V = vocab_size.
 """
 
+import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Protocol
 
 import torch
 
-from generation import cpu_decoder
-from generation.cpu_decoder import CPUDecoder, Decoder
+from generation import cpu_decoder, cuda_decoder
+from generation.cpu_decoder import CACHE_DTYPE, CPUDecoder, Decoder
+from generation.cuda_decoder import CaptureError, CUDADecoder, attention_kernels
 from generation.kv_cache import KVCache
 from generation.sampling import Sampling, uniform, window
 from generation.sequential import AnyDecoder, check_prompts, number_samples
@@ -63,10 +65,16 @@ def generate(
     samples = number_samples(prompts) if samples is None else samples
     rows = list(range(len(texts)))  # rows[b]: the prompt that row b of the cache goes on with
     longest = max(map(len, texts), default=0) + rules.max_new_tokens
-    packed = rules.max_new_tokens >= MIN_TOKENS_TO_PACK and cpu_decoder.is_supported(model)
     places = min(model.max_len, longest - 1)  # the last token is never read
-    cache = KVCache(model, len(rows), places, cpu_decoder.CACHE_DTYPE if packed else None)
-    step = CPUDecoder(model) if packed and rows else partial(module_step, model)
+    worth = bool(rows) and rules.max_new_tokens >= MIN_TOKENS_TO_PACK
+    recorded = None
+    if worth and cuda_decoder.is_supported(model):
+        recorded = cuda_decoder.borrow(model, len(rows), places)
+        cache, step = recorded.cache, partial(recorded_step, model, recorded)
+    elif worth and cpu_decoder.is_supported(model):
+        cache, step = KVCache(model, len(rows), places, CACHE_DTYPE), CPUDecoder(model)
+    else:
+        cache, step = KVCache(model, len(rows), places), partial(module_step, model)
 
     def finished(row: int, token: int) -> bool:
         if token == end_id:
@@ -78,26 +86,41 @@ def generate(
     training = model.training
     model.eval()
     try:
-        while rows:
-            logits = next_logits(model, step, cache, [texts[row] for row in rows])
-            numbers = [uniform(seed, samples[row], len(texts[row])) for row in rows]
-            tokens = sample_tokens(logits, rules, numbers)
-            if on_logits is not None:
-                for row, values, token in zip(rows, logits.tolist(), tokens, strict=True):
-                    on_logits(row, values, token)
-            done = [b for b, row in enumerate(rows) if finished(row, tokens[b])]
-            for b in reversed(done):
-                cache.drop(b)
-                rows[b] = rows[-1]
-                rows.pop()
+        with attention_kernels(cache.keys.device):
+            while rows:
+                logits = next_logits(model, step, cache, [texts[row] for row in rows])
+                numbers = [uniform(seed, samples[row], len(texts[row])) for row in rows]
+                tokens = sample_tokens(logits, rules, numbers)
+                if on_logits is not None:
+                    for row, values, token in zip(rows, logits.tolist(), tokens, strict=True):
+                        on_logits(row, values, token)
+                done = [b for b, row in enumerate(rows) if finished(row, tokens[b])]
+                for b in reversed(done):
+                    cache.drop(b)
+                    rows[b] = rows[-1]
+                    rows.pop()
     finally:
         model.train(training)
+    if recorded is not None:
+        cuda_decoder.give_back(model, recorded)
     return [text[len(prompt) :] for text, prompt in zip(texts, prompts, strict=True)]
 
 
 def module_step(model: BatchedDecoder, ids: torch.Tensor, cache: KVCache) -> torch.Tensor:
     """What a CPUDecoder gives, by the module itself: on every device, in every precision."""
-    return model(ids, cache=cache)[:, -1]
+    return model(ids.to(cache.keys.device), cache=cache)[:, -1]
+
+
+def recorded_step(
+    model: BatchedDecoder, decoder: CUDADecoder, ids: torch.Tensor, cache: KVCache
+) -> torch.Tensor:
+    """The decoder's step; the module's, from the first one on that could not be recorded."""
+    if not decoder.failed:
+        try:
+            return decoder(ids, cache)
+        except CaptureError as error:
+            print(f"generating without CUDA graphs, more slowly: {error}", file=sys.stderr)
+    return module_step(model, ids, cache)
 
 
 def next_logits(
@@ -108,7 +131,7 @@ def next_logits(
     stale = [b for b, n in enumerate(cache.lengths) if n != seen[b] - 1]  # new, or its window moved
     if stale:
         prefill(model, cache, stale, [texts[b][-seen[b] : -1] for b in stale])
-    newest = torch.tensor([text[-1:] for text in texts], device=cache.keys.device)  # (B, 1)
+    newest = torch.tensor([text[-1:] for text in texts])  # (B, 1), where each step wants it
     return step(newest, cache)
 
 
