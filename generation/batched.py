@@ -27,6 +27,7 @@ from generation.torch_sampling import sample_tokens
 MIN_TOKENS_TO_PACK = (
     8  # new tokens from which it pays to lay out the weights anew: it costs a few steps
 )
+ROWS, MAX_CUDA_ROWS = 32, 512  # see rows_at_once
 
 Step = Callable[[torch.Tensor, KVCache], torch.Tensor]
 
@@ -104,6 +105,33 @@ def generate(
     if recorded is not None:
         cuda_decoder.give_back(model, recorded)
     return [text[len(prompt) :] for text, prompt in zip(texts, prompts, strict=True)]
+
+
+def rows_at_once(model: BatchedDecoder, longest: int, free: int | None = None) -> int:
+    """How many texts of up to `longest` tokens to give to `generate` at a time.
+
+    32 on a CPU, which gains little from more. On CUDA as many as half of the free memory holds, as
+    a power of two, 512 at most: a step reads the weights once, for however many rows. A row takes
+    its keys and values, twice while prompts are read; 16 vectors of d_model a token of a prompt;
+    its logits, which sampling has in float64 several times; and in float64 all scores of a layer.
+
+    free: bytes of memory; None: what the device has.
+    """
+    weight, config = model.embed.weight, model.config
+    if free is None:
+        if weight.device.type != "cuda":
+            return ROWS
+        free, _ = torch.cuda.mem_get_info(weight.device)
+        # what PyTorch holds without using it is free as well
+        free += torch.cuda.memory_reserved(weight.device)
+        free -= torch.cuda.memory_allocated(weight.device)
+    places = min(longest, model.max_len)
+    row = places * config.d_model * weight.element_size() * (4 * config.n_layers + 16)
+    row += 32 * config.vocab_size
+    if weight.dtype == torch.float64:
+        row += 2 * 8 * config.n_heads * places**2
+    rows = max(1, min(MAX_CUDA_ROWS, free // 2 // row))
+    return 1 << (rows.bit_length() - 1)
 
 
 def module_step(model: BatchedDecoder, ids: torch.Tensor, cache: KVCache) -> torch.Tensor:

@@ -81,3 +81,12 @@ def generator(engine: Engine):
     else:
         from generation.sequential import generate
     return generate
+
+
+def rows_at_once(engine: Engine, model, longest: int) -> int:
+    """How many texts of up to `longest` tokens to give to `generator` at a time."""
+    if engine != "torch":
+        return 1
+    from generation.batched import rows_at_once
+
+    return rows_at_once(model, longest)
