@@ -24,9 +24,8 @@ from generation.sampling import Sampling, uniform, window
 from generation.sequential import AnyDecoder, check_prompts, number_samples
 from generation.torch_sampling import sample_tokens
 
-MIN_TOKENS_TO_PACK = (
-    8  # new tokens from which it pays to lay out the weights anew: it costs a few steps
-)
+# new tokens from which it pays to lay out the weights anew, or to record a step: a few steps' time
+MIN_TOKENS_TO_PACK = 8
 ROWS, MAX_CUDA_ROWS = 32, 512  # see rows_at_once
 
 Step = Callable[[torch.Tensor, KVCache], torch.Tensor]
@@ -58,8 +57,9 @@ def generate(
     on_token: called with (index of the prompt, id) for each new token; True ends that row.
     on_logits: called before it with (index, logits (V), id), the end included, for `explain`.
     A text longer than `model.max_len` is read through `sampling.window`. PyTorch's random state is
-    not touched, and the model is left in the mode it was in. Raises UserError for an empty prompt,
-    ids outside the vocabulary, and a model whose logits are not finite.
+    not touched, and the model is left in the mode it was in. On CUDA a cache of up to
+    `cuda_decoder.MAX_KEPT` bytes stays allocated for the next call. Raises UserError for an empty
+    prompt, ids outside the vocabulary, and a model whose logits are not finite.
     """
     check_prompts(model, prompts)
     texts = [list(prompt) for prompt in prompts]

@@ -211,7 +211,7 @@ class GraphCapture:
         """A function that does the same by one launch, into the same result each time."""
         stream = capture_stream(self.device)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.device(self.device):
+        with torch.cuda.device(self.device), attention_kernels(self.device):
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
                 # for real first: kernels are loaded, and cuBLAS takes its workspace for this
