@@ -265,6 +265,7 @@ def test_a_second_call_records_nothing_and_reads_the_weights_as_they_are(on_cuda
 def test_a_call_within_a_call_does_not_disturb_it(on_cuda):
     model, rules = decoder(), RULES["sampled"]
     alone = [plain(model, prompt, rules) for prompt in PROMPTS]
+    assert generate(model, PROMPTS, rules) == alone  # by what the next call finds kept
     inner = []
 
     def on_token(row, token):
