@@ -91,7 +91,8 @@ def test_each_step_gives_the_modules_logits(options, dtype):
         with cuda_decoder.attention_kernels(torch.device("cuda")):
             found = step(newest, caches[0]).float()
             expected = module_step(model, newest, caches[1]).float()
-        apart = 1e-4 if dtype == torch.float32 else 0.1 * expected.std().item()
+        # of 16 bits: the largest of 10,000 differences by rounding; a wrong key makes 1 std of it
+        apart = 1e-4 if dtype == torch.float32 else 0.3 * expected.std().item()
         torch.testing.assert_close(found, expected, rtol=0, atol=apart)
         for text in texts:
             text.append(int(torch.randint(2000, (), generator=dice)))
