@@ -35,7 +35,6 @@ from model import engines
 from model.config import ModelConfig, read_model_config
 
 DESCRIPTION = "Generates text with a trained model, with or without prompts."
-ROWS = 32  # texts written at a time by torch; the memory for their caches grows with it
 MAX_PROMPTS = 1 << 26  # bytes of a file of prompts
 FREE_LINES, FREE_PAIRS = 10, 3  # how many are written without a prompt
 
@@ -227,7 +226,8 @@ def write(arguments: Arguments, source: Source, model, jobs: list[Job]):
     generate = engines.generator(arguments.engine)
     rules, alone = arguments.sampling, len(jobs) == 1 and not arguments.json
     stops = tuple(map(clean_text, arguments.stop))
-    size = ROWS if arguments.engine == "torch" else 1
+    longest = max((len(job.ids) for job in jobs), default=0) + rules.max_new_tokens
+    size = engines.rows_at_once(arguments.engine, model, longest)
     for first in range(0, len(jobs), size):
         batch = jobs[first : first + size]
         texts = [StreamedText(source.tokenizer, stops) for _ in batch]

@@ -36,6 +36,7 @@ FILES = {  # of each engine: names, or patterns
         "generation/batched.py",
         "generation/torch_sampling.py",
         "generation/cpu_decoder.py",
+        "generation/cuda_decoder.py",
     ),
 }
 NEEDS = {"unfused": (), "python": (), "numpy": ("numpy",), "torch": ("torch",)}

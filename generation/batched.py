@@ -9,22 +9,24 @@ float64 exactly, in lower precision up to rounding.
 Shapes: B rows, T tokens, L layers, H heads of width D, S places in the cache, V = vocab_size.
 """
 
+import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Protocol
 
 import torch
 
-from generation import cpu_decoder
-from generation.cpu_decoder import CPUDecoder, Decoder
+from generation import cpu_decoder, cuda_decoder
+from generation.cpu_decoder import CACHE_DTYPE, CPUDecoder, Decoder
+from generation.cuda_decoder import CaptureError, CUDADecoder, attention_kernels
 from generation.kv_cache import KVCache
 from generation.sampling import Sampling, uniform, window
 from generation.sequential import AnyDecoder, check_prompts, number_samples
 from generation.torch_sampling import sample_tokens
 
-MIN_TOKENS_TO_PACK = (
-    8  # new tokens from which it pays to lay out the weights anew: it costs a few steps
-)
+# new tokens from which it pays to lay out the weights anew, or to record a step: a few steps' time
+MIN_TOKENS_TO_PACK = 8
+ROWS, MAX_CUDA_ROWS = 32, 512  # see rows_at_once
 
 Step = Callable[[torch.Tensor, KVCache], torch.Tensor]
 
@@ -55,18 +57,25 @@ def generate(
     on_token: called with (index of the prompt, id) for each new token; True ends that row.
     on_logits: called before it with (index, logits (V), id), the end included, for `explain`.
     A text longer than `model.max_len` is read through `sampling.window`. PyTorch's random state is
-    not touched, and the model is left in the mode it was in. Raises UserError for an empty prompt,
-    ids outside the vocabulary, and a model whose logits are not finite.
+    not touched, and the model is left in the mode it was in. On CUDA a cache of up to
+    `cuda_decoder.MAX_KEPT` bytes stays allocated for the next call. Raises UserError for an empty
+    prompt, ids outside the vocabulary, and a model whose logits are not finite.
     """
     check_prompts(model, prompts)
     texts = [list(prompt) for prompt in prompts]
     samples = number_samples(prompts) if samples is None else samples
     rows = list(range(len(texts)))  # rows[b]: the prompt that row b of the cache goes on with
     longest = max(map(len, texts), default=0) + rules.max_new_tokens
-    packed = rules.max_new_tokens >= MIN_TOKENS_TO_PACK and cpu_decoder.is_supported(model)
     places = min(model.max_len, longest - 1)  # the last token is never read
-    cache = KVCache(model, len(rows), places, cpu_decoder.CACHE_DTYPE if packed else None)
-    step = CPUDecoder(model) if packed and rows else partial(module_step, model)
+    worth = bool(rows) and rules.max_new_tokens >= MIN_TOKENS_TO_PACK
+    recorded = None
+    if worth and cuda_decoder.is_supported(model):
+        recorded = cuda_decoder.borrow(model, len(rows), places)
+        cache, step = recorded.cache, partial(recorded_step, model, recorded)
+    elif worth and cpu_decoder.is_supported(model):
+        cache, step = KVCache(model, len(rows), places, CACHE_DTYPE), CPUDecoder(model)
+    else:
+        cache, step = KVCache(model, len(rows), places), partial(module_step, model)
 
     def finished(row: int, token: int) -> bool:
         if token == end_id:
@@ -78,26 +87,68 @@ def generate(
     training = model.training
     model.eval()
     try:
-        while rows:
-            logits = next_logits(model, step, cache, [texts[row] for row in rows])
-            numbers = [uniform(seed, samples[row], len(texts[row])) for row in rows]
-            tokens = sample_tokens(logits, rules, numbers)
-            if on_logits is not None:
-                for row, values, token in zip(rows, logits.tolist(), tokens, strict=True):
-                    on_logits(row, values, token)
-            done = [b for b, row in enumerate(rows) if finished(row, tokens[b])]
-            for b in reversed(done):
-                cache.drop(b)
-                rows[b] = rows[-1]
-                rows.pop()
+        with attention_kernels(cache.keys.device):
+            while rows:
+                logits = next_logits(model, step, cache, [texts[row] for row in rows])
+                numbers = [uniform(seed, samples[row], len(texts[row])) for row in rows]
+                tokens = sample_tokens(logits, rules, numbers)
+                if on_logits is not None:
+                    for row, values, token in zip(rows, logits.tolist(), tokens, strict=True):
+                        on_logits(row, values, token)
+                done = [b for b, row in enumerate(rows) if finished(row, tokens[b])]
+                for b in reversed(done):
+                    cache.drop(b)
+                    rows[b] = rows[-1]
+                    rows.pop()
     finally:
         model.train(training)
+    if recorded is not None:
+        cuda_decoder.give_back(model, recorded)
     return [text[len(prompt) :] for text, prompt in zip(texts, prompts, strict=True)]
+
+
+def rows_at_once(model: BatchedDecoder, longest: int, free: int | None = None) -> int:
+    """How many texts of up to `longest` tokens to give to `generate` at a time.
+
+    32 on a CPU, which gains little from more. On CUDA as many as half of the free memory holds, as
+    a power of two, 512 at most: a step reads the weights once, for however many rows. A row takes
+    its keys and values, twice while prompts are read; 16 vectors of d_model a token of a prompt;
+    its logits, which sampling has in float64 several times; and in float64 all scores of a layer.
+
+    free: bytes of memory; None: what the device has.
+    """
+    weight, config = model.embed.weight, model.config
+    if free is None:
+        if weight.device.type != "cuda":
+            return ROWS
+        free, _ = torch.cuda.mem_get_info(weight.device)
+        # what PyTorch holds without using it is free as well
+        free += torch.cuda.memory_reserved(weight.device)
+        free -= torch.cuda.memory_allocated(weight.device)
+    places = min(longest, model.max_len)
+    row = places * config.d_model * weight.element_size() * (4 * config.n_layers + 16)
+    row += 32 * config.vocab_size
+    if weight.dtype == torch.float64:
+        row += 2 * 8 * config.n_heads * places**2
+    rows = max(1, min(MAX_CUDA_ROWS, free // 2 // row))
+    return 1 << (rows.bit_length() - 1)
 
 
 def module_step(model: BatchedDecoder, ids: torch.Tensor, cache: KVCache) -> torch.Tensor:
     """What a CPUDecoder gives, by the module itself: on every device, in every precision."""
-    return model(ids, cache=cache)[:, -1]
+    return model(ids.to(cache.keys.device), cache=cache)[:, -1]
+
+
+def recorded_step(
+    model: BatchedDecoder, decoder: CUDADecoder, ids: torch.Tensor, cache: KVCache
+) -> torch.Tensor:
+    """The decoder's step; the module's, from the first one on that could not be recorded."""
+    if not decoder.failed:
+        try:
+            return decoder(ids, cache)
+        except CaptureError as error:
+            print(f"generating without CUDA graphs, more slowly: {error}", file=sys.stderr)
+    return module_step(model, ids, cache)
 
 
 def next_logits(
@@ -108,7 +159,7 @@ def next_logits(
     stale = [b for b, n in enumerate(cache.lengths) if n != seen[b] - 1]  # new, or its window moved
     if stale:
         prefill(model, cache, stale, [texts[b][-seen[b] : -1] for b in stale])
-    newest = torch.tensor([text[-1:] for text in texts], device=cache.keys.device)  # (B, 1)
+    newest = torch.tensor([text[-1:] for text in texts])  # (B, 1), where each step wants it
     return step(newest, cache)
 
 

@@ -11,7 +11,7 @@ float32 in any case: its kernel is many times slower in bfloat16.
 Shapes: B rows, L layers, H heads of width D, C = H D, S keys, V = vocab_size.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Protocol, cast
 
 import torch
@@ -41,6 +41,8 @@ class FeedForward(Protocol):
     linear2: nn.Linear
     activation: nn.Module
 
+    def forward(self, x: torch.Tensor) -> torch.Tensor: ...
+
 
 class Layer(Protocol):
     """What is asked here of a `DecoderLayer`."""
@@ -59,6 +61,8 @@ class Layer(Protocol):
 class Decoder(CachedModel, Protocol):
     """What is asked here of a `TransformerDecoder`; its layers are as `Layer` says."""
 
+    training: bool
+
     @property
     def pos_encoding(self) -> torch.Tensor: ...
     @property
@@ -71,6 +75,7 @@ class Decoder(CachedModel, Protocol):
     def layers(self) -> nn.ModuleList: ...
     @property
     def output(self) -> nn.Linear: ...
+    def parameters(self) -> Iterator[nn.Parameter]: ...
 
 
 def is_supported(model: CachedModel) -> bool:
@@ -136,20 +141,17 @@ class PackedFeedForward:
         return self.linear2(self.activation(self.linear1(x)))
 
 
-class PackedLayer:
-    """`DecoderLayer`, whose forward pass runs on these parts: (B, C) -> (B, C)."""
+class OneTokenLayer:
+    """`DecoderLayer`, whose forward pass runs on the parts given: (B, C) -> (B, C)."""
 
-    def __init__(self, layer: Layer):
+    def __init__(self, layer: Layer, self_attn: Callable, feed_forward: Callable):
         self.norm_first = layer.norm_first
-        self.self_attn = PackedAttention(layer.self_attn)
-        self.feed_forward = PackedFeedForward(layer.feed_forward)
+        self.self_attn, self.feed_forward = self_attn, feed_forward
         self.norm1, self.norm2 = layer.norm1.forward, layer.norm2.forward
         self.dropout1 = self.dropout2 = unchanged
         self.layer_forward: Callable[..., torch.Tensor] = type(layer).forward
 
-    def __call__(
-        self, x: torch.Tensor, mask: torch.Tensor | None, cache: LayerCache
-    ) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor, mask: torch.Tensor | None, cache) -> torch.Tensor:
         return self.layer_forward(self, x, mask, cache)
 
 
@@ -168,7 +170,13 @@ class CPUDecoder:
         self.embed, self.positions = model.embed.weight, model.pos_encoding
         self.scale = model.embedding_scale
         self.embed_norm, self.final_norm = model.embed_norm.forward, model.final_norm.forward
-        self.layers = [PackedLayer(cast(Layer, layer)) for layer in model.layers]
+        layers = [cast(Layer, layer) for layer in model.layers]
+        self.layers = [
+            OneTokenLayer(
+                layer, PackedAttention(layer.self_attn), PackedFeedForward(layer.feed_forward)
+            )
+            for layer in layers
+        ]
         self.output = PackedLinear(model.output)
 
     def __call__(self, ids: torch.Tensor, cache: KVCache) -> torch.Tensor:

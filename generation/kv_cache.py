@@ -45,19 +45,23 @@ class KVCache:
     ):
         config, like = model.config, model.embed.weight
         width = config.d_model // config.n_heads
-        shape = (config.n_layers, rows, config.n_heads, places, width)  # (L, B, H, S, D)
+        shape = (2, config.n_layers, rows, config.n_heads, places, width)  # (2, L, B, H, S, D)
         # zeros, because attention multiplies also what it masks, and 0 times NaN is NaN
-        self.keys = torch.zeros(shape, dtype=dtype or like.dtype, device=like.device)
-        self.values = torch.zeros_like(self.keys)
+        self.kv = torch.zeros(shape, dtype=dtype or like.dtype, device=like.device)
+        self.keys, self.values = self.kv  # (L, B, H, S, D) each
         self.lengths = [0] * rows
-        self.layers = [LayerCache(self, i) for i in range(config.n_layers)]
         # (B, 1, 1, S): which keys each row's token sees; None: all, or causal
         self.mask: torch.Tensor | None = None
 
     @property
     def nbytes(self) -> int:
         """Bytes of memory: 2 L B H S D times the size of a number."""
-        return 2 * self.keys.numel() * self.keys.element_size()
+        return self.kv.nbytes
+
+    @property
+    def layers(self) -> list["LayerCache"]:
+        """Its layers. Made when asked for: a cycle of references would keep its memory."""
+        return [LayerCache(self, i) for i in range(len(self.keys))]
 
     def reserve(self, table: torch.Tensor, T: int) -> torch.Tensor:
         """Makes room for T more tokens a row; their positions in `table`: (T, C) or (B, 1, C)."""

@@ -3,7 +3,8 @@
     tokens = sample_tokens(logits, rules, numbers)     # (B, V) and one number a row -> B ids
 
 The result is that of the definition in `sampling`, whose sums are in float64. What float32 can
-decide is decided in it, and where rounding would have a say, float64 is asked.
+decide is decided in it, and where rounding would have a say, float64 is asked. On CUDA, where a
+copy to the host waits for all that came before it, one small copy a token is made.
 
 Shapes: B rows, V = vocab_size, N candidates.
 """
@@ -18,57 +19,102 @@ EXTRA_CANDIDATES = 14  # logits that are looked at beyond the k of top-k: these 
 SMALL_VOCABULARY = 1024  # tokens of a vocabulary that needs no short cuts
 BLOCK = 512  # tokens whose weights are summed first
 SKEW = 16  # how much heavier than the mean the tokens that top-p keeps are expected to be
-MIN_FLOAT32_TEMPERATURE = 1e-30  # a temperature that float32 may take for 0
+FLOAT32_TEMPERATURES = (1e-30, 1e30)  # beyond, float32 may take a temperature for 0 or infinity
 FLOAT32_SUM_ERROR = 2.0**-18  # share of all weight by which a sum of float32 numbers may be wrong
+FLOAT64_SUM_ERROR = 2.0**-28  # the same of float64 numbers: V 2^-53, and V is 2^24 at most
 
 
-def sample_tokens(logits: torch.Tensor, rules: Sampling, numbers: list[float]) -> list[int]:
-    """`sampling.sample_token` for each row of logits (B, V), with one number a row."""
+def sample_tokens(
+    logits: torch.Tensor, rules: Sampling, numbers: list[float], on_device: bool | None = None
+) -> list[int]:
+    """`sampling.sample_token` for each row of logits (B, V), with one number a row.
+
+    on_device: whether to look at the logits where they are, which needs float64 there; None: on
+    CUDA. The tokens are the same either way.
+    """
+    if on_device is None:
+        on_device = logits.device.type == "cuda"
     if rules.deterministic:
-        largest, ids = logits.max(-1)  # the lowest id of equal ones
+        largest, ids = to_cpu(*logits.max(-1), packed=on_device)  # the lowest id of equal ones
         check_finite(largest)
-        return ids.tolist()
+        return ids.long().tolist()
     V = logits.shape[-1]
-    low_precision = logits.dtype != torch.float64 and rules.temperature > MIN_FLOAT32_TEMPERATURE
-    if low_precision and V > SMALL_VOCABULARY and rules.top_p == 1 and not 0 < rules.top_k < V:
-        return draw_from_all(logits, rules, numbers)
-    return draw(logits, rules, numbers)
+    least, most = FLOAT32_TEMPERATURES
+    usual = least < rules.temperature < most and (on_device or logits.dtype != torch.float64)
+    if usual and V > SMALL_VOCABULARY and rules.top_p == 1 and not 0 < rules.top_k < V:
+        return draw_from_all(logits, rules, numbers, on_device)
+    return draw(logits, rules, numbers, on_device)
 
 
-def draw(logits: torch.Tensor, rules: Sampling, numbers: list[float]) -> list[int]:
+def draw(
+    logits: torch.Tensor, rules: Sampling, numbers: list[float], on_device: bool = False
+) -> list[int]:
     """The token of each row at which the sum of its candidates' weights passes its number."""
-    ids, weights = candidates(logits, rules)
+    ids, weights = candidates(logits, rules, on_device)
     reached = weights.cumsum(-1)
     thresholds = torch.tensor(numbers, dtype=torch.float64)[:, None] * reached[:, -1:]
     chosen = torch.searchsorted(reached, thresholds, right=True)
     return ids.gather(-1, chosen).flatten().tolist()
 
 
-def draw_from_all(logits: torch.Tensor, rules: Sampling, numbers: list[float]) -> list[int]:
-    """`draw` where no rule drops a token, but weighed in float32, and in blocks.
+def draw_from_all(
+    logits: torch.Tensor, rules: Sampling, numbers: list[float], on_device: bool = False
+) -> list[int]:
+    """`draw` where no rule drops a token, but with a number's block found first.
 
-    A row whose number comes so near to a border that rounding could decide is drawn in float64.
+    A row whose number comes so near to a border that rounding could decide is drawn by `draw`.
     """
-    values = logits.cpu()
-    B, V = values.shape
-    largest = values.amax(-1, keepdim=True)
+    values = logits if on_device else logits.cpu()
+    wanted = torch.tensor(numbers, dtype=torch.float64, pin_memory=values.is_cuda)
+    wanted = wanted.to(values.device, non_blocking=True)
+    found = search_blocks(values, wanted[:, None], rules.temperature, in_float64=on_device)
+    tokens, sure, largest = to_cpu(*found, packed=on_device)
     check_finite(largest)
-    weights = torch.zeros(B, -(-V // BLOCK) * BLOCK)
-    torch.sub(values.float(), largest.float(), out=weights[:, :V]).div_(rules.temperature).exp_()
+    tokens = tokens.long().tolist()
+    for row in (sure == 0).nonzero().flatten().tolist():
+        tokens[row] = draw(values[row : row + 1], rules, [numbers[row]])[0]
+    return tokens
+
+
+def search_blocks(
+    values: torch.Tensor, numbers: torch.Tensor, temperature: float, in_float64: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Of each row of values (B, V): its token, whether that is sure, its largest value; (B,) each.
+
+    numbers: (B, 1), beside the values. Weights are in float32, which a CPU computes faster, or in
+    float64, of which a GPU has enough and which leaves next to nothing in doubt. Nothing here makes
+    the host wait for the device. Where the largest value is no number, the token means nothing.
+    """
+    B, V = values.shape
+    dtype, error = (
+        (torch.float64, FLOAT64_SUM_ERROR) if in_float64 else (torch.float32, FLOAT32_SUM_ERROR)
+    )
+    largest = values.amax(-1, keepdim=True)
+    weights = torch.zeros(B, -(-V // BLOCK) * BLOCK, dtype=dtype, device=values.device)
+    torch.sub(values.to(dtype), largest.to(dtype), out=weights[:, :V]).div_(temperature).exp_()
     weights = weights.view(B, -1, BLOCK)
     reached = weights.sum(-1, dtype=torch.float64).cumsum(-1)  # up to the end of each block
     total = reached[:, -1:]
-    wanted = torch.tensor(numbers, dtype=torch.float64)[:, None] * total
+    wanted = numbers * total
     block = torch.searchsorted(reached, wanted, right=True)  # (B, 1)
+    block.clamp_(max=weights.shape[1] - 1)  # of NaN: an index beyond the end would kill CUDA
     before = torch.nn.functional.pad(reached, (1, 0)).gather(-1, block)
-    inside = before + weights[torch.arange(B), block[:, 0]].double().cumsum(-1)  # (B, BLOCK)
-    least = torch.searchsorted(inside, wanted - FLOAT32_SUM_ERROR * total, right=True)
-    most = torch.searchsorted(inside, wanted + FLOAT32_SUM_ERROR * total, right=True)
-    sure = (least == most) & (most < BLOCK) & (wanted - FLOAT32_SUM_ERROR * total >= before)
-    tokens = (block * BLOCK + least).flatten().tolist()
-    for row in (~sure[:, 0]).nonzero().flatten().tolist():
-        tokens[row] = draw(values[row : row + 1], rules, [numbers[row]])[0]
-    return tokens
+    inside = weights.gather(1, block[..., None].expand(B, 1, BLOCK))[:, 0]  # (B, BLOCK)
+    inside = before + inside.double().cumsum(-1)
+    least = torch.searchsorted(inside, wanted - error * total, right=True)
+    most = torch.searchsorted(inside, wanted + error * total, right=True)
+    sure = (least == most) & (most < BLOCK) & (wanted - error * total >= before)
+    return (block * BLOCK + least)[:, 0], sure[:, 0], largest[:, 0]
+
+
+def to_cpu(*tensors: torch.Tensor, packed: bool) -> list[torch.Tensor]:
+    """Tensors of one shape on the CPU.
+
+    packed: by one copy, as float64, which holds each of their numbers: a logit, an id, True.
+    """
+    if packed:
+        return list(torch.stack([tensor.double() for tensor in tensors]).cpu())
+    return [tensor.cpu() for tensor in tensors]
 
 
 def check_finite(largest: torch.Tensor):
@@ -80,7 +126,9 @@ def check_finite(largest: torch.Tensor):
         )
 
 
-def candidates(logits: torch.Tensor, rules: Sampling) -> tuple[torch.Tensor, torch.Tensor]:
+def candidates(
+    logits: torch.Tensor, rules: Sampling, on_device: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Ids (B, N), ascending, and their weights, float64: softmax without its divisor, 0 if dropped.
 
     N is V, or with top-k about as many as are kept. All but top-k is done on the CPU, where sums
@@ -88,7 +136,7 @@ def candidates(logits: torch.Tensor, rules: Sampling) -> tuple[torch.Tensor, tor
     """
     V = logits.shape[-1]
     if 0 < rules.top_k < V:
-        values, ids = most_probable(logits, rules.top_k)
+        values, ids = most_probable(logits, rules.top_k, on_device)
     else:
         values, ids = logits.cpu(), torch.arange(V).expand_as(logits)
     largest = values.amax(-1, keepdim=True)
@@ -106,20 +154,22 @@ def candidates(logits: torch.Tensor, rules: Sampling) -> tuple[torch.Tensor, tor
     return ids, weights
 
 
-def most_probable(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+def most_probable(
+    logits: torch.Tensor, k: int, on_device: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits and ids, ascending, of a row's k largest and of all that tie with the last of them.
 
     Both (B, N), on the CPU, where N is at least what any row needs; what it does not is -inf.
     """
     N = min(k + EXTRA_CANDIDATES, logits.shape[-1])
-    values, ids = logits.topk(N)
+    values, ids = to_cpu(*logits.topk(N), packed=on_device)
     least = values[:, k - 1 : k]
     if (values[:, -1:] == least).any():  # perhaps still others tie
-        N = int((logits >= least).sum(-1).max())
-        values, ids = logits.topk(N)
-    ids, by_id = ids.cpu().sort()
-    values = values.cpu().gather(-1, by_id)
-    return values.masked_fill_(values < least.cpu(), -torch.inf), ids
+        N = int((logits >= logits.topk(k).values[:, -1:]).sum(-1).max())
+        values, ids = to_cpu(*logits.topk(N), packed=on_device)
+    ids, by_id = ids.long().sort()
+    values = values.gather(-1, by_id)
+    return values.masked_fill_(values < least, -torch.inf), ids
 
 
 def weigh(values: torch.Tensor, largest: torch.Tensor, temperature: float) -> torch.Tensor:

@@ -40,9 +40,11 @@ def load_model(engine: Engine, config: ModelConfig, weights: dict, device: str, 
     """The engine's decoder with the weights that `read_weights` gave. Raises UserError."""
     if engine == "python":
         model = decoder_class(engine).from_config(config)
+        model.load_weights(weights)
     elif engine == "numpy":
         dtype = {"fp32": "float32", "fp64": "float64"}[precision]
         model = decoder_class(engine).from_config(config, dtype)
+        model.load_weights(weights)
     else:
         keep_freed_memory()  # which each token would have cleared anew
         kind = decoder_class(engine)  # first, because it says what is missing
@@ -50,8 +52,7 @@ def load_model(engine: Engine, config: ModelConfig, weights: dict, device: str, 
 
         place = choose_device(device)
         dtype = choose_precision(precision, place)[0].products
-        model = kind.from_config(config, dtype).to(place)
-    model.load_weights(weights)
+        model = kind.from_weights(config, weights, dtype, place)
     return model.eval()
 
 
@@ -80,3 +81,12 @@ def generator(engine: Engine):
     else:
         from generation.sequential import generate
     return generate
+
+
+def rows_at_once(engine: Engine, model, longest: int) -> int:
+    """How many texts of up to `longest` tokens to give to `generator` at a time."""
+    if engine != "torch":
+        return 1
+    from generation.batched import rows_at_once
+
+    return rows_at_once(model, longest)

@@ -17,6 +17,7 @@ from dataclasses import asdict
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from checkpoint.reader import Checkpoint, check_fit
 from common.errors import UserError
@@ -114,6 +115,16 @@ class DecoderLayer(nn.Module):
         # (5) post-norm: the sum is normalised
         x = self.norm1(x + self.dropout1(self.self_attn(x, mask, cache)))
         return self.norm2(x + self.dropout2(self.feed_forward(x)))
+
+
+class NothingDrawn(TorchFunctionMode):
+    """Where what torch.nn would fill with random numbers stays as it was allocated."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if getattr(func, "__name__", "") in ("normal_", "uniform_", "kaiming_uniform_"):
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
 
 
 class TransformerDecoder(nn.Module):
@@ -242,9 +253,21 @@ class TransformerDecoder(nn.Module):
             torch.set_default_dtype(before)
 
     @classmethod
+    def from_weights(
+        cls, config: ModelConfig, arrays, dtype=torch.float32, device="cpu"
+    ) -> "TransformerDecoder":
+        """A decoder of this shape with `arrays` (see `load_weights`), which takes no random number.
+
+        Those that `from_config` draws take longer than reading the arrays, which overwrite them.
+        """
+        with NothingDrawn():
+            model = cls.from_config(config, dtype)
+        model.load_weights(arrays)
+        return model.to(device)
+
+    @classmethod
     def from_checkpoint(cls, path, dtype=torch.float32) -> "TransformerDecoder":
         """The decoder of a checkpoint, or of a run (its best step). Raises CheckpointError."""
         checkpoint = Checkpoint.find(path)
-        model = cls.from_config(read_model_config(checkpoint), dtype)
-        model.load_weights(checkpoint.tensors("model.safetensors"))
-        return model.eval()
+        config = read_model_config(checkpoint)
+        return cls.from_weights(config, checkpoint.tensors("model.safetensors"), dtype).eval()

@@ -127,8 +127,9 @@ HEAVY = ("torch._dynamo", "torch._inductor", "torch.distributed", "torch.onnx", 
 HEAVY += ("tensorboard", "torch.utils.tensorboard", "pydantic", "matplotlib", "rich", "tqdm")
 OWN = {  # what generate.py loads of the project, but for common/, checkpoint/ and data/
     "torch": {
-        "generation.batched", "generation.cpu_decoder", "generation.kv_cache",
-        "generation.torch_sampling", "model.transformer_full", "model.bf16_attention",
+        "generation.batched", "generation.cpu_decoder", "generation.cuda_decoder",
+        "generation.kv_cache", "generation.torch_sampling", "model.transformer_full",
+        "model.bf16_attention",
     },
     "numpy": {
         "model.transformer_lite", "torchlite.functional", "torchlite.nn", "torchlite.tensor",

@@ -93,11 +93,11 @@ def restore_nan_dump(path: Path, device_name: str = "") -> RestoredStep:
     device = choose_device(device_name or config.device)
     precision, _ = choose_precision(config.precision, device)
     configure_torch(config.train, device)
-    model = TransformerDecoder.from_config(config.model, precision.weights)
-    model.load_weights(dump.tensors("model.safetensors"))
+    weights = dump.tensors("model.safetensors")
+    model = TransformerDecoder.from_weights(config.model, weights, precision.weights, device)
     scaler = torch.amp.GradScaler(device.type, enabled=precision.name == "fp16")
     restore_scaler(scaler, dump)
-    loss_module = LossModule(model.to(device)).train()
+    loss_module = LossModule(model).train()
     return RestoredStep(
         config, device, precision, loss_module, scaler, batches,
         note["step"], note["targets"], note["why"], note.get("seed", config.seed),

@@ -43,12 +43,13 @@ def build(spec: RunSpec, log: Log) -> TrainState:
     config = resolve(config, device, precision, dataset)
     batches, val = open_batches(dataset, config, log)
 
-    torch.manual_seed(derive_seed("init", config.seed))
-    model = TransformerDecoder.from_config(config.model, precision.weights)
     source = spec.resume or spec.weights
     if source:
-        model.load_weights(source.tensors("model.safetensors"))
-    model.to(device)
+        weights = source.tensors("model.safetensors")
+        model = TransformerDecoder.from_weights(config.model, weights, precision.weights, device)
+    else:
+        torch.manual_seed(derive_seed("init", config.seed))
+        model = TransformerDecoder.from_config(config.model, precision.weights).to(device)
     if device.type == "cuda":
         cudnn = prefers_cudnn(device, fixed_shapes=dataset.train.starts is None)
         use_cuda_attention(model, cudnn)

@@ -5,7 +5,7 @@ import torch
 
 from common.errors import UserError
 from generation import batched
-from generation.batched import generate
+from generation.batched import generate, rows_at_once
 from generation.kv_cache import KVCache
 from generation.sampling import Sampling, sample_token, uniform, window
 from model.config import ModelConfig
@@ -196,6 +196,21 @@ def test_the_method_of_the_decoder():
     greedy = plain(model, [5, 6], Sampling(greedy=True, max_new_tokens=64), end_id=3)
     assert model.generate([5, 6], start_id=None, temperature=0) == greedy
     assert model.generate((), max_len=1)[:1] == plain(model, [2], rules)[:1]
+
+
+def test_as_many_rows_at_once_as_half_of_the_memory_holds():
+    model = decoder(torch.float32, max_len=100)
+    assert rows_at_once(model, 50) == 32  # a CPU
+    row = 50 * 16 * 4 * (4 * 2 + 16) + 32 * 40  # L = 2, C = 16, V = 40
+    held = {2 * row * n - short: rows_at_once(model, 50, 2 * row * n - short)
+            for n in (1, 8, 9, 512, 10**6) for short in (0, 1)}  # fmt: skip
+    assert list(held.values()) == [1, 1, 8, 4, 8, 8, 512, 256, 512, 512]
+    most = 2 * 8 * (2 * row - 32 * 40)  # a text has no more places than the model
+    assert rows_at_once(model, 10**9, most) == rows_at_once(model, 100, most) <= 8
+    exact = decoder(max_len=100)
+    assert rows_at_once(exact, 50, 64 * row) < rows_at_once(model, 50, 64 * row)
+    cache = KVCache(model, 512, 50)
+    assert cache.nbytes < 512 * row  # what is counted for a row is more than its keys and values
 
 
 def test_what_cannot_be_read_is_refused():

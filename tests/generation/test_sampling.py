@@ -82,9 +82,11 @@ def test_pytorch_keeps_and_chooses_the_same(data, size, rules):
             math.exp((row[k] - max(row)) / rules.temperature) < 1e-300
             for k in set(kept) - set(i[w > 0].tolist())
         )
-    assert sample_tokens(rows, rules, numbers) == [
+    expected = [
         sample_token(row, rules, number) for row, number in zip(logits, numbers, strict=True)
     ]
+    assert sample_tokens(rows, rules, numbers) == expected
+    assert sample_tokens(rows, rules, numbers, on_device=True) == expected
 
 
 def test_tokens_come_as_often_as_the_softmax_says():
@@ -153,15 +155,16 @@ def test_an_explanation_at_the_edges():
         explain([0.0], Sampling(), 1)
 
 
+@pytest.mark.parametrize("on_device", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_many_equal_logits_in_narrow_floats(dtype):
+def test_many_equal_logits_in_narrow_floats(dtype, on_device):
     logits = torch.randn(8, 9000, generator=torch.Generator().manual_seed(1)).to(dtype)
     rules = Sampling(temperature=0.8, top_k=50, top_p=0.9)
     numbers = [uniform(1, row, 0) for row in range(8)]
     expected = [
         sample_token(row.tolist(), rules, n) for row, n in zip(logits, numbers, strict=True)
     ]
-    assert sample_tokens(logits, rules, numbers) == expected
+    assert sample_tokens(logits, rules, numbers, on_device) == expected
     if dtype == torch.bfloat16:
         assert max(len(keep(row.tolist(), Sampling(top_k=50))) for row in logits) > 50
 
@@ -202,9 +205,10 @@ def test_top_p_of_a_large_vocabulary_sorts_it_only_where_it_must(make, top_p, wh
     assert sample_tokens(logits, rules, numbers) == expected
 
 
+@pytest.mark.parametrize("on_device", [False, True])
 @pytest.mark.parametrize("scale", [0.01, 1.0, 8.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_a_draw_among_all_of_a_large_vocabulary(scale, dtype, monkeypatch):
+def test_a_draw_among_all_of_a_large_vocabulary(scale, dtype, on_device, monkeypatch):
     """Also where the number is as near to a border as float64 can tell: then that decides."""
     again, draw = [], torch_sampling.draw
     monkeypatch.setattr(torch_sampling, "draw", lambda *a: again.append(len(a[0])) or draw(*a))
@@ -220,19 +224,101 @@ def test_a_draw_among_all_of_a_large_vocabulary(scale, dtype, monkeypatch):
     expected = [
         sample_token(row.tolist(), rules, n) for row, n in zip(logits, numbers, strict=True)
     ]
-    assert sample_tokens(logits, rules, numbers) == expected
-    assert again == [40] if dtype == torch.float64 else 20 <= len(again) <= 40
+    assert sample_tokens(logits, rules, numbers, on_device) == expected
+    if on_device:  # in float64 only those are in doubt whose number is at a border
+        assert again == [1] * 22
+    else:
+        assert again == [40] if dtype == torch.float64 else 20 <= len(again) <= 40
 
 
-@pytest.mark.parametrize("temperature", [1e-300, 1e-45, 1e-20, 1e-3, 1e20, 1e300])
+@pytest.mark.parametrize("on_device", [False, True])
+@pytest.mark.parametrize("temperature", [1e-310, 1e-300, 1e-45, 1e-20, 1e-3, 1e20, 1e300])
 @pytest.mark.parametrize("top_p", [1.0, 0.5])
-def test_any_temperature_over_a_large_vocabulary(temperature, top_p):
+def test_any_temperature_over_a_large_vocabulary(temperature, top_p, on_device):
     logits = torch.randn(4, 3000, generator=torch.Generator().manual_seed(6)) * 5
+    logits[:, ::7] = -math.inf  # tokens that never come
     rules, numbers = Sampling(temperature, top_p=top_p), [0.0, 0.3, 0.7, 1 - 2**-53]
     expected = [
         sample_token(row.tolist(), rules, n) for row, n in zip(logits, numbers, strict=True)
     ]
-    assert sample_tokens(logits, rules, numbers) == expected
+    assert sample_tokens(logits, rules, numbers, on_device) == expected
+
+
+VOCABULARY = 50304
+KINDS = {  # name: logits (B, VOCABULARY)
+    "peaked": lambda dice: torch.randn(3, VOCABULARY, generator=dice) * 4,
+    "flat": lambda dice: torch.randn(3, VOCABULARY, generator=dice) * 0.01,
+    "all equal": lambda dice: torch.full((3, VOCABULARY), -3.25),
+    "tied": lambda dice: torch.randint(-3, 4, (3, VOCABULARY), generator=dice) * 0.5,
+    "bfloat16": lambda dice: (torch.randn(3, VOCABULARY, generator=dice) * 4).bfloat16(),
+    "float64": lambda dice: torch.randn(3, VOCABULARY, generator=dice, dtype=torch.float64),
+    "one that can come": lambda dice: torch.full((3, VOCABULARY), -math.inf).scatter(
+        1, torch.tensor([[0], [511], [50303]]), 2.0
+    ),
+}
+ON_CUDA = {
+    "greedy": Sampling(greedy=True),
+    "all": Sampling(0.8),
+    "top_k": Sampling(top_k=50),
+    "top_k, top_p": Sampling(0.7, 50, 0.9),
+}
+
+
+@pytest.fixture
+def copies(monkeypatch):
+    """The shapes that were copied to the CPU, each with whether it was packed."""
+    made, copy = [], torch_sampling.to_cpu
+
+    def counted(*tensors, packed):
+        made.append((tensors[0].shape, packed))
+        return copy(*tensors, packed=packed)
+
+    monkeypatch.setattr(torch_sampling, "to_cpu", counted)
+    return made
+
+
+@pytest.mark.parametrize("rules", ON_CUDA.values(), ids=ON_CUDA)
+@pytest.mark.parametrize("make", KINDS.values(), ids=KINDS)
+def test_what_cuda_does_chooses_the_same_with_one_small_copy(make, rules, copies):
+    logits = make(torch.Generator().manual_seed(7))
+    for numbers in ([0.0, 0.3, 1 - 2**-53], [uniform(3, row, 0) for row in range(3)]):
+        expected = [
+            sample_token(row.tolist(), rules, n) for row, n in zip(logits, numbers, strict=True)
+        ]
+        copies.clear()
+        found = sample_tokens(logits, rules, numbers, on_device=True)
+        assert found == expected and all(type(token) is int for token in found)
+        assert all(packed for _, packed in copies)
+        tied = (KINDS[name] for name in ("all equal", "tied", "one that can come"))
+        wide = rules.top_k and make in tied
+        if not wide:  # else more tie with the last of top-k than are looked at
+            (shape,) = [shape for shape, _ in copies]
+            assert shape.numel() <= 3 * (rules.top_k + torch_sampling.EXTRA_CANDIDATES or 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_on_cuda_the_host_waits_for_nothing_but_the_copy(dtype):
+    """On tensors that have a device and no numbers: where one is read, this raises."""
+    logits = torch.empty(5, VOCABULARY, dtype=dtype, device="meta")
+    numbers = torch.empty(5, 1, dtype=torch.float64, device="meta")
+    tensors = [*torch_sampling.search_blocks(logits, numbers, 0.8, in_float64=True)]
+    for tensor in (*tensors, *logits.topk(64), *logits.max(-1)):
+        assert tensor.device.type == "meta" and len(tensor) == 5
+    with pytest.raises(RuntimeError, match="meta"):
+        bool(logits.isfinite().all())
+
+
+@pytest.mark.parametrize("rules", ON_CUDA.values(), ids=ON_CUDA)
+@pytest.mark.parametrize("wrong", [math.nan, math.inf, None])
+def test_what_cuda_does_finds_logits_that_are_no_numbers(wrong, rules):
+    logits = torch.randn(3, VOCABULARY, generator=torch.Generator().manual_seed(8))
+    if wrong is None:
+        logits[1] = -math.inf
+    else:
+        logits[1, 40000] = wrong
+    for on_device in (False, True):
+        with pytest.raises(UserError, match="not finite"):
+            sample_tokens(logits, rules, [0.0, 0.5, 0.9], on_device)
 
 
 @pytest.mark.parametrize("tied", [2, 20, 900])

@@ -8,6 +8,7 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import save as to_safetensors
 
 import generate
@@ -18,7 +19,9 @@ from data.tokenizer import CharTokenizer
 from data.train_tokenizer import train_sentencepiece
 from generation.explain import Explained, in_colour
 from generation.sampling import Sampling, explain
-from model.engines import WEIGHTS
+from model.config import ModelConfig
+from model.engines import WEIGHTS, load_model
+from model.transformer_full import TransformerDecoder
 from tests.helpers import ROOT, refused, run, write_config
 
 ENGINES = ("torch", "numpy", "python")
@@ -166,6 +169,54 @@ def test_an_engine_imports_what_it_needs(home, name, engine):
     expected = ["torch", "numpy", "safetensors"][ENGINES.index(engine) :]
     expected = [] if engine == "python" else expected
     assert done.stdout.splitlines()[-1] == str(expected), done.stderr
+
+
+# Loading ----------------------------------------------------------------------------------------
+
+SHAPES = {
+    "sinusoidal, untied": {},
+    "learned, tied": {"positions": "learned", "tie_embeddings": True, "norm_first": True},
+    "rms, no biases": {"norm": "rms", "bias": False, "embedding_norm": True, "final_norm": True},
+}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp64", "bf16"])
+@pytest.mark.parametrize("options", SHAPES.values(), ids=SHAPES)
+def test_a_loaded_decoder_is_the_saved_one_and_nothing_is_drawn_for_it(options, precision):
+    """All that is no weight is there too; memory that nothing was put into would be NaN."""
+    dtype = {"fp32": torch.float32, "fp64": torch.float64, "bf16": torch.bfloat16}[precision]
+    config = ModelConfig(40, 16, 4, 2, 32, 12, **options)
+    arrays = TransformerDecoder.from_config(config, torch.float64)
+    arrays = {name: p.detach().numpy() for name, p in arrays.named_parameters()}
+    expected = TransformerDecoder.from_config(config, dtype).eval()
+    expected.load_weights(arrays)
+
+    state = torch.get_rng_state()
+    torch.use_deterministic_algorithms(True)  # which also fills what is allocated with NaN
+    try:
+        model = load_model("torch", config, arrays, "cpu", precision)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not model.training
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    others = {**dict(expected.named_parameters()), **dict(expected.named_buffers())}
+    assert tensors.keys() == others.keys()
+    for name, tensor in tensors.items():
+        assert tensor.dtype == dtype and tensor.requires_grad == others[name].requires_grad
+        assert torch.equal(tensor, others[name]), name
+    assert model.state_dict().keys() == expected.state_dict().keys()  # the table is not saved
+    assert (model.output.weight is model.embed.weight) == config.tie_embeddings
+    ids = torch.arange(12)[None]
+    assert torch.equal(model(ids), expected(ids))
+    model(ids).float().sum().backward()  # it can be trained
+
+
+def test_from_checkpoint_draws_nothing(home):
+    state = torch.get_rng_state()
+    model = TransformerDecoder.from_checkpoint(home / "runs" / "characters")
+    assert torch.equal(torch.get_rng_state(), state) and not model.training
+    assert all(p.isfinite().all() for p in model.parameters())
 
 
 # Explanations -------------------------------------------------------------------------------------
