@@ -40,8 +40,16 @@ class LossModule(nn.Module):
 
     def compile_softmax(self):
         """Has the part between the products compiled: a GPU then reads the logits twice, not ten
-        times. Any number of rows is one compilation."""
-        self.softmax_loss = torch.compile(fused_softmax_loss)
+        times. Any number of rows is one compilation, whichever comes first."""
+        compiled = torch.compile(fused_softmax_loss)
+
+        def softmax_loss(logits, target, with_gradient: bool):
+            if len(logits) > 1:  # a size of 1 is always a constant
+                torch._dynamo.mark_dynamic(logits, 0)
+                torch._dynamo.mark_dynamic(target, 0)
+            return compiled(logits, target, with_gradient)
+
+        self.softmax_loss = softmax_loss
 
     def forward(
         self,

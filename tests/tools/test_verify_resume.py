@@ -21,7 +21,7 @@ def verify(home: Path, *flags, project: Path = ROOT) -> subprocess.CompletedProc
         [sys.executable, "-m", "tools.verify_resume", "--config", home / "tiny.toml",
          *map(str, flags)],
         cwd=project, env={**os.environ, "PYTHONPATH": "", "TMPDIR": str(home / "temporary")},
-        stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120,
+        stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
 
 
@@ -49,6 +49,12 @@ def test_a_resumed_run_is_the_same(home):
         lines[-1],
     )
     assert not kept(home)
+
+
+def test_a_compiled_run_of_one_long_text_is_the_same_too(home):
+    result = verify(home, "--steps", 14, "--stop_at", 10, "--compile")  # an epoch has 8 steps
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "14 training losses" in result.stdout and "the same bit for bit" in result.stdout
 
 
 def test_dropout_that_does_not_follow_the_step_is_noticed(home):
