@@ -58,9 +58,10 @@ class Result:
 
     def finish(self, out: Path | None = None):
         """Prints everything, and writes it to `out`, or among the results."""
-        module = f"benchmarks.{self.name}"
-        self.command = shlex.join(["python", "-m", module, *map(shorter, sys.argv[1:])])
-        self.date, self.machine = date.today().isoformat(), machine()
+        if not self.machine:  # else it says already where, when and how it was measured
+            module = f"benchmarks.{self.name}"
+            self.command = shlex.join(["python", "-m", module, *map(shorter, sys.argv[1:])])
+            self.date, self.machine = date.today().isoformat(), machine()
         print(text_of(asdict(self)))
         path = out or RESULTS / f"{self.name}.json"
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -2,14 +2,17 @@
 
 Each maker returns step(ids, targets), which trains one optimizer step and returns the loss. The
 peers are set up as they ship: nanoGPT's own model and optimizer, in float32 on a CPU and compiled
-in bf16 on CUDA; GPT-2 of transformers and torch.nn.TransformerEncoder with torch.optim.AdamW.
+in bf16 on CUDA, where TF32 is allowed and a loss is read every tenth step; GPT-2 of transformers
+and torch.nn.TransformerEncoder with torch.optim.AdamW. Dropout is 0 on all sides.
 """
 
 import contextlib
 import importlib.util
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -17,11 +20,16 @@ import torch.nn.functional as F
 from common.device import choose_precision
 from common.errors import UserError
 from model.config import ModelConfig
+from model.cuda_attention import prefers_cudnn, use_cuda_attention
 from model.loss import LossModule
 from model.transformer_full import TransformerDecoder
-from training.config import OptimizerConfig, TrainConfig, load
+from training.compile import CompiledLoss
+from training.config import Config, TrainConfig, load
 from training.optimizer import create_optimizers
 from training.setup import configure_torch, recompute_layers
+from training.state import Progress, TrainState
+from training.step import forward_backward
+from training.step import update as clip_and_update
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 GPT = ModelConfig(
@@ -43,6 +51,7 @@ PEERS = {  # name: what it is called in a table
     "encoder-bf16": "torch.nn.TransformerEncoder, bf16",
 }
 CLIP = 1.0
+LOG_INTERVAL = 10  # steps between those whose loss nanoGPT's train.py reads
 
 
 def make(side: str, shape: ModelConfig, length: int, device, checkout: str = "", **how):
@@ -60,35 +69,52 @@ def make(side: str, shape: ModelConfig, length: int, device, checkout: str = "",
 
 
 def ours(
-    shape: ModelConfig, precision_name: str, device, recompute=False, accumulation=1, compiled=False
+    shape: ModelConfig,
+    precision_name: str,
+    device,
+    recompute=False,
+    accumulation=1,
+    compiled: bool | None = None,
 ):
-    """The decoder with the parts of train.py's loop.
+    """The decoder as training/setup.py puts it together, and a step of training/step.py.
 
     recompute: as --train.checkpoint_activations. accumulation: micro-batches a step. compiled: as
-    --compile, which on CUDA it always is.
+    --compile, for the first shape there is; None: on CUDA alone. The step takes `part` too, a
+    function that gives a context to time a part of it in: forward, backward, optimizer.
     """
     precision, _ = choose_precision(precision_name, device)
+    config = Config(device=str(device), precision=precision.name, model=shape)
     model = TransformerDecoder.from_config(shape, precision.weights).to(device)
+    if device.type == "cuda":
+        use_cuda_attention(model, prefers_cudnn(device, fixed_shapes=True))
     if recompute:
         recompute_layers(model)
-    optimizers = create_optimizers(model, OptimizerConfig())
-    loss_module = LossModule(model)
-    if compiled or device.type == "cuda":
-        loss_module = torch.compile(loss_module)
+    optimizers = create_optimizers(model, config.optimizer)
+    scaler = torch.amp.GradScaler(device.type, enabled=precision.name == "fp16")
+    no_data = cast(Any, None)  # random ids take its place
+    state = TrainState(
+        config, device, precision, no_data, no_data, None, LossModule(model), optimizers, scaler,
+        Progress(),
+    )  # fmt: skip
+    compiles = device.type == "cuda" if compiled is None else compiled
+    loss_module = None
 
-    def step(ids, targets):
+    def step(ids, targets, part=nullcontext):
+        nonlocal loss_module
+        micro_batches = list(zip(ids.chunk(accumulation), targets.chunk(accumulation), strict=True))
+        if loss_module is None:
+            loss_module = state.loss_module
+            if compiles:
+                loss_module = CompiledLoss(state.loss_module, tuple(micro_batches[0][0].shape))
         for optimizer in optimizers:
             optimizer.zero_grad(set_to_none=True)
-        total = 0.0
-        for some, wanted in zip(ids.chunk(accumulation), targets.chunk(accumulation), strict=True):
-            with precision.autocast(device):
-                loss = loss_module(some, wanted.flatten()) / targets.numel()
-            loss.backward()
-            total += loss.detach()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
-        for optimizer in optimizers:
-            optimizer.step()
-        return float(total)
+        total = torch.zeros((), device=device)
+        for some, wanted in micro_batches:
+            inputs = [some, wanted.flatten(), None]
+            total += forward_backward(state, loss_module, inputs, targets.numel(), part)
+        with part("optimizer"):
+            loss, _ = clip_and_update(state, total).tolist()  # as train.py waits for it
+        return loss
 
     return step
 
@@ -118,23 +144,29 @@ def nanogpt(checkout: Path, shape: ModelConfig, length: int, device):
     cuda = device.type == "cuda"
     if cuda:
         torch.backends.cuda.matmul.allow_tf32 = True
+        torch.backends.cudnn.allow_tf32 = True
     run = torch.compile(model) if cuda else model
+    taken, read = 0, float("nan")
 
     def step(ids, targets):
+        nonlocal taken, read
         with torch.autocast("cuda", torch.bfloat16, enabled=cuda):
             _, loss = run(ids, targets)
-        return update(model, optimizer, loss)
+        update(model, optimizer, loss)
+        if not cuda or taken % LOG_INTERVAL == 0:  # a GPU is waited for no more often than there
+            read = loss.item()
+        taken += 1
+        return read
 
     return step
 
 
-def update(model, optimizer, loss) -> float:
+def update(model, optimizer, loss):
     """What a peer's step does after its forward pass."""
     loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return loss.item()
 
 
 def peer(model, precision: str, device):
@@ -146,7 +178,8 @@ def peer(model, precision: str, device):
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
             logits = model(ids)
             loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
-        return update(model, optimizer, loss)
+        update(model, optimizer, loss)
+        return loss.item()
 
     return step
 

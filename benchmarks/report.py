@@ -12,8 +12,9 @@ from common import cli
 
 DOCUMENT = ROOT / "docs" / "benchmarks.md"
 ORDER = (
-    "train_throughput", "train_profile", "compile_cost", "time_to_quality", "train_memory", "cost",
-    "lite_step", "generation", "decode_cost", "sampling_cost", "start_up", "preparing", "loader",
+    "gpu", "train_throughput", "train_profile", "compile_cost", "time_to_quality", "train_memory",
+    "cost", "lite_step", "generation", "decode_cost", "sampling_cost", "start_up", "preparing",
+    "loader",
 )  # fmt: skip
 HEAD = """# Benchmarks
 
@@ -21,6 +22,8 @@ Made by `python -m benchmarks.report` from what the commands below wrote
 (`benchmarks/results/*.json`); no figure is typed by hand. Peers run beside ours in the same run, in
 turns, each side in a process of its own; figures are medians. Compare ratios: absolute numbers are
 of the machine they were measured on.
+"""
+NO_GPU = """**Nothing has been measured on a GPU yet.** `benchmarks/gpu.md` says what will do it.
 """
 
 
@@ -36,6 +39,8 @@ def results() -> list[dict]:
 def document(found: list[dict]) -> str:
     """The whole of docs/benchmarks.md."""
     parts = [HEAD]
+    if "gpu" not in (result["name"] for result in found):
+        parts.append(NO_GPU)
     for result in found:
         parts.append(text_of(result))
         parts += [
