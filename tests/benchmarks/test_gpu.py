@@ -1,4 +1,4 @@
-"""The script of benchmarks/gpu.py: whole on a CPU, cut off, and with steps that hang or fail."""
+"""The script of benchmarks/gpu: whole on a CPU, cut off, and with steps that hang or fail."""
 
 import json
 import os
@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import gpu_plan, gpu_report, gpu_runner
-from benchmarks.gpu_runner import Bench, Step, Stop, run_plan
+from benchmarks.gpu import plan, report, runner
+from benchmarks.gpu.runner import Bench, Step, Stop, run_plan
 from common.errors import UserError
 from tests.helpers import ROOT, TEXT
 
@@ -56,9 +56,7 @@ def test_the_whole_script_on_a_cpu(tmp_path):
         if not (part["status"] == "ok" or (part["status"] == "skipped" and part["why"]))
     }
     assert not wrong and process.returncode == 0 and results["status"] == "done", (wrong, said)
-    assert [step["name"] for step in results["steps"]] == [
-        step.name for step in gpu_plan.plan(False)
-    ]
+    assert [step["name"] for step in results["steps"]] == [step.name for step in plan.plan(False)]
     steps = {step["name"]: step["parts"] for step in results["steps"]}
     losses = steps["checks"]["losses"]["found"]
     assert len(losses["curves"]["bf16"]) == 40 and losses["first"] == 0.0
@@ -190,8 +188,8 @@ def test_turns_are_taken_and_a_side_that_dies_keeps_those_it_had(bench):
 
 
 def test_the_log_is_bounded(bench, monkeypatch):
-    monkeypatch.setattr(gpu_runner, "LOG_BYTES", 5000)
-    monkeypatch.setattr(gpu_runner, "LOG_OF_A_PROCESS", 1000)
+    monkeypatch.setattr(runner, "LOG_BYTES", 5000)
+    monkeypatch.setattr(runner, "LOG_OF_A_PROCESS", 1000)
     talks = python("print('a' * 90000 + 'end')")
     run_plan(bench, [Step("talks", 0, 9, lambda b: [b.alone(str(n), talks) for n in range(9)])])
     log = (bench.out / "log.txt").read_bytes()
@@ -199,12 +197,10 @@ def test_the_log_is_bounded(bench, monkeypatch):
 
 
 def test_a_missing_package_is_named(bench, monkeypatch):
-    assert {"torch", "tyro", "pydantic", "tensorboard"} <= set(gpu_plan.requirements())
-    assert gpu_plan.missing(gpu_plan.requirements()) == []
-    monkeypatch.setattr(
-        gpu_plan, "requirements", lambda *extras: ["torch", "no_such_a", "no_such_b"]
-    )
-    assert run_plan(bench, [Step("first", 0, 9, gpu_plan.first)]) == 1
+    assert {"torch", "tyro", "pydantic", "tensorboard"} <= set(plan.requirements())
+    assert plan.missing(plan.requirements()) == []
+    monkeypatch.setattr(plan, "requirements", lambda *extras: ["torch", "no_such_a", "no_such_b"])
+    assert run_plan(bench, [Step("first", 0, 9, plan.first)]) == 1
     assert "missing packages: no_such_a no_such_b;" in read(bench.out)["status"]
 
 
@@ -250,7 +246,7 @@ def test_the_report_has_the_bars_and_what_was_skipped(tmp_path, monkeypatch, cap
     file = tmp_path / "results.json"
     file.write_text(json.dumps(of_a_gpu()))
     monkeypatch.setattr("benchmarks.harness.RESULTS", tmp_path / "made")
-    gpu_report.report(file)
+    report.report(file)
     text = capsys.readouterr().out
     made = json.loads((tmp_path / "made" / "gpu.json").read_text())
     assert made["command"] == "bash benchmarks/gpu.sh" and made["date"] == "2026-12-01"
@@ -278,7 +274,7 @@ def test_the_report_has_the_bars_and_what_was_skipped(tmp_path, monkeypatch, cap
 def test_the_report_of_a_part_of_it_needs_no_more(kept):
     results = of_a_gpu()
     results["steps"] = results["steps"][:kept]
-    assert gpu_report.of(results).tables
+    assert report.of(results).tables
 
 
 def test_a_file_that_is_none_or_of_a_tiny_run_is_refused(tmp_path):
@@ -286,7 +282,7 @@ def test_a_file_that_is_none_or_of_a_tiny_run_is_refused(tmp_path):
     for content in ("{", "[]", "{}", '{"steps": 1}', '{"steps": [], "tiny": true}'):
         file.write_text(content)
         with pytest.raises(UserError, match="--report"):
-            gpu_report.read(file)
+            report.read(file)
 
 
 def test_a_wrong_path_is_refused():

@@ -1,7 +1,7 @@
 """The processes of benchmarks/gpu.py that use PyTorch: what each finds is a line, a JSON object.
 
-    python -m benchmarks.gpu_sides first cuda
-    python -m benchmarks.gpu_sides train ours-compiled gpt2_124m 16 cuda    then lines on stdin
+    python -m benchmarks.gpu.sides first cuda
+    python -m benchmarks.gpu.sides train ours-compiled gpt2_124m 16 cuda    then lines on stdin
 
 Those that take turns get ready, say so, and wait for a line: a number of seconds to train for, or
 `profile`. The end of stdin ends them.
@@ -370,4 +370,4 @@ def main():
 
 
 if __name__ == "__main__":
-    sys.exit(cli.run("benchmarks.gpu_sides", main))
+    sys.exit(cli.run("benchmarks.gpu.sides", main))

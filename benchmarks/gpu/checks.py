@@ -1,6 +1,6 @@
 """The checks of benchmarks/gpu.py that start train.py: a line, a JSON object, for what is found.
 
-    python -m benchmarks.gpu_checks losses FOLDER cuda --config configs/default.toml
+    python -m benchmarks.gpu.checks losses FOLDER cuda --config configs/default.toml
 
 Each takes a folder for its runs, the device, and flags of train.py. "ok" says whether what was
 found is what has to be found.
@@ -179,10 +179,10 @@ def main() -> int:
     try:
         CHECKS[name](Path(folder), device, *flags)
     except Failed as error:
-        print(f"benchmarks.gpu_checks: {name}: {error}", file=sys.stderr)
+        print(f"benchmarks.gpu.checks: {name}: {error}", file=sys.stderr)
         return 1
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(cli.run("benchmarks.gpu_checks", main))
+    sys.exit(cli.run("benchmarks.gpu.checks", main))

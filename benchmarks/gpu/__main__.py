@@ -10,13 +10,13 @@ import sys
 import tempfile
 from pathlib import Path
 
-from benchmarks.gpu_plan import plan
-from benchmarks.gpu_report import report
-from benchmarks.gpu_runner import SECONDS, Bench, run_plan
+from benchmarks.gpu.plan import plan
+from benchmarks.gpu.report import report
+from benchmarks.gpu.runner import SECONDS, Bench, run_plan
 from common import cli
 from common.errors import UserError
 
-FOLDER = Path(__file__).parent / "gpu_results"
+FOLDER = Path(__file__).parent.parent / "gpu_results"
 
 
 def existing(flag: str, path: str, file: str = "") -> str:

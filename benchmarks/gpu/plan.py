@@ -10,7 +10,7 @@ import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.gpu_runner import Bench, Command, Step, Stop
+from benchmarks.gpu.runner import Bench, Command, Step, Stop
 from benchmarks.harness import ROOT
 
 
@@ -19,14 +19,14 @@ def module(name: str, *arguments) -> Command:
 
 
 def side(*arguments) -> Command:
-    """A process of benchmarks/gpu_sides.py."""
-    return module("benchmarks.gpu_sides", *arguments)
+    """A process of benchmarks/gpu/sides.py."""
+    return module("benchmarks.gpu.sides", *arguments)
 
 
 def check(bench: Bench, name: str, flags: Sequence[str]) -> Command:
-    """A check of benchmarks/gpu_checks.py."""
+    """A check of benchmarks/gpu/checks.py."""
     runs = bench.scratch / "runs" / name
-    return module("benchmarks.gpu_checks", name, runs, bench.device, *flags)
+    return module("benchmarks.gpu.checks", name, runs, bench.device, *flags)
 
 
 def build(bench: Bench, flags: list[str]) -> Command:
