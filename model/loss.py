@@ -169,7 +169,8 @@ def softmax_loss(logits, target, with_gradient: bool):
     loss = (largest - P.amax(-1).log()).sum() - wanted
     if not with_gradient:
         return loss, None
-    return loss, P.scatter_add_(1, target, -torch.ones_like(target, dtype=P.dtype))
+    # of a number, not of a tensor: that one's deterministic form on CUDA would copy from the host
+    return loss, P.scatter_(1, target, -1.0, reduce="add")
 
 
 def fused_softmax_loss(logits, target, with_gradient: bool):
