@@ -30,10 +30,12 @@ def sample_tokens(
     """`sampling.sample_token` for each row of logits (B, V), with one number a row.
 
     on_device: whether to look at the logits where they are, which needs float64 there; None: on
-    CUDA. The tokens are the same either way.
+    CUDA, unless algorithms have to be deterministic, which CUDA's cumsum is not. The tokens are the
+    same either way.
     """
     if on_device is None:
-        on_device = logits.device.type == "cuda"
+        deterministic = torch.are_deterministic_algorithms_enabled()
+        on_device = logits.device.type == "cuda" and not deterministic
     if rules.deterministic:
         largest, ids = to_cpu(*logits.max(-1), packed=on_device)  # the lowest id of equal ones
         check_finite(largest)

@@ -64,7 +64,9 @@ def test_text_in_float64_is_the_cpus_in_any_batch(options, rules):
 @pytest.mark.parametrize("rules", RULES.values(), ids=RULES)
 def test_text_by_graphs_in_float32_is_the_modules(rules, monkeypatch, capfd):
     model, rules = decoder(torch.float32, LONG), replace(rules, max_new_tokens=140)
-    end_id = generate(model, PROMPTS[:1], rules)[0][100]  # so that some rows end early
+    texts = generate(model, PROMPTS, rules)
+    # so that some rows end early, and the one of 50 tokens not before it is in the second bucket
+    end_id = next(token for token in texts[0] if token not in texts[3][:90])
     by_graphs = generate(model, PROMPTS, rules, end_id=end_id)
     (kept,) = cuda_decoder.kept.values()
     assert {S for _, S in kept.recorded} >= {128, 256} and capfd.readouterr().err == ""
@@ -186,6 +188,19 @@ def test_tokens_are_those_of_the_definition(dtype, scale, name):
             for row, n in zip(logits, numbers, strict=True)
         ]
         assert sample_tokens(logits.cuda(), RULES[name], numbers) == expected
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_tokens_where_algorithms_have_to_be_deterministic(name):
+    """As in the samples of a run with --train.deterministic: CUDA's cumsum raises there."""
+    logits = torch.randn(4, 3001, generator=torch.Generator().manual_seed(6))
+    numbers = [uniform(1, row, 0) for row in range(4)]
+    expected = sample_tokens(logits, RULES[name], numbers)
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert sample_tokens(logits.cuda(), RULES[name], numbers) == expected
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def test_a_step_that_cannot_be_recorded_is_the_modules(monkeypatch, capfd):
