@@ -12,6 +12,7 @@ from functools import partial
 import torch
 
 from common.device import to_device
+from common.errors import UserError
 from data.batches import Batch
 from data.rng import derive_seed
 from training.compile import full_shape
@@ -41,20 +42,48 @@ def choose_step(state: TrainState, loss_module: Loss, log: Callable[[str], objec
     """
     shape = full_shape(state)
     if state.config.train.cuda_graphs:
-        if state.device.type == "cuda" and shape and state.precision.name != "fp16":
+        why = find_obstacle(state)
+        if shape and not why:
             return GraphedStep(state, loss_module, shape, log)
-        why = {"fp16": "fp16 looks at each step's gradient"}.get(state.precision.name, "")
-        why = why or ("documents vary in length" if not shape else "there is no CUDA device")
         log(f"cuda_graphs: not used ({why})")
     return partial(train_step, state, loss_module)
+
+
+def find_obstacle(state: TrainState) -> str:
+    """Why the steps of this run cannot be replayed; "" where they can."""
+    config = state.config
+    if state.precision.name == "fp16":
+        return "fp16 looks at each step's gradient"
+    if not full_shape(state):
+        return "documents vary in length"
+    if state.device.type != "cuda":
+        return "there is no CUDA device"
+    if config.train.checkpoint_activations and (
+        config.model.dropout or config.model.attention_dropout
+    ):
+        return "activation checkpointing reads the random state that dropout draws from"
+    return ""
 
 
 def capture_cuda_graph(work: Work) -> Work:
     """A function that does again, on the GPU alone, what `work` would do now."""
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    # the outer context: a capture that CUDA breaks leaves its own stream the current one
+    with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph):
         work()
     return graph.replay
+
+
+def can_draw(device: torch.device) -> bool:
+    """Whether dropout works, which PyTorch 2.11 refuses for good after a capture that CUDA broke.
+
+    There "Offset increment outside graph capture" is all that a generator then says.
+    """
+    try:
+        torch.rand(1, device=device).item()
+    except RuntimeError:
+        return False
+    return True
 
 
 class GraphedStep:
@@ -62,7 +91,8 @@ class GraphedStep:
 
     Raises what it raises. The numbers are those of `train_step`, except that the optimizers read
     the learning rate from a float32 on the device. Gradients stay where they are, and are set to 0
-    instead of None. Where the capture fails, a line says so and steps are computed as ever.
+    instead of None. Where the capture fails, a line says so and steps are computed as ever; where
+    PyTorch cannot go on after it, UserError is raised.
 
     shape: the (B, T) that is captured. capture: makes a function that does the work again.
     """
@@ -143,6 +173,11 @@ class GraphedStep:
             self.log("cuda_graphs: each step is replayed as CUDA graphs from here on")
         except RuntimeError as error:
             reason = (str(error).strip().splitlines() or ["unknown"])[0][:100]
+            if not can_draw(self.state.device):
+                raise UserError(
+                    f"--train.cuda_graphs: the capture failed ({reason}), and CUDA cannot go on "
+                    "after it; train without this flag"
+                ) from None
             self.log(f"cuda_graphs: the capture failed ({reason}); continuing without")
 
     def add_micro_step(self, targets: int):

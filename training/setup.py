@@ -131,8 +131,12 @@ def recompute_layers(model: TransformerDecoder):
 
     Less memory and more time for the same numbers, those of dropout included. Chen et al. (2016).
     """
+    # where nothing is drawn, nobody looks at the random state, which a CUDA graph has none of
+    draws = bool(model.config.dropout or model.config.attention_dropout)
     for layer in model.layers:
-        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+        layer.forward = partial(
+            checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=draws
+        )
 
 
 def given_tokenizer(spec: RunSpec) -> Tokenizer | None:

@@ -24,6 +24,7 @@ from training.timing import StepTimer
 @pytest.fixture
 def make(tmp_path):
     """A function that builds the tiny run on the GPU, whose epochs end in a short batch."""
+    torch._dynamo.reset()  # after eight compilations it would compile no more
     yield (lambda **changes: make_in(tmp_path, **changes))
     torch.use_deterministic_algorithms(False)
 
@@ -143,6 +144,42 @@ def test_replayed_steps_are_the_steps(make, optimizer, compiled, precision):
     assert found[1] == pytest.approx(found[0], abs=1e-4 if precision == "fp32" else 1e-2)
 
 
+def test_steps_with_activation_checkpointing_are_replayed(make):
+    """Without dropout: there is then no random state to look at, which a capture forbids."""
+    options = {"precision": "bf16", "dropout": 0.0, "checkpoint_activations": True}
+    found, said = [], []
+    for cuda_graphs in (False, True):
+        state = make(cuda_graphs=cuda_graphs, **options)
+        found.append(train(state, WARM_UP + 6, choose_step(state, state.loss_module, said.append)))
+    assert said == ["cuda_graphs: each step is replayed as CUDA graphs from here on"]
+    assert found[1] == pytest.approx(found[0], abs=1e-2)
+
+
+BROKEN_CAPTURE = """
+import torch
+from training.cuda_graphs import can_draw, capture_cuda_graph
+x = torch.zeros(1, device="cuda")
+assert can_draw(x.device)
+try:
+    capture_cuda_graph(lambda: x.item())
+except RuntimeError as error:
+    print(type(error).__name__)
+assert torch.cuda.current_stream() == torch.cuda.default_stream()
+print("draws" if can_draw(x.device) else "does not draw", (x + 1).item())
+"""
+
+
+def test_what_a_broken_capture_leaves():
+    """The stream that was current, and all that computes but dropout."""
+    result = subprocess.run(
+        [sys.executable, "-c", BROKEN_CAPTURE], cwd=ROOT, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    error, after = result.stdout.splitlines()
+    assert error in ("AcceleratorError", "RuntimeError")
+    assert after in ("draws 1.0", "does not draw 1.0")  # the latter in PyTorch 2.11
+
+
 def test_replaying_launches_a_step_in_a_few_calls(make):
     counts = {}
     for cuda_graphs in (False, True):
@@ -151,9 +188,9 @@ def test_replaying_launches_a_step_in_a_few_calls(make):
         train(state, WARM_UP + 2, call)
         with torch.profiler.profile() as profile:
             train(state, 1, call)
-        launches = ("cudaLaunchKernel", "cudaLaunchKernelExC", "cudaGraphLaunch", "cuLaunchKernel")
+        launches = ("cudaLaunchKernel", "cudaGraphLaunch", "cuLaunchKernel")
         events = profile.key_averages()
-        counts[cuda_graphs] = sum(e.count for e in events if e.key in launches)
+        counts[cuda_graphs] = sum(e.count for e in events if e.key.startswith(launches))
     assert 0 < 3 * counts[True] < counts[False], counts
 
 

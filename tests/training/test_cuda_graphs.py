@@ -8,13 +8,17 @@ from dataclasses import replace
 import pytest
 import torch
 
+from common.errors import UserError
+from model.config import ModelConfig
+from model.transformer_full import TransformerDecoder
 from tests.helpers import write_config
+from training import cuda_graphs as module
 from training.compile import full_shape
 from training.config import load
-from training.cuda_graphs import WARM_UP, GraphedStep, choose_step
+from training.cuda_graphs import WARM_UP, GraphedStep, choose_step, find_obstacle
 from training.optimizer import set_lr
 from training.resume import RunSpec
-from training.setup import build
+from training.setup import build, recompute_layers
 from training.step import NonFiniteError, train_step
 from training.timing import StepTimer
 
@@ -121,6 +125,20 @@ def test_a_failing_capture_is_one_line_and_training_goes_on(make):
     ]
 
 
+def test_a_capture_that_breaks_cuda_ends_the_run(make, monkeypatch):
+    state = make()
+    monkeypatch.setattr(module, "can_draw", lambda device: False)
+
+    def capture(work):
+        raise RuntimeError("CUDA error: operation not permitted when stream is capturing\nmore")
+
+    step = GraphedStep(state, state.loss_module, full_shape(state), lambda _: None, capture)
+    for number in range(WARM_UP):
+        take(state, step, number)
+    with pytest.raises(UserError, match=r"--train.cuda_graphs: the capture failed \(CUDA error"):
+        take(state, step, WARM_UP)
+
+
 def test_a_gradient_that_is_not_finite_stops_before_the_update(make):
     state = make()
     step = GraphedStep(state, state.loss_module, full_shape(state), lambda _: None, recorder([]))
@@ -141,3 +159,24 @@ def test_where_it_cannot_be_used_a_line_says_so(make):
     call = choose_step(state, state.loss_module, said.append)
     assert call.func is train_step
     assert said == ["cuda_graphs: not used (there is no CUDA device)"]
+
+
+def test_what_keeps_a_run_on_cuda_from_it(make):
+    """torch.utils.checkpoint reads the random state before each layer, which a capture forbids."""
+    state = replace(make(), device=torch.device("cuda"))
+    assert not find_obstacle(state)
+    train = replace(state.config.train, checkpoint_activations=True)
+    state.config = replace(state.config, train=train)
+    assert "random state" in find_obstacle(state)
+    state.config = replace(state.config, model=replace(state.config.model, dropout=0.0))
+    assert not find_obstacle(state)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_checkpointing_looks_at_random_numbers_where_some_are_drawn(dropout, monkeypatch):
+    model = TransformerDecoder.from_config(ModelConfig(23, 24, 3, 2, 40, 16, dropout))
+    recompute_layers(model)
+    looks, get_rng_state = [], torch.get_rng_state
+    monkeypatch.setattr(torch, "get_rng_state", lambda: looks.append(1) or get_rng_state())
+    model(torch.zeros(1, 4, dtype=torch.int64)).sum().backward()
+    assert bool(looks) == bool(dropout)
