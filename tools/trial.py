@@ -118,6 +118,8 @@ def release(state: TrainState):
     for optimizer in state.optimizers:
         optimizer.zero_grad(set_to_none=True)
         optimizer.state.clear()
+    if state.config.compile:
+        torch._dynamo.reset()  # of eight sizes the compiler takes no more
     gc.collect()
     if state.device.type == "cuda":
         torch.cuda.empty_cache()
