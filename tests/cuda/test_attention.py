@@ -31,7 +31,8 @@ def passes(inputs, gradient, dtype, **how):
 
 def check(found, expected):
     for a, b in zip(found, expected, strict=True):
-        assert (a - b).norm() <= 1e-2 * b.norm()  # of one token it is 0 with respect to Q and K
+        # with respect to Q and K it is 0 for one token, but for the order of two sums
+        assert (a - b).norm() <= 1e-2 * b.norm() + 1e-3
 
 
 @pytest.mark.parametrize("backend", CUDNN_FIRST, ids=lambda b: b.name)
