@@ -1,9 +1,14 @@
 """What only a GPU can show: skipped without one, with one a part of plain pytest."""
 
+import os
 from pathlib import Path
 
 import pytest
 import torch
+
+# PyTorch looks once in a process, at its first product, whether cuBLAS may be deterministic: for
+# tests of --train.deterministic, whatever has run before
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
 def pytest_collection_modifyitems(items):
