@@ -73,7 +73,7 @@ def test_the_model_is_one_graph_whatever_shapes_come(
     assert counters["stats"]["unique_graphs"] <= 3, counters
     assert sum(counters["graph_break"].values()) == 1, "the loss alone stands between graphs"
     # 0 is what a model of which nothing is compiled would have
-    assert counters["stats"]["calls_captured"] > 30
+    assert counters["stats"]["calls_captured"] > 20
     assert found == pytest.approx(expected, rel=1e-3 if precision == "bf16" else 1e-5)
 
 
