@@ -51,7 +51,7 @@ PEERS = {  # name: what it is called in a table
     "encoder-bf16": "torch.nn.TransformerEncoder, bf16",
 }
 CLIP = 1.0
-LOG_INTERVAL = 10  # steps between those whose loss nanoGPT's train.py reads
+LOG_INTERVAL = 10  # of nanoGPT's config/train_gpt2.py: steps whose loss is read
 
 
 def make(side: str, shape: ModelConfig, length: int, device, checkout: str = "", **how):

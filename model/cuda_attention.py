@@ -18,7 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from model.transformer_full import MultiHeadAttention, TransformerDecoder
 
-# What PyTorch may take, the first that can: cuDNN's kernel is the faster one on Hopper and later,
+# What PyTorch may take, the first that can: cuDNN's kernel is the faster one on Hopper,
 # in half precision. It makes a plan for each new shape, which takes longer than it saves there.
 CUDNN_FIRST = [
     SDPBackend.CUDNN_ATTENTION,
@@ -36,12 +36,12 @@ def use_cuda_attention(model: TransformerDecoder, cudnn: bool):
 
 
 def prefers_cudnn(device: torch.device, fixed_shapes: bool) -> bool:
-    """Whether cuDNN's attention is the faster one: on Hopper and Blackwell, for one shape."""
+    """Whether cuDNN's attention is the faster one: on Hopper, for one shape."""
     return (
         device.type == "cuda"
         and fixed_shapes
         and torch.version.cuda is not None
-        and torch.cuda.get_device_capability(device)[0] in (9, 10)
+        and torch.cuda.get_device_capability(device)[0] == 9
         and not torch.are_deterministic_algorithms_enabled()  # which it is not
     )
 

@@ -5,12 +5,11 @@ bash benchmarks/gpu.sh --device cpu --tiny                      tried out, witho
 python -m benchmarks.gpu --report FOLDER/results.json           what it found, for the document
 """
 
-import argparse
 import sys
 import tempfile
 from pathlib import Path
 
-from benchmarks.gpu.plan import plan
+from benchmarks.gpu.plan import PATIENCE, plan
 from benchmarks.gpu.report import report
 from benchmarks.gpu.runner import SECONDS, Bench, run_plan
 from common import cli
@@ -27,16 +26,15 @@ def existing(flag: str, path: str, file: str = "") -> str:
 
 
 def main() -> int:
-    options = cli.Parser(
-        prog="python -m benchmarks.gpu", description=__doc__.splitlines()[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )  # fmt: skip
+    options = cli.Parser(prog="python -m benchmarks.gpu", description=__doc__.splitlines()[0])
     options.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     options.add_argument("--tiny", action="store_true", help="small sizes, to try the script out")
     options.add_argument("--nanogpt", default="", help="a checkout of nanoGPT to compare with")
     options.add_argument("--shakespeare", default="", help="tinyshakespeare as a text file")
-    options.add_argument("--seconds", type=float, default=SECONDS, help="that all may take")
-    options.add_argument("--out", type=Path, default=FOLDER, help="folder for what is found")
+    options.add_argument("--seconds", type=float, help=f"that all may take: {SECONDS}")
+    options.add_argument(
+        "--out", type=Path, default=FOLDER, help="folder for what is found (benchmarks/gpu_results)"
+    )
     options.add_argument("--report", type=Path, help="a results.json to make a benchmark of")
     arguments = options.parse_args()
     if arguments.report:
@@ -49,7 +47,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="gpu-") as scratch:
         bench = Bench(
             arguments.out, Path(scratch), arguments.device, arguments.tiny, nanogpt, shakespeare,
-            arguments.seconds,
+            arguments.seconds or SECONDS * (PATIENCE if arguments.tiny else 1),
         )  # fmt: skip
         return run_plan(bench, plan(arguments.tiny))
 

@@ -84,28 +84,27 @@ def of_turns(found: dict, key: str) -> list[float]:
 
 def training(result: Result, steps: dict, rate, measured) -> dict[tuple[str, int], float]:
     """The table of tokens per second, and these by side and micro-batch."""
-    speeds, rows = {}, []
+    speeds, rows, flops_per_token = {}, [], 0
     for step, micro_batch in (("throughput", 16), ("throughput, larger", 64)):
         for side, name in NAMES.items():
             found = figures(steps, step, side)
             if not (values := of_turns(found, "tokens_per_second")):
                 continue
             speed = speeds[side, micro_batch] = statistics.median(values)
-            flops = speed * found["flops_per_token"]
+            flops_per_token = found["flops_per_token"]
+            flops = speed * flops_per_token
             shares = [f"{flops / most:.1%}" if most else "" for most in (rate, measured)]
             rows.append(
                 [name, str(micro_batch), speed, f"{min(values):,.0f} to {max(values):,.0f}",
                  *shares, max(of_turns(found, "peak_memory")) / 1e9, found["ready_after_seconds"]]
             )  # fmt: skip
     if rows:
-        flops = [part["found"]["flops_per_token"] for part in parts(steps, "throughput").values()
-                 if "flops_per_token" in part["found"]]  # fmt: skip
         result.table(
             "Training 124 M parameters (gpt2_124m), context 1,024, bf16, random ids",
             ["", "micro-batch", "tokens/s", "least to most", "of the data sheet's rate",
              "of the measured rate", "peak GB", "ready after, s"],
             rows,
-            f"{flops[0] / 1e6:.2f} MFLOP a token. " * bool(flops)
+            f"{flops_per_token / 1e6:.2f} MFLOP a token. "
             + (f"Data sheet: {rate / 1e12:.0f} TFLOP/s. " if rate else "")
             + (f"Measured (8192-cubed): {measured / 1e12:.0f} TFLOP/s." if measured else ""),
         )  # fmt: skip
@@ -150,7 +149,7 @@ def profile(result: Result, found: dict):
         "Where a compiled step's time goes, micro-batch 16: the longest kernels",
         ["kernel", "ms a step", "calls", "share"],
         rows,
-        f"Shares of a step: {shares}." + f" {launches:,.0f} launches a step." * bool(launches),
+        f"Shares of a step: {shares}." + (f" {launches:,.0f} launches a step." if launches else ""),
     )
 
 

@@ -333,7 +333,10 @@ def run_step(bench: Bench, step: Step):
     bench.results["steps"].append(bench.step)
     left = bench.seconds - now
     if left < LEAST * step.seconds:
-        bench.step |= {"status": "skipped", "why": f"only {left:.0f} s of {bench.seconds:g} left"}
+        bench.step |= {
+            "status": "skipped",
+            "why": f"only {max(0.0, left):.0f} s of {bench.seconds:g} left",
+        }
         bench.log(f"{now:5.0f} s  {step.name}: skipped, {bench.step['why']}")
         return bench.write()
     # what earlier steps have left over is its as well, and never more than there is

@@ -77,6 +77,9 @@ def test_the_whole_script_on_a_cpu(tmp_path):
         "log.txt", "results.json",
     ]  # fmt: skip
     assert "step 40/40" in (tmp_path / "a" / "found" / "log.txt").read_text()
+    # the figures of so small a run are of no use, but they have the form that the report reads
+    text = json.dumps(vars(report.of(results)))
+    assert "the longest kernels" in text and "estimated by tools.preflight" in text
     assert str(tmp_path) not in results["command"] and left(tmp_path / "a") == []
 
 
@@ -275,6 +278,12 @@ def test_the_report_of_a_part_of_it_needs_no_more(kept):
     results = of_a_gpu()
     results["steps"] = results["steps"][:kept]
     assert report.of(results).tables
+
+
+def test_the_report_of_the_larger_batch_alone():
+    results = of_a_gpu()
+    results["steps"][0]["name"] = "throughput, larger"
+    assert "854.65 MFLOP a token" in report.of(results).tables[0]["note"]
 
 
 def test_a_file_that_is_none_or_of_a_tiny_run_is_refused(tmp_path):
