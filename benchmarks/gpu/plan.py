@@ -192,9 +192,6 @@ def throughput(rows: int, sides: tuple[str, ...], last: tuple[str, ...] = ()):
 
 def generation(bench: Bench):
     """Beside `generate` of transformers: a process a side, the most telling first."""
-    worker = ROOT / "benchmarks" / "generation.py"
-    if '"--top_k"' not in worker.read_text(encoding="utf-8"):
-        return bench.skip("generation", "benchmarks/generation.py has no worker for a GPU yet")
     both = ("ours", "transformers")
     sides = [(50, who) for who in both] + [(0, who) for who in both]
     for top_k, who in [*sides, (50, "transformers-static")]:  # which compiles: if there is time

@@ -8,12 +8,10 @@ import statistics
 from pathlib import Path
 
 from benchmarks.harness import Result
+from common.cuda import datasheet_flops
 from common.errors import UserError
 
 # dense bf16 FLOP/s of NVIDIA's data sheets, by what a card's name contains; the first that fits
-RATES = {
-    "H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12,
-}  # fmt: skip
 SHARE, TOKENS = 0.45, 520_000  # of such a rate; tokens/s, which are it of 989 TFLOP/s
 SAME, BEST = 1.1, 1.2  # times nanoGPT at the same micro-batch, and the best of each side
 GENERATED, TIMES = 1200, 3.0  # tokens/s at batch 1; times transformers
@@ -50,7 +48,7 @@ def of(found: dict) -> Result:
     result.command, result.date = found.get("command", ""), found.get("date", "")
     result.machine = found.get("machine", {})
     steps = {step["name"]: step for step in found["steps"]}
-    rate = next((r for n, r in RATES.items() if n in result.machine.get("accelerator", "")), None)
+    rate = datasheet_flops(result.machine.get("accelerator", ""), "bf16") or None
     measured = figures(steps, "ceilings", "ceilings").get("product_8192")
     speeds = training(result, steps, rate, measured)
     training_claims(result, speeds, steps, rate)
