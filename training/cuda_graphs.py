@@ -56,6 +56,8 @@ def find_obstacle(state: TrainState) -> str:
         return "fp16 looks at each step's gradient"
     if not full_shape(state):
         return "documents vary in length"
+    if config.train.batch_size % config.train.accumulation_steps:
+        return "train.accumulation_steps does not divide train.batch_size"
     if state.device.type != "cuda":
         return "there is no CUDA device"
     if config.train.checkpoint_activations and (
@@ -175,7 +177,7 @@ class GraphedStep:
             reason = (str(error).strip().splitlines() or ["unknown"])[0][:100]
             if not can_draw(self.state.device):
                 raise UserError(
-                    f"--train.cuda_graphs: the capture failed ({reason}), and CUDA cannot go on "
+                    f"--train.cuda_graphs: the capture failed ({reason}), and CUDA is unusable "
                     "after it; train without this flag"
                 ) from None
             self.log(f"cuda_graphs: the capture failed ({reason}); continuing without")

@@ -11,7 +11,6 @@ from benchmarks.harness import Result
 from common.cuda import datasheet_flops
 from common.errors import UserError
 
-# dense bf16 FLOP/s of NVIDIA's data sheets, by what a card's name contains; the first that fits
 SHARE, TOKENS = 0.45, 520_000  # of such a rate; tokens/s, which are it of 989 TFLOP/s
 SAME, BEST = 1.1, 1.2  # times nanoGPT at the same micro-batch, and the best of each side
 GENERATED, TIMES = 1200, 3.0  # tokens/s at batch 1; times transformers

@@ -151,14 +151,26 @@ def test_a_gradient_that_is_not_finite_stops_before_the_update(make):
     assert all(torch.equal(w, before[n]) for n, w in weights(state).items())
 
 
-def test_where_it_cannot_be_used_a_line_says_so(make):
+@pytest.mark.parametrize(
+    ("precision", "settings", "why"),
+    [
+        ("fp32", {}, "there is no CUDA device"),
+        ("fp16", {}, "fp16 looks at each step's gradient"),
+        (
+            "fp32",
+            {"accumulation_steps": 3},
+            "train.accumulation_steps does not divide train.batch_size",
+        ),
+    ],
+)
+def test_where_it_cannot_be_used_a_line_says_so(make, precision, settings, why):
     said = []
-    state = make()
-    train = replace(state.config.train, cuda_graphs=True)
+    state = make(precision=precision)
+    train = replace(state.config.train, cuda_graphs=True, **settings)
     state.config = replace(state.config, train=train)
     call = choose_step(state, state.loss_module, said.append)
     assert call.func is train_step
-    assert said == ["cuda_graphs: not used (there is no CUDA device)"]
+    assert said == [f"cuda_graphs: not used ({why})"]
 
 
 def test_what_keeps_a_run_on_cuda_from_it(make):
