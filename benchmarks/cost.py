@@ -20,7 +20,7 @@ from benchmarks.harness import Result, in_turns, parser
 from benchmarks.harness import median as middle
 from benchmarks.peers import GPT
 from common import cli
-from common.device import choose_device, choose_precision
+from common.device import PRECISIONS, choose_device, cpu_has_bf16
 from model.loss import LossModule
 from model.transformer_full import TransformerDecoder
 from training.config import TrainConfig
@@ -47,7 +47,7 @@ def shape_of(size: str, context: int):
 def measure(size: str, context: int) -> dict:
     """Microseconds a token; and what the fit needs to know."""
     device = choose_device("cpu")
-    precision, _ = choose_precision("auto", device)
+    precision = PRECISIONS["bf16" if cpu_has_bf16() else "fp32"]  # one for all sizes
     configure_torch(TrainConfig(), device)
     shape = shape_of(size, context)
     model = TransformerDecoder.from_config(shape)

@@ -1,14 +1,15 @@
 """What the benchmarks share: sides that take turns in processes of their own, tables, and JSON.
 
 A benchmark measures each side in a new process (`in_turns`), puts what it found into a `Result`,
-and ends with `result.finish()`, which prints it and writes `benchmarks/results/NAME.json`. From
-these files `python -m benchmarks.report` makes docs/benchmarks.md: no figure is typed.
+and ends with `result.finish()`, which prints it and writes `benchmarks/results/MACHINE/NAME.json`.
+From these files `python -m benchmarks.report` makes docs/benchmarks.md: no figure is typed.
 """
 
 import argparse
 import json
 import os
 import platform
+import re
 import shlex
 import statistics
 import subprocess
@@ -19,6 +20,7 @@ from importlib import metadata
 from pathlib import Path
 
 from common import cli
+from common.device import processor
 from common.errors import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -63,7 +65,7 @@ class Result:
             self.command = shlex.join(["python", "-m", module, *map(shorter, sys.argv[1:])])
             self.date, self.machine = date.today().isoformat(), machine()
         print(text_of(asdict(self)))
-        path = out or RESULTS / f"{self.name}.json"
+        path = out or RESULTS / folder_of(self.machine) / f"{self.name}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
         print(f"written to {os.path.relpath(path)}")
@@ -94,10 +96,16 @@ def in_turns(module: str, sides: dict[str, list], rounds: int) -> dict[str, list
     return found
 
 
-def worker(module: str, *arguments) -> dict:
-    """The last line of `python -m benchmarks.MODULE --side ARGUMENTS`, a JSON object."""
+def worker(module: str, *arguments, environment: dict[str, str] | None = None) -> dict:
+    """The last line of `python -m benchmarks.MODULE --side ARGUMENTS`, a JSON object.
+
+    environment: variables that are set for it.
+    """
     command = [sys.executable, "-m", f"benchmarks.{module}", "--side", *map(str, arguments)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, cwd=ROOT)  # noqa: S603, ours
+    done = subprocess.run(  # noqa: S603, ours
+        command, stdout=subprocess.PIPE, text=True, cwd=ROOT,
+        env={**os.environ, **(environment or {})},
+    )  # fmt: skip
     if done.returncode == 2:  # it has said what is wrong
         sys.exit(2)
     if done.returncode:
@@ -116,8 +124,10 @@ def spread(runs: list[dict], key: str, form: str = ",.0f") -> str:
 
 
 def machine() -> dict:
-    """Processor, cores, accelerator and versions."""
-    found = {"processor": processor(), "cores": cores()}
+    """Processor, instructions, cores, memory, accelerator, versions, and the commit of the code."""
+    found: dict = {"processor": processor(), "instructions": instructions(), "cores": cores()}
+    if memory := total_memory():
+        found["memory"] = f"{memory / 2**30:.0f} GiB"
     found |= {"system": platform.system(), "python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -126,21 +136,54 @@ def machine() -> dict:
             continue
     if (torch := sys.modules.get("torch")) and torch.cuda.is_available():
         found["accelerator"] = torch.cuda.get_device_name()
-    return found
+    return found | {"commit": commit()}
+
+
+def folder_of(machine: dict) -> str:
+    """The name of a machine's folder: its accelerator, or processor, instructions and cores."""
+    parts = [machine.get("accelerator")]
+    if not parts[0]:
+        cores = machine.get("cores", 0)
+        parts = [machine.get("processor", "unknown"), machine.get("instructions", "")]
+        parts.append(f"{cores} {'core' if cores == 1 else 'cores'}")
+    return re.sub(r"[^a-z0-9]+", "-", " ".join(map(str, parts)).lower()).strip("-")
+
+
+def instructions() -> str:
+    """The widest vector instructions that matter to a product, and its types; "" if unknown."""
+    try:
+        flags = set(Path("/proc/cpuinfo").read_text("utf-8", "replace").split())
+    except OSError:
+        return ""
+    known = {
+        "amx_tile": "AMX", "avx512_bf16": "AVX512-BF16", "avx512_vnni": "AVX512-VNNI",
+        "avx512f": "AVX512", "avx2": "AVX2", "asimd": "NEON",
+    }  # fmt: skip
+    return next((name for flag, name in known.items() if flag in flags), "")
+
+
+def total_memory() -> int:
+    """Bytes that the machine has; 0 where the system does not tell."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return 0
+
+
+def commit() -> str:
+    """Of the code that was measured; "+" after it where files had been changed."""
+    command = ["git", "describe", "--always", "--dirty=+", "--exclude=*"]
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)  # noqa: S603, ours
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return done.stdout.strip()
 
 
 def cores() -> int:
     """As many as this process may use."""
     allowed = getattr(os, "sched_getaffinity", None)  # Linux alone has it
     return len(allowed(0)) if allowed else os.cpu_count() or 1
-
-
-def processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 def text_of(result: dict) -> str:

@@ -60,20 +60,22 @@ def training(name: str, dataset, batches: Batches):
     """A function that loads a step's batches and trains on them. Returns the tokens."""
     import torch
 
-    from common.device import choose_device, choose_precision, to_device
+    from common.device import choose_device, to_device
     from model.loss import LossModule
     from model.transformer_full import TransformerDecoder
     from training.optimizer import create_optimizers
+    from training.precision import Work, choose_precision
     from training.setup import configure_torch
 
     device = choose_device("cpu")
     configure_torch(TrainConfig(), device)
-    precision, _ = choose_precision("auto", device)
     shape, optimizer_config, _, _ = MODELS[name]
     shape = replace(shape, vocab_size=dataset.tokenizer.vocab_size)
+    work = Work.of(batches.examples, batches.batch_size)
+    precision, _ = choose_precision("auto", shape, work, device)
     model = TransformerDecoder.from_config(shape, precision.weights)
     loss_module = LossModule(model)
-    optimizers = create_optimizers(model, optimizer_config)
+    optimizers = create_optimizers(model, optimizer_config, precision)
 
     def step(number: int) -> int:
         micro_batches, targets = batches(number), batches.target_count(number)

@@ -17,7 +17,7 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 
-from common.device import choose_precision
+from common.device import PRECISIONS
 from common.errors import UserError
 from model.config import ModelConfig
 from model.cuda_attention import prefers_cudnn, use_cuda_attention
@@ -82,14 +82,14 @@ def ours(
     --compile, for the first shape there is; None: on CUDA alone. The step takes `part` too, a
     function that gives a context to time a part of it in: forward, backward, optimizer.
     """
-    precision, _ = choose_precision(precision_name, device)
+    precision = PRECISIONS[precision_name]
     config = Config(device=str(device), precision=precision.name, model=shape)
     model = TransformerDecoder.from_config(shape, precision.weights).to(device)
     if device.type == "cuda":
         use_cuda_attention(model, prefers_cudnn(device, fixed_shapes=True))
     if recompute:
         recompute_layers(model)
-    optimizers = create_optimizers(model, config.optimizer)
+    optimizers = create_optimizers(model, config.optimizer, precision)
     scaler = torch.amp.GradScaler(device.type, enabled=precision.name == "fp16")
     no_data = cast(Any, None)  # random ids take its place
     state = TrainState(

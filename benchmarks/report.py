@@ -7,30 +7,31 @@ import json
 import sys
 from pathlib import Path
 
-from benchmarks.harness import RESULTS, ROOT, row, text_of
+from benchmarks.harness import RESULTS, ROOT, cell, row, text_of
 from common import cli
 
 DOCUMENT = ROOT / "docs" / "benchmarks.md"
 ORDER = (
-    "gpu", "train_throughput", "train_profile", "compile_cost", "time_to_quality", "train_memory",
-    "cost", "lite_step", "generation", "decode_cost", "sampling_cost", "start_up", "preparing",
-    "loader",
+    "gpu", "precision", "train_throughput", "train_profile", "compile_cost", "time_to_quality",
+    "train_memory", "cost", "lite_step", "generation", "decode_cost", "sampling_cost", "start_up",
+    "preparing", "loader",
 )  # fmt: skip
 HEAD = """# Benchmarks
 
 Made by `python -m benchmarks.report` from what the commands below wrote
-(`benchmarks/results/*.json`); no figure is typed by hand. Peers run beside ours in the same run, in
-turns, each side in a process of its own; figures are medians. Compare ratios: absolute numbers are
-of the machine they were measured on.
+(`benchmarks/results/MACHINE/NAME.json`); no figure is typed by hand. Peers run beside ours in the
+same run, in turns, each side in a process of its own; figures are medians. A figure is of the
+machine that it stands under, and of the commit that was measured or kept it; compare ratios.
 """
 NO_GPU = """**Nothing has been measured on a GPU yet.** `benchmarks/gpu.md` says what will do it.
 """
 
 
 def results() -> list[dict]:
-    """All that was written, in the order of the document."""
+    """All that was written, in the order of the document; "folder" is the machine's."""
     found = [
-        json.loads(file.read_text(encoding="utf-8")) for file in sorted(RESULTS.glob("*.json"))
+        {**json.loads(file.read_text(encoding="utf-8")), "folder": file.parent.name}
+        for file in sorted(RESULTS.glob("*/*.json"))
     ]
     rank = {name: i for i, name in enumerate(ORDER)}
     return sorted(found, key=lambda result: rank.get(result["name"], len(rank)))
@@ -41,6 +42,7 @@ def document(found: list[dict]) -> str:
     parts = [HEAD]
     if "gpu" not in (result["name"] for result in found):
         parts.append(NO_GPU)
+    parts.append(bars(found))
     for result in found:
         parts.append(text_of(result))
         parts += [
@@ -49,8 +51,39 @@ def document(found: list[dict]) -> str:
     return "\n".join(parts)
 
 
+def bars(found: list[dict]) -> str:
+    """Each bar with what every machine has measured against it."""
+    machines = sorted({result["folder"]: about(result["machine"]) for result in found}.items())
+    measured: dict[tuple[str, str], dict[str, str]] = {}
+    for result in found:
+        for claim in result["claims"]:
+            bound = f"at {'most' if claim['at_most'] else 'least'} {claim['bar']:g} {claim['unit']}"
+            mark = "" if claim["met"] else " (missed)"
+            shown = f"{cell(claim['measured'])} {claim['unit']}".strip() + mark
+            key = (claim["claim"], bound.strip())
+            measured.setdefault(key, {})[result["folder"]] = shown
+    lines = ["## All bars", "", row(["bar", "", *(name for _, name in machines)])]
+    lines.append("|---" * (2 + len(machines)) + "|")
+    for key, by_machine in measured.items():
+        lines.append(row([*key, *(by_machine.get(folder, "") for folder, _ in machines)]))
+    return "\n".join([*lines, ""])
+
+
+def about(machine: dict) -> str:
+    """A machine in a few words."""
+    if machine.get("accelerator"):
+        return machine["accelerator"]
+    return ", ".join(
+        str(part)
+        for part in (
+            machine["processor"], machine.get("instructions"), f"{machine['cores']} cores",
+        )
+        if part
+    )  # fmt: skip
+
+
 def plot_file(result: dict, number: int) -> str:
-    return f"benchmarks/{result['name']}{f'_{number + 1}' if number else ''}.png"
+    return f"benchmarks/{result['folder']}/{result['name']}{f'_{number + 1}' if number else ''}.png"
 
 
 def draw(plot: dict, file: Path):

@@ -19,7 +19,7 @@ from benchmarks.harness import Result, in_turns, parser
 from benchmarks.harness import median as middle
 from benchmarks.peers import CLIP, MODELS, make
 from common import cli
-from common.device import PRECISIONS, choose_device, choose_precision, matmul_flops
+from common.device import PRECISIONS, choose_device, matmul_flops
 from model import transformer_full
 
 KINDS = {  # the first that a name contains
@@ -41,7 +41,7 @@ def plain(shape, precision_name: str, device):
         return F.scaled_dot_product_attention(Q, K, V, mask, dropout, is_causal=causal)
 
     transformer_full.attention = attention
-    precision, _ = choose_precision(precision_name, device)
+    precision = PRECISIONS[precision_name]
     model = transformer_full.TransformerDecoder.from_config(shape).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3, weight_decay=0.1)
 

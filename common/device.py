@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import platform
 import re
 import statistics
 import sys
@@ -10,6 +11,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from common import cuda
@@ -91,34 +93,20 @@ def choose_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def choose_precision(name: str, device: torch.device) -> tuple[Precision, str]:
-    """The precision asked for, or the fastest that trains as well; and why, for people."""
-    import torch
-
+def check_precision(name: str, device: torch.device):
+    """Raises UserError for a precision that the device lacks."""
     if device.type == "mps" and name == "fp64":
         raise UserError("--precision fp64: mps has no float64; use --device cpu")
-    if name != "auto":
-        return PRECISIONS[name], "as requested"
-    if device.type == "cuda":
-        if torch.cuda.is_bf16_supported(including_emulation=False):
-            return PRECISIONS["bf16"], "auto: this GPU has bf16"
-        rates = {key: matmul_flops(device, PRECISIONS[key]) for key in ("fp32", "fp16")}
-        return faster(rates["fp32"], rates["fp16"])
-    if device.type == "cpu" and cpu_has_bf16():
-        return PRECISIONS["bf16"], "auto: this CPU has bf16 instructions"
-    if device.type == "cpu":
-        return PRECISIONS["fp32"], "auto: this CPU has no bf16 instructions"
-    return PRECISIONS["fp32"], f"auto: the default on {device.type}"
 
 
-def faster(fp32: float, fp16: float) -> tuple[Precision, str]:
-    """The precision of a GPU without bf16, by the FLOP/s of its products; and why, for people.
-
-    fp16 has to be worth the scaling of its loss and the steps that overflow.
-    """
-    rates = f"fp16 {fp16 / 1e12:.1f} TFLOP/s, fp32 {fp32 / 1e12:.1f}"
-    chosen = "fp16" if fp16 > 1.5 * fp32 else "fp32"
-    return PRECISIONS[chosen], f"auto: this GPU has no bf16; measured: {rates}"
+@cache
+def processor() -> str:
+    """The name of this machine's processor."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text("utf-8", "replace").splitlines()
+        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration, IndexError):
+        return platform.processor() or platform.machine()
 
 
 @cache

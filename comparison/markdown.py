@@ -7,6 +7,8 @@ import re
 from importlib import metadata
 from pathlib import Path
 
+from common.device import processor
+
 NONE = "–"
 
 
@@ -75,17 +77,6 @@ def machine() -> list[str]:
         f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
         f"PyTorch {version('torch')}, NumPy {version('numpy')}",
     ]
-
-
-def processor() -> str:
-    """The CPU's name, where the system tells it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        return next(
-            line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")
-        )
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 def version(package: str) -> str:

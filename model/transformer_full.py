@@ -261,10 +261,15 @@ class TransformerDecoder(nn.Module):
 
         Those that `from_config` draws take longer than reading the arrays, which overwrite them.
         """
-        with NothingDrawn():
-            model = cls.from_config(config, dtype)
+        model = cls.without_weights(config, dtype)
         model.load_weights(arrays)
         return model.to(device)
+
+    @classmethod
+    def without_weights(cls, config: ModelConfig, dtype=torch.float32) -> "TransformerDecoder":
+        """A decoder of this shape whose matrices are whatever was in memory; no random number."""
+        with NothingDrawn():
+            return cls.from_config(config, dtype)
 
     @classmethod
     def from_checkpoint(cls, path, dtype=torch.float32) -> "TransformerDecoder":

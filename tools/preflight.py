@@ -190,7 +190,7 @@ def show_memory(state, memory) -> Remarks:
 
 def show_time(state, measured, price: float) -> Remarks:
     """How long the run will take, on a machine as busy as it is now; price: of an hour."""
-    from common.device import choose_precision
+    from training.precision import Work, choose_precision
 
     begin, end, interval = (
         state.progress.step,
@@ -207,16 +207,12 @@ def show_time(state, measured, price: float) -> Remarks:
     row("the run", duration(seconds), f"{end - begin:,} steps, {evaluations:,} evaluations")
     if price:
         row("its cost", f"{seconds / 3600 * price:,.2f}", f"at {price:,g} an hour")
-    bf16_is_faster = (
-        state.precision.name == "fp32" and choose_precision("auto", state.device)[0].name == "bf16"
-    )
-    return [
-        (
-            "note",
-            bf16_is_faster,
-            f"this {state.device.type} has bf16; --precision bf16 may be faster",
-        )
-    ]
+    config, own = state.config, state.precision.name
+    other, why = state.precision, ""
+    if own in ("fp32", "bf16"):
+        work = Work.of(state.batches.examples, config.train.micro_batch_size)
+        other, why = choose_precision("auto", config.model, work, state.device)
+    return [("note", other.name != own, f"--precision {other.name} may be faster ({why})")]
 
 
 def show_first_loss(state, spec, measured) -> Remarks:

@@ -1,8 +1,8 @@
-"""torch.optim.Muon with all matrices of one shape updated at once, for a GPU.
+"""torch.optim.Muon with all matrices of one shape updated at once, and in float32 where asked.
 
 One by one, a model of 12 layers has 1,656 kernel launches an update, most of them on matrices too
-small to keep a GPU busy. Batched it has 56. On a CPU, which gains nothing, PyTorch's own
-update is made.
+small to keep a GPU busy. Batched it has 56. PyTorch's own always multiplies in bfloat16, which many
+CPUs only emulate. On a CPU with bfloat16, which gains nothing, PyTorch's own update is made.
 
 Shapes: n matrices of R rows and C columns.
 """
@@ -14,17 +14,20 @@ import torch
 
 
 class Muon(torch.optim.Muon):
-    """torch.optim.Muon; `batched` says how, and is found by the device of the parameters.
+    """torch.optim.Muon; `batched` says how, and is found by the device and `products`.
 
+    products: the dtype in which matrices are orthogonalised.
     found_inf: None, or a number on the device, as torch.optim.AdamW(fused=True) takes it: where it
     is not 0 the update is skipped, and nobody waits to look at it. lr may be a tensor.
     """
 
     found_inf: torch.Tensor | None = None
 
-    def __init__(self, params, **options):
+    def __init__(self, params, products: torch.dtype = torch.bfloat16, **options):
         super().__init__(params, **options)
-        self.batched = self.param_groups[0]["params"][0].device.type == "cuda"
+        self.products = products
+        on_gpu = self.param_groups[0]["params"][0].device.type == "cuda"
+        self.batched = on_gpu or products != torch.bfloat16
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -74,7 +77,9 @@ class Muon(torch.optim.Muon):
             G = torch.where(skipped, M, G)  # which leaves the momentum as it is
         M.lerp_(G, 1 - group["momentum"])
         update = G.lerp(M, group["momentum"]) if group["nesterov"] else M
-        update = orthogonalise(update, group["ns_coefficients"], group["ns_steps"], group["eps"])
+        update = orthogonalise(
+            update.to(self.products), group["ns_coefficients"], group["ns_steps"], group["eps"]
+        )
         update = update.to(G.dtype) * (-0.2 * math.sqrt(shape[1]) * lr)
         torch._foreach_copy_(momenta, turned(M, tall))
         torch._foreach_mul_(parameters, 1 - lr * group["weight_decay"])
@@ -89,13 +94,12 @@ def turned(batch: torch.Tensor, tall: list[bool]) -> list[torch.Tensor]:
 def orthogonalise(
     batch: torch.Tensor, coefficients: tuple[float, float, float], steps: int, eps: float
 ) -> torch.Tensor:
-    """About U V^T of each matrix U S V^T of a batch (n, R, C), R <= C, in bfloat16.
+    """About U V^T of each matrix U S V^T of a batch (n, R, C), R <= C.
 
     Newton-Schulz iterations of a quintic polynomial. Jordan et al. (2024), "Muon".
     """
     a, b, c = coefficients
-    X = batch.bfloat16()
-    X = X / X.norm(dim=(-2, -1), keepdim=True).clamp(min=eps)
+    X = batch / batch.norm(dim=(-2, -1), keepdim=True).clamp(min=eps)
     for _ in range(steps):
         A = X @ X.mT  # (n, R, R)
         X = torch.baddbmm(X, torch.baddbmm(A, A, A, beta=b, alpha=c), X, beta=a)

@@ -16,7 +16,7 @@ from safetensors.numpy import save as to_safetensors
 
 from checkpoint.reader import NAN_DUMP_BATCH, Checkpoint, CheckpointError
 from checkpoint.writer import publish
-from common.device import Precision, choose_device, choose_precision
+from common.device import PRECISIONS, Precision, check_precision, choose_device
 from data.batches import Batch
 from model.loss import LossModule
 from model.transformer_full import TransformerDecoder
@@ -91,7 +91,8 @@ def restore_nan_dump(path: Path, device_name: str = "") -> RestoredStep:
     note, batches, config = dump.json(notes[0]), read_batches(dump), stored_config(dump)
     check_note(path, config, note, batches)
     device = choose_device(device_name or config.device)
-    precision, _ = choose_precision(config.precision, device)
+    check_precision(config.precision, device)
+    precision = PRECISIONS[config.precision]
     configure_torch(config.train, device)
     weights = dump.tensors("model.safetensors")
     model = TransformerDecoder.from_weights(config.model, weights, precision.weights, device)

@@ -4,13 +4,18 @@ import numpy as np
 import torch
 from torch import nn
 
+from common.device import PRECISIONS, Precision
 from common.errors import UserError
 from training.config import OptimizerConfig
 from training.muon import Muon
 
 
-def create_optimizers(model: nn.Module, config: OptimizerConfig) -> list[torch.optim.Optimizer]:
+def create_optimizers(
+    model: nn.Module, config: OptimizerConfig, precision: Precision = PRECISIONS["bf16"]
+) -> list[torch.optim.Optimizer]:
     """AdamW, and Muon in front of it where it is asked for. Each group has its peak in "peak_lr".
+
+    precision: Muon multiplies in bfloat16 where the run multiplies in 16 bits, else in float32.
 
     Weight decay is for the matrices that multiply; vectors and embeddings have none. Muon takes
     the matrices inside the layers: the embedding and the output projection are tables of rows, not
@@ -29,6 +34,7 @@ def create_optimizers(model: nn.Module, config: OptimizerConfig) -> list[torch.o
     if config.name == "muon":
         muon = Muon(
             hidden,
+            products=torch.bfloat16 if precision.products.itemsize == 2 else torch.float32,
             lr=config.muon_lr,
             weight_decay=config.weight_decay,
             momentum=config.momentum,

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from common.device import Precision, choose_device, choose_precision
+from common.device import check_precision, choose_device, processor
 from common.errors import UserError
 from common.memory import keep_freed_memory
 from common.signals import defer_interrupts
@@ -23,6 +23,7 @@ from model.loss import LossModule
 from model.transformer_full import TransformerDecoder
 from training.config import Config, TrainConfig
 from training.optimizer import create_optimizers, load_state_tensors
+from training.precision import Work, choose_precision, note_faster
 from training.resume import RunSpec
 from training.state import Progress, TrainState, restore_progress, restore_scaler
 
@@ -34,14 +35,20 @@ def build(spec: RunSpec, log: Log) -> TrainState:
     config = spec.config
     device = choose_device(config.device)
     configure_torch(config.train, device)  # cuBLAS reads its settings when it first computes
-    precision, why = choose_precision(config.precision, device)
+    check_precision(config.precision, device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
-    log(f"device: {name}, {torch.get_num_threads()} CPU threads, {precision.name} ({why})")
+    log(f"device: {name}, {torch.get_num_threads()} CPU threads")
 
     dataset = prepare(config.data, log, tokenizer=given_tokenizer(spec))
     check_data(spec, dataset)
-    config = resolve(config, device, precision, dataset)
+    config = resolve(config, device, dataset)
     batches, val = open_batches(dataset, config, log)
+    work = Work.of(batches.examples, config.train.micro_batch_size)
+    precision, why = choose_precision(config.precision, config.model, work, device)
+    config = replace(config, precision=precision.name)
+    log(f"precision: {precision.name} ({why})")
+    if spec.resume and spec.resume.state.get("versions", {}).get("processor") != processor():
+        note_faster(precision, config.model, work, device, log)
 
     source = spec.resume or spec.weights
     if source:
@@ -58,7 +65,7 @@ def build(spec: RunSpec, log: Log) -> TrainState:
     if config.train.checkpoint_activations:
         recompute_layers(model)
     with defer_interrupts():  # the first optimizer makes PyTorch load its compiler
-        optimizers = create_optimizers(model, config.optimizer)
+        optimizers = create_optimizers(model, config.optimizer, precision)
     scaler = torch.amp.GradScaler(device.type, enabled=precision.name == "fp16")
     progress = Progress()
     if spec.resume:
@@ -155,8 +162,8 @@ def given_tokenizer(spec: RunSpec) -> Tokenizer | None:
         raise UserError(f"data.tokenizer_path: {error}") from None
 
 
-def resolve(config: Config, device: torch.device, precision: Precision, dataset: Dataset) -> Config:
-    """The configuration with everything settled that was left to be found."""
+def resolve(config: Config, device: torch.device, dataset: Dataset) -> Config:
+    """The configuration with all settled that was left to be found, but for the precision."""
     vocab_size = dataset.tokenizer.vocab_size
     if config.model.vocab_size not in (0, vocab_size):
         raise UserError(
@@ -166,7 +173,6 @@ def resolve(config: Config, device: torch.device, precision: Precision, dataset:
     return replace(
         config,
         device=str(device),
-        precision=precision.name,
         model=replace(config.model, vocab_size=vocab_size),
         data=replace(config.data, kind=dataset.kind),
         train=replace(config.train, threads=torch.get_num_threads()),

@@ -10,7 +10,7 @@ from safetensors.numpy import save as to_safetensors
 
 from checkpoint.reader import Checkpoint, read_best
 from common import cuda
-from common.device import Precision
+from common.device import Precision, processor
 from common.errors import UserError
 from data.batches import Batches, Examples
 from data.dataset import Dataset
@@ -79,8 +79,9 @@ class TrainState:
 
 
 def versions(device: torch.device) -> dict[str, str]:
-    """The software of a run, and on CUDA its card, driver and libraries."""
-    found = {"python": platform.python_version(), "torch": torch.__version__}
+    """The processor and the software of a run, and on CUDA its card, driver and libraries."""
+    found = {"processor": processor()}
+    found |= {"python": platform.python_version(), "torch": torch.__version__}
     return found | {"numpy": np.__version__} | cuda.versions(device)
 
 

@@ -1,4 +1,4 @@
-"""benchmarks/results/gpu.json from what benchmarks/gpu.py found: python -m benchmarks.gpu --report.
+"""benchmarks/results/MACHINE/gpu.json from what the script found.
 
 A part that is not there, was skipped or failed has no figures, and no bar that it could meet.
 """

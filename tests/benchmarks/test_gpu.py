@@ -251,7 +251,7 @@ def test_the_report_has_the_bars_and_what_was_skipped(tmp_path, monkeypatch, cap
     monkeypatch.setattr("benchmarks.harness.RESULTS", tmp_path / "made")
     report.report(file)
     text = capsys.readouterr().out
-    made = json.loads((tmp_path / "made" / "gpu.json").read_text())
+    made = json.loads((tmp_path / "made" / "nvidia-h200" / "gpu.json").read_text())
     assert made["command"] == "bash benchmarks/gpu.sh" and made["date"] == "2026-12-01"
     assert made["machine"]["accelerator"] == "NVIDIA H200"
     claims = {

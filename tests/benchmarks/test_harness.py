@@ -9,7 +9,7 @@ import torch
 
 from benchmarks import report
 from benchmarks.cost import fit
-from benchmarks.harness import Result, cell, text_of
+from benchmarks.harness import Result, cell, folder_of, machine, text_of
 from benchmarks.peers import MODELS, make
 from tests.helpers import ROOT
 
@@ -84,3 +84,46 @@ def test_the_document_is_what_the_results_give():
     for result in found:
         for number, _ in enumerate(result["plots"]):
             assert (report.DOCUMENT.parent / report.plot_file(result, number)).is_file()
+
+
+def test_a_result_says_whose_it_is(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("benchmarks.harness.RESULTS", tmp_path)
+    result = Result("x", "X")
+    result.claim("speed", 2.0, 1.0)
+    result.finish()
+    (file,) = tmp_path.glob("*/x.json")
+    found = json.loads(file.read_text())["machine"]
+    assert file.parent.name == folder_of(found) == folder_of(machine())
+    assert {"processor", "instructions", "cores", "torch", "commit"} <= found.keys()
+    assert str(tmp_path) not in file.read_text()
+
+
+@pytest.mark.parametrize(
+    ("found", "name"),
+    [
+        ({"processor": "AMD EPYC", "instructions": "AVX512-BF16", "cores": 2},
+         "amd-epyc-avx512-bf16-2-cores"),
+        ({"processor": "Intel(R) Xeon(R) @ 2.1GHz", "instructions": "AMX", "cores": 1},
+         "intel-r-xeon-r-2-1ghz-amx-1-core"),
+        ({"processor": "AMD EPYC", "cores": 16, "accelerator": "NVIDIA H200"}, "nvidia-h200"),
+    ],
+)  # fmt: skip
+def test_a_machine_has_a_folder(found, name):
+    assert folder_of(found) == name
+
+
+def test_the_bars_have_a_column_for_each_machine():
+    machines = [
+        {"processor": "A", "instructions": "AVX2", "cores": 2},
+        {"processor": "B", "cores": 16, "accelerator": "NVIDIA H200"},
+    ]
+    found = []
+    for folder, on, measured in zip("ab", machines, (1.5, 0.5), strict=True):
+        result = Result("x", "X", machine=on)
+        result.claim("speed", measured, 1.0)
+        found.append({**vars(result), "folder": folder})
+    found[1]["claims"] += [{**found[1]["claims"][0], "claim": "of b alone"}]
+    lines = report.bars(found).splitlines()
+    assert "| bar |  | A, AVX2, 2 cores | NVIDIA H200 |" in lines
+    assert "| speed | at least 1 x | 1.5 x | 0.5 x (missed) |" in lines
+    assert "| of b alone | at least 1 x |  | 0.5 x (missed) |" in lines

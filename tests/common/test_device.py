@@ -6,10 +6,9 @@ import torch
 from common import cuda
 from common.device import (
     PRECISIONS,
+    check_precision,
     choose_device,
-    choose_precision,
     datasheet_flops,
-    faster,
     matmul_flops,
     memory_scalars,
     product_size,
@@ -109,19 +108,6 @@ def test_auto_has_nothing_to_say_of_a_machine_without_a_card(monkeypatch, capsys
     assert capsys.readouterr().err == ""
 
 
-def test_a_gpu_without_bf16_takes_what_is_measured_to_be_faster():
-    precision, why = faster(14e12, 108e12)
-    assert precision.name == "fp16"
-    assert "fp16 108.0 TFLOP/s, fp32 14.0" in why
-    assert faster(10e12, 14e12)[0].name == "fp32"  # not worth the scaling
-    assert faster(10e12, 0.2e12)[0].name == "fp32"
-
-
-def test_what_is_asked_for_is_not_measured():
-    for name in PRECISIONS:
-        assert choose_precision(name, CPU) == (PRECISIONS[name], "as requested")
-
-
 def test_a_product_fits_beside_what_is_there():
     assert [product_size(free, 2) for free in (140 * 10**9, 10**9, 2 * 10**8, 10**6)] == [
         8192, 4096, 2048, 1024,
@@ -136,3 +122,9 @@ def test_a_cpu_has_a_rate_and_no_data_sheet():
     assert matmul_flops(CPU, PRECISIONS["fp32"], 64) > 0
     assert datasheet_flops(CPU, PRECISIONS["bf16"]) == 0
     assert memory_scalars(CPU).keys() == {"memory/megabytes"}
+
+
+def test_mps_has_no_float64():
+    with pytest.raises(UserError, match="--precision fp64: mps has no float64"):
+        check_precision("fp64", torch.device("mps"))
+    check_precision("fp64", CPU)

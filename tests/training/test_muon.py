@@ -4,7 +4,10 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from common.device import PRECISIONS
+from training.config import OptimizerConfig
 from training.muon import Muon, orthogonalise
+from training.optimizer import create_optimizers
 
 OPTIONS = {"lr": 0.02, "weight_decay": 0.1, "momentum": 0.9, "adjust_lr_fn": "match_rms_adamw"}
 SHAPES = [(16, 16), (48, 16), (16, 48), (16, 16), (7, 5), (48, 16), (1, 9), (5, 7)]
@@ -117,3 +120,35 @@ def test_what_it_does_not_do_is_said():
         batched(parameters).step(lambda: 1.0)
     with pytest.raises(ValueError, match="only match_rms_adamw"):
         batched(parameters, adjust_lr_fn="original").step()
+
+
+@pytest.mark.parametrize("nesterov", [True, False])
+def test_in_float32_it_is_the_same_up_to_bfloat16s_rounding(nesterov):
+    """PyTorch's own is in bfloat16: theirs differs from ours as much as from one in float64."""
+    sides, found = (torch.bfloat16, torch.float32, torch.float64), []
+    for products in sides:
+        parameters = matrices()
+        muon = Muon(parameters, products, **OPTIONS, nesterov=nesterov)
+        assert muon.batched == (products != torch.bfloat16)
+        for number in range(5):
+            set_gradients(parameters, number)
+            muon.step()
+        found.append(parameters)
+    for low, single, double in zip(*found, strict=True):
+        assert (single - double).norm() < 1e-5 * double.norm(), low.shape
+        assert 1e-5 * double.norm() < (low - double).norm() < 5e-3 * double.norm(), low.shape
+
+
+@pytest.mark.parametrize(
+    ("name", "products"),
+    [
+        ("fp32", torch.float32),
+        ("fp64", torch.float32),
+        ("bf16", torch.bfloat16),
+        ("fp16", torch.bfloat16),
+    ],
+)
+def test_the_runs_precision_decides(name, products):
+    model = torch.nn.ModuleDict({"layers": torch.nn.Linear(4, 4)})
+    muon, _ = create_optimizers(model, OptimizerConfig(name="muon"), PRECISIONS[name])
+    assert isinstance(muon, Muon) and muon.products == products
