@@ -47,7 +47,9 @@ def build(spec: RunSpec, log: Log) -> TrainState:
     precision, why = choose_precision(config.precision, config.model, work, device)
     config = replace(config, precision=precision.name)
     log(f"precision: {precision.name} ({why})")
-    if spec.resume and spec.resume.state.get("versions", {}).get("processor") != processor():
+    versions = spec.resume.state.get("versions") if spec.resume else None
+    before = versions.get("processor") if isinstance(versions, dict) else None
+    if before and before != processor():  # earlier checkpoints do not name theirs
         note_faster(precision, config.model, work, device, log)
 
     source = spec.resume or spec.weights

@@ -114,3 +114,11 @@ def test_a_resume_keeps_it_and_notes_another_processor(tmp_path, monkeypatch):
         notes = [line for line in said if "on this processor" in line]
         assert bool(notes) == noted, said
         assert not notes or f"--precision {other}" in notes[0]
+
+    def without(state):
+        state["versions"] = "none that could be read"
+
+    checkpoint = Checkpoint(rewrite(newest, tmp_path / "runs" / "nameless", state=without))
+    said = []
+    build(RunSpec(tmp_path / "runs" / "nameless", config, resume=checkpoint), said.append)
+    assert not [line for line in said if "on this processor" in line]
