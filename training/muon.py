@@ -1,8 +1,8 @@
 """torch.optim.Muon with all matrices of one shape updated at once, and in float32 where asked.
 
 One by one, a model of 12 layers has 1,656 kernel launches an update, most of them on matrices too
-small to keep a GPU busy. Batched it has 56. PyTorch's own always multiplies in bfloat16, which many
-CPUs only emulate. On a CPU with bfloat16, which gains nothing, PyTorch's own update is made.
+small to keep a GPU, or the cores of a CPU, busy. Batched it has 56. PyTorch's own always multiplies
+in bfloat16, which many CPUs only emulate.
 
 Shapes: n matrices of R rows and C columns.
 """
@@ -14,7 +14,7 @@ import torch
 
 
 class Muon(torch.optim.Muon):
-    """torch.optim.Muon; `batched` says how, and is found by the device and `products`.
+    """torch.optim.Muon.
 
     products: the dtype in which matrices are orthogonalised.
     found_inf: None, or a number on the device, as torch.optim.AdamW(fused=True) takes it: where it
@@ -26,19 +26,14 @@ class Muon(torch.optim.Muon):
     def __init__(self, params, products: torch.dtype = torch.bfloat16, **options):
         super().__init__(params, **options)
         self.products = products
-        on_gpu = self.param_groups[0]["params"][0].device.type == "cuda"
-        self.batched = on_gpu or products != torch.bfloat16
 
     @torch.no_grad()
     def step(self, closure=None):
         """One update of all parameters that have a gradient."""
         if closure is not None:
             raise ValueError("closure: not supported; call step() alone")
-        if self.batched:
-            for group in self.param_groups:
-                self.update_in_batches(group)
-        elif self.found_inf is None or not self.found_inf.item():
-            super().step()
+        for group in self.param_groups:
+            self.update_in_batches(group)
 
     def update_in_batches(self, group: dict):
         """What torch.optim.Muon does for each matrix by itself."""

@@ -19,10 +19,7 @@ def matrices(dtype=torch.float32):
 
 
 def batched(parameters, **options):
-    muon = Muon(parameters, **OPTIONS | options)
-    assert not muon.batched, "on a CPU the update is PyTorch's own"
-    muon.batched = True
-    return muon
+    return Muon(parameters, **OPTIONS | options)
 
 
 def set_gradients(parameters, seed, missing=()):
@@ -55,11 +52,9 @@ def test_it_is_torch_optim_muon(dtype, nesterov, tensor_lr):
         torch.testing.assert_close(old, new, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("is_batched", [True, False])
-def test_found_inf_leaves_weights_and_momentum_bit_for_bit(is_batched):
+def test_found_inf_leaves_weights_and_momentum_bit_for_bit():
     parameters = matrices()
     muon = batched(parameters)
-    muon.batched = is_batched
     set_gradients(parameters, 0)
     muon.found_inf = torch.tensor(0.0)
     muon.step()
@@ -101,16 +96,15 @@ def test_launches_grow_with_the_shapes_and_not_with_the_layers():
     """The matrices of 12 layers as in GPT-2's smallest model, narrower: 1,656 one by one."""
     shapes = [(8, 8)] * 4 + [(32, 8), (8, 32)]
     counts = {}
-    for is_batched in (True, False):
+    for kind in (Muon, torch.optim.Muon):
         parameters = [torch.nn.Parameter(torch.randn(s)) for _ in range(12) for s in shapes]
-        muon = batched(parameters)
-        muon.batched = is_batched
+        muon = kind(parameters, **OPTIONS)
         for number in range(2):  # the first makes the momentum
             set_gradients(parameters, number)
             with Launches() as launches:
                 muon.step()
-        counts[is_batched] = launches.count
-    assert counts == {True: 56, False: 1656}, counts
+        counts[kind] = launches.count
+    assert counts == {Muon: 56, torch.optim.Muon: 1656}, counts
 
 
 def test_what_it_does_not_do_is_said():
@@ -129,7 +123,6 @@ def test_in_float32_it_is_the_same_up_to_bfloat16s_rounding(nesterov):
     for products in sides:
         parameters = matrices()
         muon = Muon(parameters, products, **OPTIONS, nesterov=nesterov)
-        assert muon.batched == (products != torch.bfloat16)
         for number in range(5):
             set_gradients(parameters, number)
             muon.step()
