@@ -1,9 +1,9 @@
 """What is trained side by side: this project's decoder and its peers, on the same random ids.
 
 Each maker returns step(ids, targets), which trains one optimizer step and returns the loss. The
-peers are set up as they ship: nanoGPT's own model and optimizer, in float32 on a CPU and compiled
-in bf16 on CUDA, where TF32 is allowed and a loss is read every tenth step; GPT-2 of transformers
-and torch.nn.TransformerEncoder with torch.optim.AdamW. Dropout is 0 on all sides.
+peers are set up as they ship: nanoGPT's own model and optimizer, in float32 on a CPU, compiled and
+not, and compiled in bf16 on CUDA, where TF32 is allowed and a loss is read every tenth step; GPT-2
+of transformers and torch.nn.TransformerEncoder with torch.optim.AdamW. Dropout is 0 on all sides.
 """
 
 import contextlib
@@ -44,7 +44,8 @@ MODELS = {  # name: (shape, sequences, their length)
     "tiny": (replace(GPT, vocab_size=65, d_model=32, n_heads=2, n_layers=2, d_ff=128), 2, 16),
 }
 PEERS = {  # name: what it is called in a table
-    "nanogpt": "nanoGPT",
+    "nanogpt": "nanoGPT",  # on CUDA compiled
+    "nanogpt-compiled": "nanoGPT, compiled",
     "gpt2-fp32": "GPT-2 of transformers, fp32",
     "gpt2-bf16": "GPT-2 of transformers, bf16",
     "encoder-fp32": "torch.nn.TransformerEncoder, fp32",
@@ -64,7 +65,7 @@ def make(side: str, shape: ModelConfig, length: int, device, checkout: str = "",
         return ours(shape, side, device, **how)
     if kind == "nanogpt":
         with contextlib.redirect_stdout(sys.stderr):
-            return nanogpt(Path(checkout), shape, length, device)
+            return nanogpt(Path(checkout), shape, length, device, precision == "compiled")
     return peer({"gpt2": gpt2, "encoder": Encoder}[kind](shape, length), precision, device)
 
 
@@ -132,8 +133,11 @@ def nanogpt_module(checkout: Path):
     return module
 
 
-def nanogpt(checkout: Path, shape: ModelConfig, length: int, device):
-    """nanoGPT's model and optimizer; mixed precision and compiled only where it does so."""
+def nanogpt(checkout: Path, shape: ModelConfig, length: int, device, compiled: bool = False):
+    """nanoGPT's model and optimizer, in mixed precision and compiled on CUDA.
+
+    compiled: on a CPU too, as with its --compile=True.
+    """
     module = nanogpt_module(checkout)
     config = module.GPTConfig(
         block_size=length, vocab_size=shape.vocab_size, n_layer=shape.n_layers,
@@ -145,7 +149,7 @@ def nanogpt(checkout: Path, shape: ModelConfig, length: int, device):
     if cuda:
         torch.backends.cuda.matmul.allow_tf32 = True
         torch.backends.cudnn.allow_tf32 = True
-    run = torch.compile(model) if cuda else model
+    run = torch.compile(model) if cuda or compiled else model
     taken, read = 0, float("nan")
 
     def step(ids, targets):
