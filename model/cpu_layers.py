@@ -136,7 +136,8 @@ class Gelu(torch.autograd.Function):
             s = torch.addcmul(a, x_part, x_part, value=b).mul_(x_part).sigmoid_()
             torch.mul(x_part, s, out=y_part)
             t = torch.addcmul(a, x_part, x_part, value=3 * b)  # (2 u)'
-            torch.addcmul(s, torch.ops.aten.sigmoid_backward(t, s), x_part, out=slope_part)
+            torch.ops.aten.sigmoid_backward.grad_input(t, s, grad_input=t)  # t s (1 - s)
+            torch.addcmul(s, t, x_part, out=slope_part)
         ctx.save_for_backward(slope)
         return y
 
