@@ -35,7 +35,7 @@ KINDS = {  # the first that a name contains
     "casts and copies": ("aten::copy_",),
     "softmax": ("softmax", "nll_loss", "aten::exp", "amax", "gather", "scatter"),
     "norms": ("layer_norm", "rms_norm"),
-    "activation": ("relu", "gelu", "Gelu", "sigmoid", "addcmul", "clamp_min", "threshold"),
+    "activation": ("relu", "gelu", "clamp_min", "threshold"),
     "optimizer": ("_fused_adamw", "_foreach", "Optimizer", "vector_norm"),
 }
 WARM_UP, STEPS = 3, 5

@@ -3,9 +3,9 @@
     use_cpu_layers(model)
 
 Parameters and checkpoints stay as they are. In bf16, attention to short sequences keeps its weights
-for the backward pass; GELU keeps its derivative; dropout draws four decisions at a time. With a
-cache, a mask or attention dropout, without gradients and in torch.compile the decoder's own form
-is taken, with which `tests/model/test_cpu_layers.py` compares this one.
+for the backward pass; dropout draws four decisions at a time. With a cache, a mask or attention
+dropout, without gradients and in torch.compile the decoder's own form is taken, with which
+`tests/model/test_cpu_layers.py` compares this one.
 
 Shapes: B sequences, T tokens, C = d_model, H heads of width D = C / H, N = B H.
 """
@@ -23,13 +23,12 @@ from model.bf16_attention import MAX_SCORES, accumulation_dtype
 from model.transformer_full import MultiHeadAttention, TransformerDecoder
 
 MAX_LENGTH = 128  # tokens: beyond, the weights would take much memory
-MAX_GELU = 2**18  # numbers at a time, for a CPU's caches
 
 
 def use_cpu_layers(model: TransformerDecoder):
     """Has the layers of a decoder train this way."""
     forms: dict[type[nn.Module], Callable[..., torch.Tensor]]
-    forms = {MultiHeadAttention: attention, nn.GELU: gelu, nn.Dropout: dropout}
+    forms = {MultiHeadAttention: attention, nn.Dropout: dropout}
     for module in model.modules():
         if type(module) in forms:
             module.forward = partial(forms[type(module)], module)
@@ -107,44 +106,6 @@ def parts(P):
     """Slices of the N heads whose weights P (N, T, T) are computed at a time."""
     count = max(1, MAX_SCORES // P.shape[-1] ** 2)
     return [slice(first, first + count) for first in range(0, len(P), count)]
-
-
-# GELU ---------------------------------------------------------------------------------------------
-
-
-def gelu(module: nn.GELU, x):
-    """`nn.GELU("tanh").forward`: x (1 + tanh u) / 2, with u = sqrt(2 / pi) (x + 0.044715 x^3)."""
-    return nn.GELU.forward(module, x) if is_plain() else Gelu.apply(x)
-
-
-class Gelu(torch.autograd.Function):
-    """x sigmoid(2 u), which is the same, and its derivative from the same sigmoid s.
-
-    That is s + x (2 u)' s (1 - s). PyTorch's kernels take a tanh in each pass, which is slow.
-    """
-
-    @staticmethod
-    def forward(ctx, x):
-        x = x.contiguous()
-        y, slope = torch.empty_like(x), torch.empty_like(x)
-        dtype = accumulation_dtype(x)
-        a = torch.tensor(math.sqrt(8 / math.pi), dtype=dtype)
-        b = 0.044715 * a.item()
-        parts = (tensor.view(-1).split(MAX_GELU) for tensor in (x, y, slope))
-        for x_part, y_part, slope_part in zip(*parts, strict=True):
-            x_part = x_part.to(dtype)
-            s = torch.addcmul(a, x_part, x_part, value=b).mul_(x_part).sigmoid_()
-            torch.mul(x_part, s, out=y_part)
-            t = torch.addcmul(a, x_part, x_part, value=3 * b)  # (2 u)'
-            torch.ops.aten.sigmoid_backward.grad_input(t, s, grad_input=t)  # t s (1 - s)
-            torch.addcmul(s, t, x_part, out=slope_part)
-        ctx.save_for_backward(slope)
-        return y
-
-    @staticmethod
-    def backward(ctx, dy):  # pyrefly: ignore[bad-override], of one output one gradient comes
-        (slope,) = ctx.saved_tensors
-        return dy * slope
 
 
 # Dropout ------------------------------------------------------------------------------------------
