@@ -21,6 +21,7 @@ from benchmarks.harness import median as middle
 from benchmarks.peers import GPT
 from common import cli
 from common.device import PRECISIONS, choose_device, cpu_has_bf16
+from model.cpu_layers import use_cpu_layers
 from model.loss import LossModule
 from model.transformer_full import TransformerDecoder
 from training.config import TrainConfig
@@ -51,6 +52,7 @@ def measure(size: str, context: int) -> dict:
     configure_torch(TrainConfig(), device)
     shape = shape_of(size, context)
     model = TransformerDecoder.from_config(shape)
+    use_cpu_layers(model)
     loss_module = LossModule(model)
     tokens = 1024 if size == "124 M" else 4096
     ids, targets = torch.randint(0, shape.vocab_size, (2, max(1, tokens // context), context))

@@ -61,6 +61,7 @@ def training(name: str, dataset, batches: Batches):
     import torch
 
     from common.device import choose_device, to_device
+    from model.cpu_layers import use_cpu_layers
     from model.loss import LossModule
     from model.transformer_full import TransformerDecoder
     from training.optimizer import create_optimizers
@@ -74,6 +75,7 @@ def training(name: str, dataset, batches: Batches):
     work = Work.of(batches.examples, batches.batch_size)
     precision, _ = choose_precision("auto", shape, work, device)
     model = TransformerDecoder.from_config(shape, precision.weights)
+    use_cpu_layers(model)
     loss_module = LossModule(model)
     optimizers = create_optimizers(model, optimizer_config, precision)
 

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from common.device import PRECISIONS
 from common.errors import UserError
 from model.config import ModelConfig
+from model.cpu_layers import use_cpu_layers
 from model.cuda_attention import prefers_cudnn, use_cuda_attention
 from model.loss import LossModule
 from model.transformer_full import TransformerDecoder
@@ -88,6 +89,8 @@ def ours(
     model = TransformerDecoder.from_config(shape, precision.weights).to(device)
     if device.type == "cuda":
         use_cuda_attention(model, prefers_cudnn(device, fixed_shapes=True))
+    elif device.type == "cpu":
+        use_cpu_layers(model)
     if recompute:
         recompute_layers(model)
     optimizers = create_optimizers(model, config.optimizer, precision)

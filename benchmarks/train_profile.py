@@ -23,7 +23,14 @@ from common.device import PRECISIONS, choose_device, matmul_flops
 from model import transformer_full
 
 KINDS = {  # the first that a name contains
-    "attention": ("scaled_dot_product", "BF16Attention", "aten::bmm", "_softmax_backward_data"),
+    "attention": (
+        "scaled_dot_product",
+        "BF16Attention",
+        "ShortAttention",
+        "aten::bmm",
+        "aten::baddbmm",
+        "_softmax_backward_data",
+    ),
     "matrix products": ("aten::mm", "aten::addmm"),
     "casts and copies": ("aten::copy_",),
     "softmax": ("softmax", "nll_loss", "aten::exp", "amax", "gather", "scatter"),

@@ -6,8 +6,8 @@
 
 Read it beside `transformer_lite.py` and `transformer_micro.py`: same classes, order and numbers.
 Whoever changes attention, feed-forward or positions changes `cpu_decoder.py` and `cuda_decoder.py`
-of `generation/` as well, which have them for one token a row, and `cuda_attention.py` here; the
-tests of these compare them with this.
+of `generation/` as well, which have them for one token a row, and `cpu_layers.py` and
+`cuda_attention.py` here; the tests of these compare them with this.
 
 Shapes: B sequences, T tokens, C = d_model, H heads of width D = C / H, S keys, V = vocab_size.
 """

@@ -18,6 +18,7 @@ from checkpoint.reader import NAN_DUMP_BATCH, Checkpoint, CheckpointError
 from checkpoint.writer import publish
 from common.device import PRECISIONS, Precision, check_precision, choose_device
 from data.batches import Batch
+from model.cpu_layers import use_cpu_layers
 from model.loss import LossModule
 from model.transformer_full import TransformerDecoder
 from training.config import Config
@@ -96,6 +97,8 @@ def restore_nan_dump(path: Path, device_name: str = "") -> RestoredStep:
     configure_torch(config.train, device)
     weights = dump.tensors("model.safetensors")
     model = TransformerDecoder.from_weights(config.model, weights, precision.weights, device)
+    if device.type == "cpu":
+        use_cpu_layers(model)
     scaler = torch.amp.GradScaler(device.type, enabled=precision.name == "fp16")
     restore_scaler(scaler, dump)
     loss_module = LossModule(model).train()

@@ -16,6 +16,7 @@ import torch
 from common.device import PRECISIONS, Precision, synchronize
 from data.batches import Examples
 from model.config import ModelConfig
+from model.cpu_layers import use_cpu_layers
 from model.loss import output_loss, softmax_loss
 from model.transformer_full import TransformerDecoder
 
@@ -151,6 +152,8 @@ class Passes:
             for parameter in model.parameters():
                 parameter.fill_(0.01)  # what was in memory could be slow, such as denormal numbers
         model.to(device)
+        if device.type == "cpu":
+            use_cpu_layers(model)
         self.run_layer, self.output = model.layers[0], model.output
         C = shape.d_model
         tokens = int(flops / (6 * (4 * C * C + 2 * C * shape.d_ff) + 12 * C * work.length))

@@ -18,6 +18,7 @@ from data.batches import Batches, Examples
 from data.dataset import Dataset, prepare
 from data.rng import derive_seed
 from data.tokenizer import Tokenizer, load_tokenizer
+from model.cpu_layers import use_cpu_layers
 from model.cuda_attention import prefers_cudnn, use_cuda_attention
 from model.loss import LossModule
 from model.transformer_full import TransformerDecoder
@@ -64,6 +65,8 @@ def build(spec: RunSpec, log: Log) -> TrainState:
         use_cuda_attention(model, cudnn)
         if cudnn and precision.name in ("bf16", "fp16"):
             log("attention: cuDNN's, the faster one on this GPU")
+    elif device.type == "cpu":
+        use_cpu_layers(model)
     if config.train.checkpoint_activations:
         recompute_layers(model)
     with defer_interrupts():  # the first optimizer makes PyTorch load its compiler
