@@ -16,7 +16,8 @@ from typing import Protocol
 
 import torch
 
-from generation import cpu_decoder, cuda_decoder
+from generation import compiled_decoder, cpu_decoder, cuda_decoder
+from generation.compiled_decoder import CompiledDecoder
 from generation.cpu_decoder import CACHE_DTYPE, CPUDecoder, Decoder
 from generation.cuda_decoder import CaptureError, CUDADecoder, attention_kernels
 from generation.kv_cache import KVCache
@@ -49,6 +50,7 @@ def generate(
     end_id: int | None = None,
     on_token: Callable[[int, int], bool | None] | None = None,
     on_logits: Callable[[int, list[float], int], None] | None = None,
+    compiled: bool = False,
 ) -> list[list[int]]:
     """The new ids of each prompt, up to `end_id` (not included) or rules.max_new_tokens of them.
 
@@ -56,6 +58,8 @@ def generate(
     sample 0, and equal prompts are 0, 1, 2 and so on.
     on_token: called with (index of the prompt, id) for each new token; True ends that row.
     on_logits: called before it with (index, logits (V), id), the end included, for `explain`.
+    compiled: on a CPU in float32 and bfloat16, decode by what a C++ compiler makes of a step, if
+    there is one: `compiled_decoder`.
     A text longer than `model.max_len` is read through `sampling.window`. PyTorch's random state is
     not touched, and the model is left in the mode it was in. On CUDA a cache of up to
     `cuda_decoder.MAX_KEPT` bytes stays allocated for the next call. Raises UserError for an empty
@@ -68,12 +72,17 @@ def generate(
     longest = max(map(len, texts), default=0) + rules.max_new_tokens
     places = min(model.max_len, longest - 1)  # the last token is never read
     worth = bool(rows) and rules.max_new_tokens >= MIN_TOKENS_TO_PACK
-    recorded = None
+    recorded, choose = None, sample_tokens
     if worth and cuda_decoder.is_supported(model):
         recorded = cuda_decoder.borrow(model, len(rows), places)
         cache, step = recorded.cache, partial(recorded_step, model, recorded)
     elif worth and cpu_decoder.is_supported(model):
-        cache, step = KVCache(model, len(rows), places, CACHE_DTYPE), CPUDecoder(model)
+        library = compiled_decoder.load() if compiled else None
+        if library is None:
+            cache, step = KVCache(model, len(rows), places, CACHE_DTYPE), CPUDecoder(model)
+        else:
+            cache, step = KVCache(model, len(rows), places), CompiledDecoder(model, library)
+            choose = step.sample_tokens
     else:
         cache, step = KVCache(model, len(rows), places), partial(module_step, model)
 
@@ -91,7 +100,7 @@ def generate(
             while rows:
                 logits = next_logits(model, step, cache, [texts[row] for row in rows])
                 numbers = [uniform(seed, samples[row], len(texts[row])) for row in rows]
-                tokens = sample_tokens(logits, rules, numbers)
+                tokens = choose(logits, rules, numbers)
                 if on_logits is not None:
                     for row, values, token in zip(rows, logits.tolist(), tokens, strict=True):
                         on_logits(row, values, token)

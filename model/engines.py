@@ -4,6 +4,8 @@ Imports are made where they are needed: with "numpy" there is no torch, with "py
 either.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Literal
 
 from checkpoint.reader import Checkpoint
@@ -17,10 +19,12 @@ WEIGHTS = "model.safetensors"
 MARGIN = 1.05  # how much faster bf16 has to be than fp32, whose text is the other engines' too
 
 
-def check_options(engine: Engine, device: str, precision: str):
+def check_options(engine: Engine, device: str, precision: str, compiled: bool = False):
     """Raises UserError for what only torch has."""
     if engine == "torch":
         return
+    if compiled:
+        raise UserError(f"--compile: the {engine} engine is not compiled; leave it out")
     if device not in ("auto", "cpu"):
         raise UserError(
             f"--device {device}: the {engine} engine computes on the CPU; use --device cpu"
@@ -106,12 +110,17 @@ def decoder_class(engine: Engine) -> type:
     return Decoder
 
 
-def generator(engine: Engine):
-    """The `generate` of the engine: many prompts at once with torch, one by one with the others."""
+def generator(engine: Engine, compiled: bool = False) -> Callable[..., list[list[int]]]:
+    """The `generate` of the engine: many prompts at once with torch, one by one with the others.
+
+    compiled: as in `generation.batched.generate`, for torch alone.
+    """
     if engine == "torch":
         from generation.batched import generate
-    else:
-        from generation.sequential import generate
+
+        return partial(generate, compiled=compiled)
+    from generation.sequential import generate
+
     return generate
 
 
