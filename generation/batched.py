@@ -12,18 +12,20 @@ Shapes: B rows, T tokens, L layers, H heads of width D, S places in the cache, V
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
-from generation import compiled_decoder, cpu_decoder, cuda_decoder
-from generation.compiled_decoder import CompiledDecoder
+from generation import cpu_decoder, cuda_decoder
 from generation.cpu_decoder import CACHE_DTYPE, CPUDecoder, Decoder
 from generation.cuda_decoder import CaptureError, CUDADecoder, attention_kernels
 from generation.kv_cache import KVCache
 from generation.sampling import Sampling, uniform, window
 from generation.sequential import AnyDecoder, check_prompts, number_samples
 from generation.torch_sampling import sample_tokens
+
+if TYPE_CHECKING:
+    from generation.compiled_decoder import CompiledDecoder
 
 # new tokens from which it pays to lay out the weights anew, or to record a step: a few steps' time
 MIN_TOKENS_TO_PACK = 8
@@ -77,12 +79,12 @@ def generate(
         recorded = cuda_decoder.borrow(model, len(rows), places)
         cache, step = recorded.cache, partial(recorded_step, model, recorded)
     elif worth and cpu_decoder.is_supported(model):
-        library = compiled_decoder.load() if compiled else None
-        if library is None:
+        decoder = compiled_decoder(model) if compiled else None
+        if decoder is None:
             cache, step = KVCache(model, len(rows), places, CACHE_DTYPE), CPUDecoder(model)
         else:
-            cache, step = KVCache(model, len(rows), places), CompiledDecoder(model, library)
-            choose = step.sample_tokens
+            cache, step = KVCache(model, len(rows), places), decoder
+            choose = decoder.sample_tokens
     else:
         cache, step = KVCache(model, len(rows), places), partial(module_step, model)
 
@@ -141,6 +143,14 @@ def rows_at_once(model: BatchedDecoder, longest: int, free: int | None = None) -
         row += 2 * 8 * config.n_heads * places**2
     rows = max(1, min(MAX_CUDA_ROWS, free // 2 // row))
     return 1 << (rows.bit_length() - 1)
+
+
+def compiled_decoder(model: BatchedDecoder) -> "CompiledDecoder | None":
+    """A CompiledDecoder; None where none can be made, which is said once."""
+    from generation.compiled_decoder import CompiledDecoder, load  # what it needs, few need
+
+    library = load()
+    return None if library is None else CompiledDecoder(model, library)
 
 
 def module_step(model: BatchedDecoder, ids: torch.Tensor, cache: KVCache) -> torch.Tensor:

@@ -5,8 +5,9 @@
 
 A CPUDecoder of a small model spends most of its time between products: in Python, in PyTorch's
 calls, and where threads meet. `decode_step.cpp` has none of that. It needs no header of PyTorch's,
-so it compiles in about a second, once on a machine. Products have their weights in float32,
-bfloat16 or int8; all else is float32. A row gives the same logits in any batch, to the last bit.
+so it compiles in about a second, once on a machine. In bfloat16 are the weights, keys and values of
+a model in bfloat16, and what its products read; all else is float32. A row that is cached gives the
+same logits in any batch, to the last bit.
 
 Shapes: B rows, C = d_model, N outputs of a linear layer, K its inputs, V = vocab_size.
 """
@@ -41,12 +42,12 @@ if platform.machine().lower() in ("x86_64", "amd64"):
     FLAGS.append("-mprefer-vector-width=512")
 CACHE = SOURCE.parent / "cache"  # where the compiled step is kept
 SECONDS = 120  # that the compiler may take
-DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
+DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 
 
 class Linear(ctypes.Structure):
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("weight", "scale", "bias")),
+        *((name, ctypes.c_void_p) for name in ("weight", "bias")),
         *((name, ctypes.c_int64) for name in ("inputs", "outputs", "dtype")),
     ]
 
@@ -100,7 +101,8 @@ def load() -> ctypes.CDLL | None:
     try:
         library = ctypes.CDLL(str(compiled()))
     except (OSError, UserError, subprocess.SubprocessError) as error:
-        print(f"--compile: {error}; generating without it, more slowly", file=sys.stderr)
+        why = error if isinstance(error, UserError) else f"--compile: {error}"
+        print(f"{why}; generating without it, more slowly", file=sys.stderr)
         return None
     library.panel.restype = ctypes.c_int64
     for function in (library.step, library.sample_top_k):
@@ -112,7 +114,7 @@ def compiled() -> Path:
     """The shared library, made unless it is there. Raises OSError, UserError, SubprocessError."""
     compiler = shlex.split(os.environ.get("CXX", "")) or ["c++"]
     if shutil.which(compiler[0]) is None:
-        raise UserError(f"no C++ compiler ({compiler[0]}); install one, or set CXX")
+        raise UserError(f"--compile: no C++ compiler ({compiler[0]}); install one, or set CXX")
     # what one processor can do, another may not: its name and flags are part of the file's
     about = [SOURCE.read_text("utf-8"), *compiler, *FLAGS, processor(), instructions()]
     name = hashlib.sha256("\n".join(about).encode()).hexdigest()[:16]
@@ -131,7 +133,10 @@ def compiled() -> Path:
             done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS)  # noqa: S603, ours
             if done.returncode:
                 lines = done.stderr.strip().splitlines() or [f"status {done.returncode}"]
-                raise UserError(f"{shlex.join(compiler)} failed: {lines[0]}")
+                raise UserError(
+                    f"--compile: {shlex.join(compiler)} failed ({lines[0]}); set CXX to a C++ "
+                    "compiler that has OpenMP"
+                )
         os.replace(made[1], library)
     return library
 

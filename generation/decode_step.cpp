@@ -1,5 +1,5 @@
-// One token of each of B rows through the decoder, in one call: what `cpu_decoder.py` does operation
-// by operation. `compiled_decoder.py` compiles this, and mirrors the structures below.
+// One token of each of B rows through the decoder, in one call: what `cpu_decoder.py` does one
+// operation after another. `compiled_decoder.py` compiles this, and mirrors the structures below.
 //
 // The threads share each product by its outputs, and attention by rows and heads; what is small
 // (norms, the residual path) each does for itself, because waiting for the others takes longer. The
@@ -34,17 +34,15 @@ constexpr int PANEL = 4 * LANES;  // outputs whose weights lie side by side
 typedef float Floats __attribute__((vector_size(4 * LANES), aligned(4)));
 typedef uint32_t Words __attribute__((vector_size(4 * LANES), aligned(4)));
 typedef uint16_t Halves __attribute__((vector_size(2 * LANES), aligned(2)));
-typedef int8_t Bytes __attribute__((vector_size(LANES), aligned(1)));
 
-enum Dtype : int64_t { FLOAT32, BFLOAT16, INT8 };
+enum Dtype : int64_t { FLOAT32, BFLOAT16 };
 enum NormKind : int64_t { NONE, LAYER, RMS };
 enum Activation : int64_t { IDENTITY, RELU, GELU };
 
 struct Linear {            // x W^T + b
   const void *weight;      // (outputs / PANEL, inputs, PANEL), the last panel filled up with zeros;
                            // of bfloat16 two inputs side by side: (.., inputs / 2, PANEL, 2)
-  const float *scale;      // of each output, of int8 weights; filled up as well
-  const float *bias;       // as the scale; null: none
+  const float *bias;       // filled up as well; null: none
   int64_t inputs, outputs, dtype;
 };
 
@@ -80,9 +78,6 @@ static inline Floats widen(const float *p) { return *(const Floats *)p; }
 static inline Floats widen(const uint16_t *p) {  // bfloat16
   return (Floats)(__builtin_convertvector(*(const Halves *)p, Words) << 16);
 }
-static inline Floats widen(const int8_t *p) {
-  return __builtin_convertvector(*(const Bytes *)p, Floats);
-}
 
 static inline float to_float(float x) { return x; }
 static inline float to_float(uint16_t bits) {
@@ -103,9 +98,6 @@ static inline void store(float x, uint16_t &y) { y = to_bfloat16(x); }
 
 // sums + w x: for each type of weights, as many inputs at a time as one lane holds.
 static inline Floats weigh(Floats sums, const float *w, const float *x) {
-  return sums + widen(w) * *x;
-}
-static inline Floats weigh(Floats sums, const int8_t *w, const float *x) {
   return sums + widen(w) * *x;
 }
 #if defined(__AVX512BF16__)
@@ -186,7 +178,6 @@ static inline void tile(const Linear &linear, int64_t panel, int64_t steps, cons
     float *out = y + row * stride + panel * PANEL;
     for (int j = 0; j < 4; j++) {
       int64_t first = panel * PANEL + j * LANES;
-      if (linear.scale) sums[row][j] *= widen(linear.scale + first);
       if (linear.bias) sums[row][j] += widen(linear.bias + first);
       *(Floats *)(out + j * LANES) = sums[row][j];
     }
@@ -216,8 +207,6 @@ static void product(const Linear &linear, int64_t B, const float *x, int64_t x_s
   int64_t K = linear.inputs;
   if (linear.dtype == FLOAT32) {
     share_of_product<float>(linear, B, K, x, x_stride, y, activation);
-  } else if (linear.dtype == INT8) {
-    share_of_product<int8_t>(linear, B, K, x, x_stride, y, activation);
   } else {
     pair_up(B, K, x, x_stride, pairs);
     share_of_product<uint32_t>(linear, B, (K + 1) / 2, pairs, (K + 1) / 2, y, activation);
@@ -350,13 +339,14 @@ extern "C" void step(const Decoder *given, const Cache *cache, int64_t B, const 
   std::unique_ptr<float[]> shared(new float[B * (qkv_stride + C + wide + up_stride + wide)]);
   float *qkv = shared.get(), *heads = qkv + B * qkv_stride, *y1 = heads + B * C;
   float *inner = y1 + B * wide, *y2 = inner + B * up_stride;
-  auto *attention = cache->dtype == FLOAT32 ? share_of_attention<float> : share_of_attention<uint16_t>;
+  auto *attention =
+      cache->dtype == FLOAT32 ? share_of_attention<float> : share_of_attention<uint16_t>;
 #pragma omp parallel num_threads(threads)
   {
     std::unique_ptr<float[]> own(new float[2 * B * C + most + 1]);
     float *x = own.get(), *h = x + B * C, *weights = h + B * C;
-    std::unique_ptr<Bf16Input[]> pairs_(new Bf16Input[B * (std::max(C, up.outputs) / 2 + 1)]);
-    Bf16Input *pairs = pairs_.get();
+    std::unique_ptr<Bf16Input[]> paired(new Bf16Input[B * (std::max(C, up.outputs) / 2 + 1)]);
+    Bf16Input *pairs = paired.get();
     embed(decoder, B, ids, places, x);
     normalise(decoder.embed_norm, B, C, x, x);
     for (int64_t l = 0; l < decoder.n_layers; l++) {
@@ -386,7 +376,8 @@ extern "C" void step(const Decoder *given, const Cache *cache, int64_t B, const 
 
 // The token at which the sum of the weights of a row's k largest logits, and of all that tie with
 // the last of them, passes `number` of it; -1 where the largest logit is no number.
-static int64_t sample(const float *logits, int64_t V, int64_t k, double temperature, double number) {
+static int64_t sample(const float *logits, int64_t V, int64_t k, double temperature,
+                      double number) {
   // k blocks have a logit that is at least the k-th largest of their maxima: no other block counts
   int64_t span = std::max<int64_t>(1, std::min<int64_t>(64, V / (4 * k)));
   int64_t blocks = (V + span - 1) / span;
@@ -417,9 +408,12 @@ static int64_t sample(const float *logits, int64_t V, int64_t k, double temperat
   least = found[k - 1];
   std::vector<double> reached;
   double sum = 0;
-  for (int64_t id : ids)
-    reached.push_back(sum += logits[id] < least ? 0.0 : exp(((double)logits[id] - most) / temperature));
+  for (int64_t id : ids) {
+    if (logits[id] >= least) sum += exp(((double)logits[id] - most) / temperature);
+    reached.push_back(sum);
+  }
   auto place = std::upper_bound(reached.begin(), reached.end(), number * sum);
+  if (place == reached.end()) place = std::lower_bound(reached.begin(), reached.end(), sum);
   return ids[place - reached.begin()];
 }
 
