@@ -197,7 +197,9 @@ def read_source(checkpoint: Checkpoint, engine: engines.Engine) -> Source:
 def load_model(arguments: Arguments, source: Source):
     """The decoder, on its device. From here on there is torch, if it is the engine."""
     engine, device, shape = arguments.engine, arguments.device, source.model_config
-    precision, why = engines.choose_precision(engine, shape, device, arguments.precision)
+    precision, why = engines.choose_precision(
+        engine, shape, device, arguments.precision, arguments.compile
+    )
     if arguments.precision == "auto":
         print(f"precision: {precision} ({why})", file=sys.stderr, flush=True)
     return engines.load_model(engine, shape, source.weights, device, precision)

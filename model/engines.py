@@ -37,11 +37,11 @@ def check_options(engine: Engine, device: str, precision: str, compiled: bool = 
 
 
 def choose_precision(
-    engine: Engine, config: ModelConfig, device: str, precision: str
+    engine: Engine, config: ModelConfig, device: str, precision: str, compiled: bool = False
 ) -> tuple[str, str]:
     """The precision asked for, or for "auto" the fastest at reading a token; and why, for people.
 
-    It is measured on a CPU, in about a quarter of a second.
+    It is measured on a CPU, in about a quarter of a second; compiled: as in `generator`.
     """
     if precision != "auto":
         return precision, "as requested"
@@ -60,7 +60,9 @@ def choose_precision(
             return "bf16", "auto: this GPU has bf16"
         return "fp32", f"auto: the default on {place.type}"
     kind = decoder_class(engine)
-    fp32, bf16 = (seconds_of_a_token(kind, config, name) for name in ("float32", "bfloat16"))
+    fp32, bf16 = (
+        seconds_of_a_token(kind, config, name, compiled) for name in ("float32", "bfloat16")
+    )
     if fp32 > MARGIN * bf16:
         return "bf16", f"auto: measured to be {fp32 / bf16:.2f} times as fast as fp32"
     return "fp32", f"auto: bf16 is measured to be {fp32 / bf16:.2f} times as fast"
