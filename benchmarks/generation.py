@@ -93,13 +93,13 @@ class Task:
 Write = Callable[[torch.Tensor], list[list[int]]]
 
 
-def ours(precision: str, task: Task) -> tuple[TransformerDecoder, Write]:
+def ours(precision: str, task: Task, compiled=False) -> tuple[TransformerDecoder, Write]:
     """Our decoder with random weights, and a function that writes after prompts."""
     keep_freed_memory()  # as generate.py does
     torch.manual_seed(0)
     model = TransformerDecoder.from_config(task.shape).to(task.device, DTYPES[precision]).eval()
     rules = Sampling(top_k=task.top_k, max_new_tokens=task.new)
-    return model, lambda prompts: generate(model, prompts.tolist(), rules)
+    return model, lambda prompts: generate(model, prompts.tolist(), rules, compiled=compiled)
 
 
 def transformers(precision: str, task: Task, cache: str | None = None):
@@ -139,8 +139,18 @@ def measure(side: str, precision: str, task: Task) -> dict:
         model, write = ours(precision, task)
     else:
         model, write = transformers(precision, task, cache or None)
-    device = torch.device(task.device)
     found: dict[str, float] = {"parameters": sum(p.numel() for p in model.parameters())}
+    found |= timed(side, write, task)
+    device = torch.device(task.device)
+    found["memory"] = memory_used(device)
+    if kind == "ours" and device.type == "cuda":  # 0: something kept it from recording
+        found["graphs"] = sum(len(kept.recorded) for kept in cuda_decoder.kept.values())
+    return found
+
+
+def timed(side: str, write: Write, task: Task) -> dict[str, float]:
+    """Tokens per second at each batch, and the seconds of its first call."""
+    found, device = {}, torch.device(task.device)
     for batch in task.batches:
         prompts = task.prompts(batch)
         seconds = []
@@ -156,9 +166,6 @@ def measure(side: str, precision: str, task: Task) -> dict:
                 )
         found[str(batch)] = batch * task.new / statistics.median(seconds[1:])
         found[f"first call {batch}"] = seconds[0]
-    found["memory"] = memory_used(device)
-    if kind == "ours" and device.type == "cuda":  # 0: something kept it from recording
-        found["graphs"] = sum(len(kept.recorded) for kept in cuda_decoder.kept.values())
     return found
 
 

@@ -25,7 +25,9 @@ from common.errors import UserError
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
-PACKAGES = ("torch", "numpy", "sentencepiece", "transformers")
+PACKAGES = (
+    "torch", "numpy", "sentencepiece", "transformers", "ctranslate2", "llama-cpp-python",
+)  # fmt: skip
 
 
 @dataclass

@@ -13,7 +13,8 @@ from common import cli
 DOCUMENT = ROOT / "docs" / "benchmarks.md"
 ORDER = (
     "gpu", "precision", "train_throughput", "train_profile", "compile_cost", "default_run",
-    "time_to_quality", "train_memory", "cost", "lite_step", "generation", "decode_cost",
+    "time_to_quality", "train_memory", "cost", "lite_step", "generation", "generation_peers",
+    "decode_cost", "sampling_cost", "start_up", "preparing", "loader",
     "sampling_cost", "start_up", "preparing", "loader",
 )  # fmt: skip
 HEAD = """# Benchmarks

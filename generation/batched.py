@@ -12,7 +12,7 @@ Shapes: B rows, T tokens, L layers, H heads of width D, S places in the cache, V
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
@@ -23,6 +23,9 @@ from generation.kv_cache import KVCache
 from generation.sampling import Sampling, uniform, window
 from generation.sequential import AnyDecoder, check_prompts, number_samples
 from generation.torch_sampling import sample_tokens
+
+if TYPE_CHECKING:
+    from generation.compiled_decoder import CompiledDecoder
 
 # new tokens from which it pays to lay out the weights anew, or to record a step: a few steps' time
 MIN_TOKENS_TO_PACK = 8
@@ -49,6 +52,7 @@ def generate(
     end_id: int | None = None,
     on_token: Callable[[int, int], bool | None] | None = None,
     on_logits: Callable[[int, list[float], int], None] | None = None,
+    compiled: bool = False,
 ) -> list[list[int]]:
     """The new ids of each prompt, up to `end_id` (not included) or rules.max_new_tokens of them.
 
@@ -56,6 +60,8 @@ def generate(
     sample 0, and equal prompts are 0, 1, 2 and so on.
     on_token: called with (index of the prompt, id) for each new token; True ends that row.
     on_logits: called before it with (index, logits (V), id), the end included, for `explain`.
+    compiled: on a CPU in float32 and bfloat16, decode by what a C++ compiler makes of a step, if
+    there is one: `compiled_decoder`.
     A text longer than `model.max_len` is read through `sampling.window`. PyTorch's random state is
     not touched, and the model is left in the mode it was in. On CUDA a cache of up to
     `cuda_decoder.MAX_KEPT` bytes stays allocated for the next call. Raises UserError for an empty
@@ -68,12 +74,17 @@ def generate(
     longest = max(map(len, texts), default=0) + rules.max_new_tokens
     places = min(model.max_len, longest - 1)  # the last token is never read
     worth = bool(rows) and rules.max_new_tokens >= MIN_TOKENS_TO_PACK
-    recorded = None
+    recorded, choose = None, sample_tokens
     if worth and cuda_decoder.is_supported(model):
         recorded = cuda_decoder.borrow(model, len(rows), places)
         cache, step = recorded.cache, partial(recorded_step, model, recorded)
     elif worth and cpu_decoder.is_supported(model):
-        cache, step = KVCache(model, len(rows), places, CACHE_DTYPE), CPUDecoder(model)
+        decoder = compiled_decoder(model) if compiled else None
+        if decoder is None:
+            cache, step = KVCache(model, len(rows), places, CACHE_DTYPE), CPUDecoder(model)
+        else:
+            cache, step = KVCache(model, len(rows), places), decoder
+            choose = decoder.sample_tokens
     else:
         cache, step = KVCache(model, len(rows), places), partial(module_step, model)
 
@@ -91,7 +102,7 @@ def generate(
             while rows:
                 logits = next_logits(model, step, cache, [texts[row] for row in rows])
                 numbers = [uniform(seed, samples[row], len(texts[row])) for row in rows]
-                tokens = sample_tokens(logits, rules, numbers)
+                tokens = choose(logits, rules, numbers)
                 if on_logits is not None:
                     for row, values, token in zip(rows, logits.tolist(), tokens, strict=True):
                         on_logits(row, values, token)
@@ -132,6 +143,14 @@ def rows_at_once(model: BatchedDecoder, longest: int, free: int | None = None) -
         row += 2 * 8 * config.n_heads * places**2
     rows = max(1, min(MAX_CUDA_ROWS, free // 2 // row))
     return 1 << (rows.bit_length() - 1)
+
+
+def compiled_decoder(model: BatchedDecoder) -> "CompiledDecoder | None":
+    """A CompiledDecoder; None where none can be made, which is said once."""
+    from generation.compiled_decoder import CompiledDecoder, load  # what it needs, few need
+
+    library = load()
+    return None if library is None else CompiledDecoder(model, library)
 
 
 def module_step(model: BatchedDecoder, ids: torch.Tensor, cache: KVCache) -> torch.Tensor:

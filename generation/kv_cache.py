@@ -65,14 +65,8 @@ class KVCache:
 
     def reserve(self, table: torch.Tensor, T: int) -> torch.Tensor:
         """Makes room for T more tokens a row; their positions in `table`: (T, C) or (B, 1, C)."""
-        first, last, B = min(self.lengths), max(self.lengths), len(self.lengths)
-        if T > 1 and last > 0:
-            raise ValueError(f"{T} tokens at once need an empty cache; this one holds {last}")
-        if last + T > self.keys.shape[3]:
-            raise ValueError(
-                f"the cache has {self.keys.shape[3]} places, and {last + T} are needed"
-            )
-        self.lengths = [n + T for n in self.lengths]
+        starts = self.advance(T)
+        first, last, B = min(starts), max(starts), len(starts)
         self.seen_keys = self.keys[:, :B, :, : last + T].unbind()  # L times (B, H, S, D)
         self.seen_values = self.values[:, :B, :, : last + T].unbind()
         self.new_keys = self.keys[:, :B, :, last : last + T].unbind()  # L times (B, H, T, D)
@@ -85,6 +79,21 @@ class KVCache:
         self.mask = (every <= places[:, None])[:, None, None]
         self.places = (rows, slice(None), places)
         return table[places][:, None]
+
+    def advance(self, T: int) -> list[int]:
+        """Counts T more tokens to each row, and says at which places they begin: (B,).
+
+        Raises ValueError where there is no room.
+        """
+        starts, last = self.lengths, max(self.lengths)
+        if T > 1 and last > 0:
+            raise ValueError(f"{T} tokens at once need an empty cache; this one holds {last}")
+        if last + T > self.keys.shape[3]:
+            raise ValueError(
+                f"the cache has {self.keys.shape[3]} places, and {last + T} are needed"
+            )
+        self.lengths = [n + T for n in starts]
+        return starts
 
     def drop(self, row: int):
         """Forgets a row; the last one takes its place."""

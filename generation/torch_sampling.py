@@ -122,10 +122,15 @@ def to_cpu(*tensors: torch.Tensor, packed: bool) -> list[torch.Tensor]:
 def check_finite(largest: torch.Tensor):
     """Raises UserError if the largest logit of a row, NaN counting as such, is no number."""
     if not largest.isfinite().all():
-        raise UserError(
-            "the logits are not finite (training diverged); lower optimizer.lr, or use an earlier "
-            "checkpoint"
-        )
+        raise not_finite()
+
+
+def not_finite() -> UserError:
+    """What to raise for such logits."""
+    return UserError(
+        "the logits are not finite (training diverged); lower optimizer.lr, or use an earlier "
+        "checkpoint"
+    )
 
 
 def candidates(

@@ -4,6 +4,8 @@ Imports are made where they are needed: with "numpy" there is no torch, with "py
 either.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Literal
 
 from checkpoint.reader import Checkpoint
@@ -17,10 +19,12 @@ WEIGHTS = "model.safetensors"
 MARGIN = 1.05  # how much faster bf16 has to be than fp32, whose text is the other engines' too
 
 
-def check_options(engine: Engine, device: str, precision: str):
+def check_options(engine: Engine, device: str, precision: str, compiled: bool = False):
     """Raises UserError for what only torch has."""
     if engine == "torch":
         return
+    if compiled:
+        raise UserError(f"--compile: the {engine} engine is not compiled; leave it out")
     if device not in ("auto", "cpu"):
         raise UserError(
             f"--device {device}: the {engine} engine computes on the CPU; use --device cpu"
@@ -33,11 +37,11 @@ def check_options(engine: Engine, device: str, precision: str):
 
 
 def choose_precision(
-    engine: Engine, config: ModelConfig, device: str, precision: str
+    engine: Engine, config: ModelConfig, device: str, precision: str, compiled: bool = False
 ) -> tuple[str, str]:
     """The precision asked for, or for "auto" the fastest at reading a token; and why, for people.
 
-    It is measured on a CPU, in about a quarter of a second.
+    It is measured on a CPU, in about a quarter of a second; compiled: as in `generator`.
     """
     if precision != "auto":
         return precision, "as requested"
@@ -56,7 +60,9 @@ def choose_precision(
             return "bf16", "auto: this GPU has bf16"
         return "fp32", f"auto: the default on {place.type}"
     kind = decoder_class(engine)
-    fp32, bf16 = (seconds_of_a_token(kind, config, name) for name in ("float32", "bfloat16"))
+    fp32, bf16 = (
+        seconds_of_a_token(kind, config, name, compiled) for name in ("float32", "bfloat16")
+    )
     if fp32 > MARGIN * bf16:
         return "bf16", f"auto: measured to be {fp32 / bf16:.2f} times as fast as fp32"
     return "fp32", f"auto: bf16 is measured to be {fp32 / bf16:.2f} times as fast"
@@ -106,12 +112,17 @@ def decoder_class(engine: Engine) -> type:
     return Decoder
 
 
-def generator(engine: Engine):
-    """The `generate` of the engine: many prompts at once with torch, one by one with the others."""
+def generator(engine: Engine, compiled: bool = False) -> Callable[..., list[list[int]]]:
+    """The `generate` of the engine: many prompts at once with torch, one by one with the others.
+
+    compiled: as in `generation.batched.generate`, for torch alone.
+    """
     if engine == "torch":
         from generation.batched import generate
-    else:
-        from generation.sequential import generate
+
+        return partial(generate, compiled=compiled)
+    from generation.sequential import generate
+
     return generate
 
 

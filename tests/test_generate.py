@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +17,7 @@ from common import cli
 from common.errors import UserError
 from data.tokenizer import CharTokenizer
 from data.train_tokenizer import train_sentencepiece
-from generation import batched
+from generation import batched, compiled_decoder
 from generation.sampling import Sampling
 from generation.streaming import StreamedText
 from model.config import ModelConfig
@@ -151,6 +152,17 @@ def test_prompts_and_samples_are_independent_of_each_other(write, tmp_path):
     assert len({row["text"] for row in rows[:20]}) > 15
     assert rows[:20] == write("pairs", *flags)
     assert rows[33] == write("pairs", "--prompt", "ab", *flags[:-2])[13]
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
+def test_compiled_it_writes_the_same_greedy_text(write, monkeypatch):
+    asked = []
+    load = compiled_decoder.load
+    monkeypatch.setattr(compiled_decoder, "load", lambda: asked.append(load()) or asked[-1])
+    for kind in TOKENIZERS:
+        flags = ("--greedy", "--json", "--num_samples", "3")
+        assert write(kind, *flags, "--compile") == write(kind, *flags)
+    assert len(asked) == len(TOKENIZERS)
 
 
 def test_it_ends_before_a_stop_string(write):

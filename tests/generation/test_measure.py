@@ -1,5 +1,6 @@
 """generation/measure.py, and what `generate.py --precision auto` makes of it."""
 
+import shutil
 import sys
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 
 import generate
 from common import cli
-from generation import measure
+from generation import compiled_decoder, measure
 from model import engines
 from model.config import ModelConfig
 from model.transformer_full import TransformerDecoder
@@ -23,8 +24,23 @@ def test_a_token_is_timed_and_no_random_number_drawn(dtype):
     assert torch.equal(torch.get_rng_state(), before)
 
 
+@pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
+@pytest.mark.parametrize("compiled, calls", [(True, 2), (False, 0)])
+def test_the_step_is_timed_that_will_be_taken(monkeypatch, compiled, calls):
+    made = []
+
+    class Counted(compiled_decoder.CompiledDecoder):
+        def __init__(self, *given):
+            super().__init__(*given)
+            made.append(self)
+
+    monkeypatch.setattr(compiled_decoder, "CompiledDecoder", Counted)
+    assert measure.seconds_of_a_token(TransformerDecoder, SHAPE, "bfloat16", compiled) > 0
+    assert len(made) == calls
+
+
 def test_all_layers_count(monkeypatch):
-    monkeypatch.setattr(measure, "step_seconds", lambda _, config, __: 2.0 + 3.0 * config.n_layers)
+    monkeypatch.setattr(measure, "step_seconds", lambda _, config, *__: 2.0 + 3.0 * config.n_layers)
     assert measure.seconds_of_a_token(TransformerDecoder, SHAPE, "float32") == 2.0 + 3.0 * 5
 
 
@@ -36,7 +52,7 @@ def test_all_layers_count(monkeypatch):
     ],
 )
 def test_the_faster_one_is_taken(monkeypatch, seconds, name, why):
-    monkeypatch.setattr(measure, "seconds_of_a_token", lambda _, __, dtype: seconds[dtype])
+    monkeypatch.setattr(measure, "seconds_of_a_token", lambda _, __, dtype, ___: seconds[dtype])
     assert engines.choose_precision("torch", SHAPE, "cpu", "auto") == (name, f"auto: {why}")
 
 

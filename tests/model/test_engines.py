@@ -311,6 +311,7 @@ def test_the_columns_are_those_of_the_rules_that_take_part():
         (["python", "--device", "mps"], "--device mps: the python engine computes on the CPU"),
         (["numpy", "--precision", "bf16"], "--precision bf16: the numpy engine has only fp32 and"),
         (["python", "--precision", "bf16"], "--precision bf16: the python engine has only fp64"),
+        (["numpy", "--compile"], "--compile: the numpy engine is not compiled; leave it out"),
     ],
 )
 def test_what_only_torch_has(home, flags, message):
