@@ -1,6 +1,6 @@
 """Trains a transformer decoder: configuration -> loop -> checkpoints.
 
-python train.py                                        configs/default.toml, about two minutes
+python train.py                                        configs/default.toml, a minute or two
 python train.py --config configs/mini.toml --device cuda --model.d_model 256
 python train.py --resume                               continues the newest run
 python train.py --help

@@ -176,7 +176,7 @@ def test_sizes_of_the_shipped_configurations():
     assert size("mini", 30) == pytest.approx(0.8e6, rel=0.03)
     assert size("lite", 9500) == pytest.approx(3.4e6, rel=0.03)
     assert size("full", 9500) == pytest.approx(9.7e6, rel=0.03)
-    assert size("default", 2048) == pytest.approx(1.05e6, rel=0.03)
+    assert size("default", 2048) == pytest.approx(1.28e6, rel=0.03)
 
 
 def test_positions_asked_for_are_the_same_logits():

@@ -71,9 +71,9 @@ CHOICES = covering()
 def decoders(dtype="float64", seed=0, dropout=0.0, spread=0.3, **options) -> tuple:
     """(lite, full) of the same shape with the same weights, none of them as they were made."""
     config = ModelConfig(**{**SMALL, "dropout": dropout, **options})
+    torch.manual_seed(seed)  # or the weights would depend on the tests before
     full = TransformerDecoder.from_config(config, getattr(torch, dtype))
     lite = TransformerDecoderLite.from_config(config, dtype)
-    torch.manual_seed(seed)
     with torch.no_grad():
         for parameter in full.parameters():
             parameter += spread * torch.randn_like(parameter)
@@ -159,7 +159,7 @@ def test_the_loss_of_each_shipped_shape(name):
     loss.backward()
     its.backward()
     same(loss.data, its)
-    same_gradients(lite, full)
+    same_gradients(lite, full, 1e-9)  # post-norm shapes of two layers magnify rounding
 
 
 def test_float32_on_the_lite_shape():
