@@ -55,7 +55,9 @@ class Recorder:
         self.datasheet_flops = datasheet_flops(state.device, state.precision)
         forget_peak(state.device)
         machine = as_markdown([f"{key}: {value}" for key, value in versions(state.device).items()])
-        self.metrics.events.add(summary.text("machine", machine), resumed_at or 0)
+        # TensorBoard unfolds two groups of texts: this one and the samples
+        text = summary.text("configuration/machine", machine)
+        self.metrics.events.add(text, resumed_at or 0)
         if not resumed_at:  # also where a resume at step 0 hides what stood there
             self.add_image("positional encoding", positions_image(state.model), 0)
         self.profiler = StepProfiler(config, state.device, spec.run, self.log)

@@ -4,7 +4,7 @@ import shutil
 import time
 from pathlib import Path
 
-from checkpoint.reader import Checkpoint, CheckpointError, list_steps
+from checkpoint.reader import Checkpoint, CheckpointError, list_steps, step_of
 from tests.faults.campaign import (
     TINY,
     Tally,
@@ -69,8 +69,11 @@ def examine(tally: Tally, killed: Path, folder: Path):
 
 
 def compare(tally: Tally, killed: Path, folder: Path):
-    """The killed run, brought to an end, against one in a single piece of as many steps."""
-    steps = list_steps(killed)[-1].name.removeprefix("step_").lstrip("0") or "1"
+    """The killed run, brought to an end, against one in a single piece of as many steps.
+
+    One step more than was saved: a kill in a save leaves that step's loss, which a resume redoes.
+    """
+    steps = str(step_of(list_steps(killed)[-1]) + 1)
     ending = ["--max_steps", steps, "--optimizer.schedule_steps", "100000"]
     finished(run("train.py", "--resume", "--name", "killed", "--max_steps", steps, cwd=folder))
     finished(run("train.py", *TINY, "--name", "whole", *ending, cwd=folder, timeout=3000))
