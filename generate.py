@@ -68,7 +68,7 @@ class Arguments:
     any batch. python: always fp64."""
     compile: bool = False
     """On a CPU, not in fp64: decode in one call that this machine's C++ compiler makes, once, in a
-    second or two; about twice as fast."""
+    second or two; faster, the more so the smaller the model."""
     explain: bool = False
     """Print a table of all tokens: probability, rank, entropy in bits, what top_k, top_p remove."""
     json: bool = False

@@ -221,6 +221,7 @@ def test_without_a_compiler_a_line_says_so_and_the_text_is_the_same(
 
 def test_in_float64_and_for_few_tokens_nothing_is_compiled(monkeypatch):
     monkeypatch.delattr(compiled_decoder, "load")
-    generate(decoder(), PROMPTS, RULES["greedy"], compiled=True)
     few = Sampling(max_new_tokens=batched.MIN_TOKENS_TO_PACK - 1)
-    generate(decoder(torch.float32), PROMPTS, few, compiled=True)
+    for model, rules in (decoder(), RULES["greedy"]), (decoder(torch.float32), few):
+        found = generate(model, PROMPTS, rules, compiled=True)
+        assert found == generate(model, PROMPTS, rules)
