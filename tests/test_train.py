@@ -92,7 +92,9 @@ def test_tensorboard_holds_what_metrics_jsonl_holds(home):
     assert set(board.Tags()["images"]) == {"attention", "positional encoding"}
     tensors = set(board.Tags()["tensors"])
     assert {"configuration/text_summary", "samples/text_summary"} <= tensors
-    machine = board.Tensors("machine/text_summary")[0].tensor_proto.string_val[0].decode()
+    machine = (
+        board.Tensors("configuration/machine/text_summary")[0].tensor_proto.string_val[0].decode()
+    )
     versions = Checkpoint(list_steps(folder)[-1]).state["versions"]
     assert {f"{key}: {value}" for key, value in versions.items()} == {
         line.strip() for line in machine.splitlines() if line
