@@ -102,12 +102,12 @@ def main():
                 worst, longest = min(worst, share), max(longest, found["asked"])
                 rows.append(
                     [model, limit, threads, found["fp32"], found["bf16"], found["ratio"],
-                     ", ".join(sorted(set(found["chosen"]))), f"{share:.0%}"]
+                     ", ".join(sorted(set(found["chosen"]))), f"{share:.0%}", found["asked"]]
                 )  # fmt: skip
     result.table(
         "A step of training, and what auto takes",
         ["model", "instructions", "threads", "fp32, ms", "bf16, ms", "bf16 is faster by", "auto",
-         "of the better one's speed"],
+         "of the better one's speed", "asking, s"],
         rows,
     )  # fmt: skip
     result.claim("auto, of the better one's speed, in every row", worst, 0.97, unit="")

@@ -20,7 +20,7 @@ from model.cpu_layers import use_cpu_layers
 from model.loss import output_loss, softmax_loss
 from model.transformer_full import TransformerDecoder
 
-SECONDS = 0.25  # for all passes but the first ones, which are not counted
+SECONDS = 0.35  # for all passes; at least one of each is counted
 FLOPS = 2e9  # of a layer's pass: about 10 ms of two cores in fp32
 # how much faster low precision has to be: fp16 worth the scaling and the steps that overflow
 MARGINS = {"bf16": 1.02, "fp16": 1.5}
@@ -95,12 +95,12 @@ def measure(
 
     All layers are taken to be as the one that is tried, and all targets as those of a part.
     """
+    until = time.perf_counter() + SECONDS
     rough = {name: rough_seconds(shape, work, device, PRECISIONS[name]) for name in names}
     if max(rough.values()) > CLEAR * min(rough.values()):
         return rough
     passes = {name: Passes(shape, work, device, PRECISIONS[name], FLOPS) for name in names}
     found = {name: ([], []) for name in names}
-    until = float("inf")
     with torch.random.fork_rng([device] if device.type == "cuda" else []):  # dropout draws some
         for number in itertools.count():
             for name, of in passes.items():
@@ -108,9 +108,7 @@ def measure(
                 if number:  # the first one makes kernels ready
                     found[name][0].append(layer)
                     found[name][1].append(loss)
-            if number == 0:
-                until = time.perf_counter() + SECONDS
-            elif time.perf_counter() > until:
+            if number and time.perf_counter() > until:
                 break
     # the least: whatever else runs on the machine only adds
     return {
