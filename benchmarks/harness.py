@@ -127,7 +127,10 @@ def spread(runs: list[dict], key: str, form: str = ",.0f") -> str:
 
 def machine() -> dict:
     """Processor, instructions, cores, memory, accelerator, versions, and the commit of the code."""
-    found: dict = {"processor": processor(), "instructions": instructions(), "cores": cores()}
+    found: dict = {"processor": processor()}
+    if kind := family_and_model():
+        found["family and model"] = kind
+    found |= {"instructions": instructions(), "cores": cores()}
     if memory := total_memory():
         found["memory"] = f"{memory / 2**30:.0f} GiB"
     found |= {"system": platform.system(), "python": platform.python_version()}
@@ -142,13 +145,28 @@ def machine() -> dict:
 
 
 def folder_of(machine: dict) -> str:
-    """The name of a machine's folder: its accelerator, or processor, instructions and cores."""
+    """The name of a machine's folder: its accelerator, or processor, instructions and cores.
+
+    A virtual machine may call its processor no more than "AMD EPYC": the numbers of its family and
+    model tell one generation from the next. Results from before they were read have none.
+    """
     parts = [machine.get("accelerator")]
     if not parts[0]:
         cores = machine.get("cores", 0)
-        parts = [machine.get("processor", "unknown"), machine.get("instructions", "")]
+        parts = [machine.get("processor", "unknown"), machine.get("family and model", "")]
+        parts.append(machine.get("instructions", ""))
         parts.append(f"{cores} {'core' if cores == 1 else 'cores'}")
     return re.sub(r"[^a-z0-9]+", "-", " ".join(map(str, parts)).lower()).strip("-")
+
+
+def family_and_model() -> str:
+    """The numbers by which x86 processors are told apart, "25 17"; "" where there are none."""
+    try:
+        text = Path("/proc/cpuinfo").read_text("utf-8", "replace")
+    except OSError:
+        return ""
+    found = [re.search(rf"^{key}\s*: (\d+)$", text, re.M) for key in ("cpu family", "model")]
+    return " ".join(match[1] for match in found if match)
 
 
 def instructions() -> str:

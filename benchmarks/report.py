@@ -76,7 +76,8 @@ def about(machine: dict) -> str:
     return ", ".join(
         str(part)
         for part in (
-            machine["processor"], machine.get("instructions"), f"{machine['cores']} cores",
+            machine["processor"], machine.get("family and model"), machine.get("instructions"),
+            f"{machine['cores']} cores",
         )
         if part
     )  # fmt: skip

@@ -103,6 +103,8 @@ def test_a_result_says_whose_it_is(tmp_path, monkeypatch, capsys):
     [
         ({"processor": "AMD EPYC", "instructions": "AVX512-BF16", "cores": 2},
          "amd-epyc-avx512-bf16-2-cores"),
+        ({"processor": "AMD EPYC", "family and model": "25 17", "cores": 2},
+         "amd-epyc-25-17-2-cores"),
         ({"processor": "Intel(R) Xeon(R) @ 2.1GHz", "instructions": "AMX", "cores": 1},
          "intel-r-xeon-r-2-1ghz-amx-1-core"),
         ({"processor": "AMD EPYC", "cores": 16, "accelerator": "NVIDIA H200"}, "nvidia-h200"),
