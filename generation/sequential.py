@@ -10,9 +10,10 @@ the `length` tokens that the cache has read.
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import count
-from typing import Protocol, TypeVar
+from operator import index
+from typing import Protocol, TypeVar, cast
 
 from common.errors import UserError
 from generation.sampling import Sampling, sample_token, uniform, window
@@ -115,6 +116,7 @@ def logits_after(model: SequentialDecoder[C], cache: C, text: list[int]) -> list
 def check_prompts(model: AnyDecoder, prompts: Sequence[Sequence[int]]):
     """Raises UserError for prompts that the model cannot read."""
     for i, prompt in enumerate(prompts):
+        prompt = ids_of(prompt, f"prompt {i}")
         if not prompt:
             raise UserError(f"prompt {i} has no tokens; start it with start_id")
         if not 0 <= min(prompt) <= max(prompt) < model.config.vocab_size:
@@ -123,6 +125,16 @@ def check_prompts(model: AnyDecoder, prompts: Sequence[Sequence[int]]):
                 f"but the model's vocabulary ends at {model.config.vocab_size - 1}; use the "
                 "tokenizer of the model's checkpoint"
             )
+
+
+def ids_of(tokens: object, name: str = "tokens") -> list[int]:
+    """A prompt as a list of Python's integers. Raises UserError for what is no list of ids."""
+    try:
+        return [index(token) for token in cast(Iterable, tokens)]
+    except TypeError:
+        raise UserError(
+            f"{name} = {tokens!r:.60} must be a list of ids, one prompt's, such as [5, 6, 7]"
+        ) from None
 
 
 def number_samples(prompts: Sequence[Sequence[int]]) -> list[int]:

@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 
 from checkpoint.reader import Checkpoint, check_fit
 from common.errors import UserError
-from generation import batched, sampling
+from generation import batched, sampling, sequential
 from model.bf16_attention import bf16_attention
 from model.config import ModelConfig, read_model_config
 
@@ -231,7 +231,7 @@ class TransformerDecoder(nn.Module):
 
         start_id None: `tokens` stand alone. For all the options see `generation.batched`.
         """
-        prompt = list(tokens) + ([] if start_id is None else [start_id])
+        prompt = sequential.ids_of(tokens) + ([] if start_id is None else [start_id])
         rules = sampling.Sampling(temperature, top_k, max_new_tokens=max_len)
         return batched.generate(self, [prompt], rules, seed=seed, end_id=end_id)[0]
 

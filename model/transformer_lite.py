@@ -222,7 +222,7 @@ class TransformerDecoderLite(nn.Module):
 
     def generate(self, tokens, start_id=2, end_id=3, max_len=64, temperature=1.0, top_k=50, seed=0):
         """Ids that follow `tokens` and `start_id`, as in `transformer_full`."""
-        prompt = list(tokens) + ([] if start_id is None else [start_id])
+        prompt = sequential.ids_of(tokens) + ([] if start_id is None else [start_id])
         rules = sampling.Sampling(temperature, top_k, max_new_tokens=max_len)
         return sequential.generate(self, [prompt], rules, seed=seed, end_id=end_id)[0]
 

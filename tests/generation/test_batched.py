@@ -218,6 +218,9 @@ def test_what_cannot_be_read_is_refused():
     assert generate(model, [], rules) == []
     with pytest.raises(UserError, match="prompt 1 has no tokens"):
         generate(model, [[1], []], rules)
+    for ids in ([[1, 2], [3]], [1.5], "12", 3, [None]):
+        with pytest.raises(UserError, match=r"prompt 0 = .* must be a list of ids"):
+            generate(model, [ids], rules)
     for ids in ([40], [-1]):
         with pytest.raises(UserError, match="vocabulary ends at 39"):
             generate(model, [ids], rules)

@@ -148,6 +148,9 @@ def test_what_cannot_be_read_is_refused():
     assert sequential.generate(OneByOne(model), [], rules) == []
     with pytest.raises(UserError, match="prompt 1 has no tokens"):
         sequential.generate(OneByOne(model), [[1], []], rules)
+    for ids in ([[1, 2], [3]], [1.5], "12", 3, [None]):
+        with pytest.raises(UserError, match=r"prompt 0 = .* must be a list of ids"):
+            sequential.generate(OneByOne(model), [ids], rules)
     for ids in ([40], [-1]):
         with pytest.raises(UserError, match="vocabulary ends at 39"):
             sequential.generate(OneByOne(model), [ids], rules)

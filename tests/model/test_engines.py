@@ -22,6 +22,8 @@ from generation.sampling import Sampling, explain
 from model.config import ModelConfig
 from model.engines import WEIGHTS, load_model
 from model.transformer_full import TransformerDecoder
+from model.transformer_lite import TransformerDecoderLite
+from model.transformer_micro import TransformerDecoderMicro
 from tests.helpers import ROOT, refused, run, write_config
 
 ENGINES = ("torch", "numpy", "python")
@@ -217,6 +219,20 @@ def test_from_checkpoint_draws_nothing(home):
     model = TransformerDecoder.from_checkpoint(home / "runs" / "characters")
     assert torch.equal(torch.get_rng_state(), state) and not model.training
     assert all(p.isfinite().all() for p in model.parameters())
+
+
+DECODERS = (TransformerDecoder, TransformerDecoderLite, TransformerDecoderMicro)
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_generate_takes_ids_of_any_kind_and_nothing_else(home, decoder):
+    model = decoder.from_checkpoint(home / "runs" / "characters")
+    expected = model.generate([7, 8], max_len=4)
+    for same in ((7, 8), np.array([7, 8]), torch.tensor([7, 8])):
+        assert model.generate(same, max_len=4) == expected
+    for wrong in ([[1, 2], [3]], "12", 3, None, [1.5], np.array([[7, 8]])):
+        with pytest.raises(ValueError, match=r"^tokens = .* must be a list of ids"):
+            model.generate(wrong, max_len=4)
 
 
 # Explanations -------------------------------------------------------------------------------------
