@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     import torch
 
 
+PRODUCT_SECONDS = 0.15  # of a product on a CPU: one in fp16 may take 15 times as long
+
+
 @dataclass(frozen=True)
 class Precision:
     """What the parameters are stored in, and what matrix products are computed in."""
@@ -120,24 +123,29 @@ def cpu_has_bf16() -> bool:
 def matmul_flops(device: torch.device, precision: Precision, n: int = 0) -> float:
     """FLOP/s of a large matrix product here, n-cubed: what MFU is a share of.
 
-    The median of 5; on CUDA the mean of 20 without a pause, after a tenth of a second in which the
-    card takes up its clock.
+    The median of 5, of 1024-cubed or of the largest that takes no second in all; on CUDA the mean
+    of 20 without a pause, after a tenth of a second in which the card takes up its clock.
     """
     import torch
 
     if device.type == "cuda":
         n = n or product_size(torch.cuda.mem_get_info(device)[0], precision.products.itemsize)
         return 2 * n**3 / cuda_product_seconds(device, precision, n)
-    n = n or 1024
-    a = torch.ones(n, n, device=device, dtype=precision.products).normal_()
-    seconds = []
-    for _ in range(7):
-        synchronize(device)
-        began = time.perf_counter()
-        a @ a
-        synchronize(device)
-        seconds.append(time.perf_counter() - began)
-    return 2 * n**3 / statistics.median(seconds[2:])
+    rate = 0.0
+    for size in (n,) if n else (128, 256, 512, 1024):
+        if rate and 2 * size**3 / rate > PRODUCT_SECONDS:
+            break
+        a = torch.linspace(-1, 1, size**2, device=device).reshape(size, size)
+        a = a.to(precision.products)
+        seconds = []
+        for _ in range(7):
+            synchronize(device)
+            began = time.perf_counter()
+            a @ a
+            synchronize(device)
+            seconds.append(time.perf_counter() - began)
+        rate = 2 * size**3 / statistics.median(seconds[2:])
+    return rate
 
 
 def product_size(free: int, itemsize: int) -> int:

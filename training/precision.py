@@ -13,7 +13,7 @@ from functools import partial
 
 import torch
 
-from common.device import PRECISIONS, Precision, synchronize
+from common.device import PRECISIONS, Precision, matmul_flops, synchronize
 from data.batches import Examples
 from model.config import ModelConfig
 from model.cpu_layers import use_cpu_layers
@@ -25,6 +25,7 @@ FLOPS = 2e9  # of a layer's pass: about 10 ms of two cores in fp32
 # how much faster low precision has to be: fp16 worth the scaling and the steps that overflow
 MARGINS = {"bf16": 1.02, "fp16": 1.5}
 CLEAR = 4  # times as fast by a rough look: nothing more is measured
+SLOW = 2  # times as long as in fp32, from which it is said of a precision that was asked for
 NOTED = 1.1  # how much faster another precision has to be for a resume to mention it
 LEAST_LENGTH = 64  # tokens of a sequence, where a whole one would take too long
 MOST_VOCABULARY = 4096  # of the loss that is tried: a larger one takes as much longer
@@ -55,7 +56,7 @@ def choose_precision(
 ) -> tuple[Precision, str]:
     """The precision asked for, or the fastest that trains as well; and why, for people."""
     if name != "auto":
-        return PRECISIONS[name], "as requested"
+        return PRECISIONS[name], "as requested" + slowness(PRECISIONS[name], device)
     if device.type == "mps":
         return PRECISIONS["fp32"], "auto: the default on mps"
     if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
@@ -63,6 +64,16 @@ def choose_precision(
     low = "bf16" if device.type == "cpu" else "fp16"
     seconds = measure(shape, work, device, ("fp32", low))
     return faster(low, seconds["fp32"] / seconds[low])
+
+
+def slowness(own: Precision, device: torch.device) -> str:
+    """What to say of 16 bits on a CPU that has no instructions for them; "" where it has."""
+    if device.type != "cpu" or own.products.itemsize != 2:
+        return ""
+    ratio = matmul_flops(device, PRECISIONS["fp32"], 256) / matmul_flops(device, own, 256)
+    if ratio < SLOW:
+        return ""
+    return f", but slow on this processor: its products take {ratio:.0f} times as long as in fp32"
 
 
 def note_faster(own: Precision, shape: ModelConfig, work: Work, device: torch.device, log: Log):

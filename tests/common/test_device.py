@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
-from common import cuda
+from common import cuda, device
 from common.device import (
     PRECISIONS,
     check_precision,
@@ -122,6 +123,31 @@ def test_a_cpu_has_a_rate_and_no_data_sheet():
     assert matmul_flops(CPU, PRECISIONS["fp32"], 64) > 0
     assert datasheet_flops(CPU, PRECISIONS["bf16"]) == 0
     assert memory_scalars(CPU).keys() == {"memory/megabytes"}
+
+
+class Products(TorchFunctionMode):
+    """Notes the sizes of the matrix products that are computed."""
+
+    def __init__(self):
+        super().__init__()
+        self.sizes = []
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function in (torch.Tensor.matmul, torch.Tensor.__matmul__):
+            self.sizes.append(args[0].shape[0])
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_rate_is_measured_on_products_that_are_short(monkeypatch):
+    largest = {}
+    for limit in (0.0, 1e9):  # seconds that a product may take
+        monkeypatch.setattr(device, "PRODUCT_SECONDS", limit)
+        before = torch.get_rng_state()
+        with Products() as products:
+            assert matmul_flops(CPU, PRECISIONS["fp32"]) > 0
+        largest[limit] = max(products.sizes)
+        assert torch.equal(before, torch.get_rng_state())  # how many were timed is chance
+    assert largest == {0.0: 128, 1e9: 1024}
 
 
 def test_mps_has_no_float64():

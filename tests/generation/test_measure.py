@@ -39,6 +39,21 @@ def test_the_step_is_timed_that_will_be_taken(monkeypatch, compiled, calls):
     assert len(made) == calls
 
 
+@pytest.mark.parametrize(("limit", "tokens"), [(0.0, 2), (1e9, 32)])
+def test_no_more_tokens_are_read_than_there_is_time_for(monkeypatch, limit, tokens):
+    read = []
+
+    class Counted(measure.CPUDecoder):
+        def __call__(self, ids, cache):
+            read.append(len(ids))
+            return super().__call__(ids, cache)
+
+    monkeypatch.setattr(measure, "CPUDecoder", Counted)
+    monkeypatch.setattr(measure, "SECONDS", limit)
+    assert measure.seconds_of_a_token(TransformerDecoder, SHAPE, "float32") > 0
+    assert len(read) == tokens
+
+
 def test_all_layers_count(monkeypatch):
     monkeypatch.setattr(measure, "step_seconds", lambda _, config, *__: 2.0 + 3.0 * config.n_layers)
     assert measure.seconds_of_a_token(TransformerDecoder, SHAPE, "float32") == 2.0 + 3.0 * 5

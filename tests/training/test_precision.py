@@ -1,6 +1,7 @@
 """training/precision.py: what `auto` measures and takes; a resume keeps it."""
 
 import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -24,7 +25,17 @@ WORK = Work(4, 16, 1.0)
 @pytest.mark.parametrize("name", PRECISIONS)
 def test_what_is_asked_for_is_not_measured(name, monkeypatch):
     monkeypatch.setattr(module, "measure", lambda *_: pytest.fail("measured"))
-    assert choose_precision(name, SHAPE, WORK, CPU) == (PRECISIONS[name], "as requested")
+    assert choose_precision(name, SHAPE, WORK, CPU)[0] is PRECISIONS[name]
+
+
+@pytest.mark.parametrize("name", PRECISIONS)
+def test_that_16_bits_are_slow_here_is_said(name, monkeypatch):
+    monkeypatch.setattr(module, "SLOW", 0)
+    said = choose_precision(name, SHAPE, WORK, CPU)[1]
+    slow = re.fullmatch(r"as requested, but slow on this processor: .* take \d+ times .*", said)
+    assert bool(slow) == (name in ("bf16", "fp16"))
+    monkeypatch.setattr(module, "SLOW", float("inf"))
+    assert choose_precision(name, SHAPE, WORK, CPU)[1] == "as requested"
 
 
 @pytest.mark.parametrize(
@@ -97,7 +108,7 @@ def test_a_resume_keeps_it_and_notes_another_processor(tmp_path, monkeypatch):
     assert chosen in ("fp32", "bf16")
     resume = ["train.py", "--resume", "--extend", "--precision", "auto", "--max_steps", "4"]
     again = run(*resume, "--name", "first", cwd=tmp_path)
-    assert f"precision: {chosen} (as requested)" in again.stdout, again.stderr
+    assert f"precision: {chosen} (as requested" in again.stdout, again.stderr
     assert json.loads((tmp_path / "runs/first/config.json").read_text())["precision"] == chosen
 
     def elsewhere(state):
