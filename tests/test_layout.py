@@ -2,8 +2,11 @@
 
 import ast
 import json
+import shutil
 import subprocess
 import sys
+import tomllib
+import zipfile
 from graphlib import CycleError, TopologicalSorter
 
 import pytest
@@ -106,6 +109,38 @@ def test_tests_mirror_the_folders():
     for folder in folders - others:
         for file in (ROOT / "tests" / folder).glob("test_*.py"):
             assert (ROOT / folder).is_dir(), file
+
+
+def test_installed_it_is_found_from_anywhere_and_hides_nothing(tmp_path):
+    """As `pip install -e .` does it, with the clone and the environment in folders of their own."""
+    pytest.importorskip("setuptools", "77.0.1")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    packages, clone = project["tool"]["setuptools"]["packages"], tmp_path / "clone"
+    assert packages == sorted(set().union(*LEVELS[:6]))
+    for name in packages:
+        shutil.copytree(ROOT / name, clone / name, ignore=shutil.ignore_patterns("*cache*"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, clone)
+    build = "from setuptools.build_meta import build_editable; build_editable('..')"
+    subprocess.run([sys.executable, "-c", build], cwd=clone, capture_output=True, check=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path / "site")
+    (tmp_path / "notebooks").mkdir()
+    (tmp_path / "theirs" / "data").mkdir(parents=True)  # which need not have an __init__.py
+    (tmp_path / "theirs" / "data" / "loader.py").write_text("")
+    (tmp_path / "theirs" / "model.py").write_text("theirs = True")
+    for folder, code in (
+        ("notebooks", "from model.transformer_micro import TransformerDecoderMicro"),
+        ("notebooks", "import data.config, training.config"),
+        ("theirs", "import model, data.loader; assert model.theirs"),
+        ("theirs", f"sys.path.insert(0, {str(clone)!r}); import model.transformer_micro"),
+    ):
+        code = f"import site, sys; site.addsitedir({str(tmp_path / 'site')!r}); {code}"
+        done = subprocess.run(
+            [sys.executable, "-c", code], cwd=tmp_path / folder, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
 
 
 # What a program loads -----------------------------------------------------------------------------
