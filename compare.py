@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 from common import cli
 from common.errors import UserError
+from common.files import user_path
 from comparison import generation_speed, report
 from comparison.job import Job, create
 from comparison.results import JobResults
@@ -84,7 +85,7 @@ def main() -> int:
     arguments = cli.parse(Arguments, DESCRIPTION)
     folder = new_folder(arguments)
     if arguments.config:
-        wanted = {Path(arguments.config): 200}
+        wanted = {user_path(arguments.config): 200}
     else:
         wanted = {CONFIGS / "microgpt.toml": 1000, CONFIGS / "mini.toml": SECOND_STEPS}
     configs = [(file.stem, load(file), steps) for file, steps in wanted.items()]
@@ -117,7 +118,7 @@ def main() -> int:
 def new_folder(arguments: Arguments) -> Path:
     """The folder of this comparison: not made yet, so that nothing is left of what is refused."""
     name = arguments.name or time.strftime("compare-%Y%m%d-%H%M%S")
-    folder = Path(arguments.runs_dir) / name
+    folder = user_path(arguments.runs_dir) / name
     if folder.exists():
         raise UserError(f"--name {name}: {folder} exists already; choose another name")
     return folder

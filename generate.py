@@ -18,7 +18,6 @@ import sys
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path
 from typing import Annotated, Literal, cast
 
 import tyro
@@ -26,6 +25,7 @@ import tyro
 from checkpoint.reader import Checkpoint, newest_run, read_best
 from common import cli
 from common.errors import UserError
+from common.files import user_path
 from data.prompt_format import end_id, prompt_ids
 from data.tokenizer import Tokenizer, clean_text, load_tokenizer
 from generation.explain import Explained, in_colour
@@ -39,7 +39,6 @@ MAX_PROMPTS = 1 << 26  # bytes of a file of prompts
 FREE_LINES, FREE_PAIRS = 10, 3  # how many are written without a prompt
 
 
-@tyro.conf.configure(tyro.conf.FlagCreatePairsOff)
 @dataclass(frozen=True)
 class Arguments:
     """The command line."""
@@ -137,7 +136,7 @@ def read_prompts(path: str) -> list[str]:
     if not path:
         return []
     try:
-        with open(path, "rb") as file:
+        with open(user_path(path), "rb") as file:
             content = file.read(MAX_PROMPTS + 1)  # /dev/zero has no end
         if len(content) > MAX_PROMPTS:
             raise UserError(f"--prompt_file {path}: more than {MAX_PROMPTS} bytes; split it")
@@ -158,7 +157,7 @@ def read_prompts(path: str) -> list[str]:
 
 def open_source(arguments: Arguments) -> Source:
     """Finds and reads the checkpoint, and says which one it is. No torch; no NumPy for python."""
-    path = arguments.checkpoint or newest_run(Path(arguments.runs_dir))
+    path = arguments.checkpoint or newest_run(user_path(arguments.runs_dir))
     if path is None:
         raise UserError(
             f"--runs_dir {arguments.runs_dir}: no run with a checkpoint there; "
@@ -168,7 +167,7 @@ def open_source(arguments: Arguments) -> Source:
     try:
         source = read_source(checkpoint, arguments.engine)
     except UserError:
-        if checkpoint.path == Path(path) or checkpoint.path.exists():
+        if checkpoint.path == user_path(path) or checkpoint.path.exists():
             raise
         return open_source(arguments)  # training removed this step: it has published a newer one
     best = read_best(checkpoint.path.parent.parent)

@@ -8,7 +8,6 @@ microgpt.py, of which the first 100 steps are timed and multiplied by ten. Round
 printed is the median, the range, the peak of resident memory, and the ratios.
 """
 
-import argparse
 import json
 import os
 import platform
@@ -19,6 +18,8 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+
+from common import cli
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "microgpt.py"
 REFERENCE_STEPS = 100
@@ -60,7 +61,7 @@ def reference(script: Path, names: Path) -> float:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = cli.Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--names", type=Path, required=True)
     parser.add_argument("--straight_line", type=Path, help="the floor's program")
     parser.add_argument("--reference", type=Path, help="a copy of microgpt.py")
@@ -103,4 +104,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(cli.run("python -m benchmarks.microgpt", main))

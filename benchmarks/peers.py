@@ -19,6 +19,7 @@ import torch.nn.functional as F
 
 from common.device import PRECISIONS
 from common.errors import UserError
+from common.files import user_path
 from model.config import ModelConfig
 from model.cpu_layers import use_cpu_layers
 from model.cuda_attention import prefers_cudnn, use_cuda_attention
@@ -66,7 +67,7 @@ def make(side: str, shape: ModelConfig, length: int, device, checkout: str = "",
         return ours(shape, side, device, **how)
     if kind == "nanogpt":
         with contextlib.redirect_stdout(sys.stderr):
-            return nanogpt(Path(checkout), shape, length, device, precision == "compiled")
+            return nanogpt(user_path(checkout), shape, length, device, precision == "compiled")
     return peer({"gpt2": gpt2, "encoder": Encoder}[kind](shape, length), precision, device)
 
 

@@ -22,6 +22,7 @@ from pathlib import Path
 from benchmarks.harness import ROOT, Result, parser, worker
 from common import cli
 from common.errors import UserError
+from common.files import user_path
 from training.config import Config, load
 
 CONFIG = ROOT / "configs" / "speedrun.toml"
@@ -193,11 +194,11 @@ def main():
         checkout, seed, path = arguments.side
         print(json.dumps(nanogpt(Path(checkout), int(seed), path)))
         return 0
-    checkout = Path(arguments.nanogpt).resolve() if arguments.nanogpt else None
+    checkout = user_path(arguments.nanogpt).resolve() if arguments.nanogpt else None
     if checkout and not (checkout / "model.py").is_file():
         raise UserError(f"--nanogpt {checkout}: no model.py in it: give a checkout of nanoGPT")
     # a path is meant from where the command was typed
-    path = str(Path(arguments.data).resolve()) if arguments.data else ""
+    path = str(user_path(arguments.data).resolve()) if arguments.data else ""
     splits(path)  # prepared once, so that no run's time has it
     runs, peer = [], []
     for number in range(arguments.rounds):

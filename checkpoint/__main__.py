@@ -13,6 +13,7 @@ from checkpoint.reader import (
     Checkpoint,
     CheckpointError,
     list_steps,
+    place,
     read_best,
     step_of,
 )
@@ -88,6 +89,7 @@ def main() -> int:
     listing = commands.add_parser("list", help="list the checkpoints of a run")
     listing.add_argument("path", type=Path, metavar="run", help="folder of a run")
     options = parser.parse_args()
+    options.path = place(options.path)
     if not options.path.is_dir():
         raise CheckpointError(
             f"{options.path}: no such run or checkpoint; give a folder such as runs/NAME"

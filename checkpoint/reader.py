@@ -18,7 +18,7 @@ from functools import cached_property
 from pathlib import Path
 
 from common.errors import UserError
-from common.files import read_checksummed_json
+from common.files import read_checksummed_json, user_path
 from data.prompt_format import are_pairs
 
 FORMAT = 1
@@ -43,7 +43,7 @@ class Checkpoint:
     """One step's directory. Files are read when asked for, and verified when read."""
 
     def __init__(self, path: Path | str):
-        self.path = Path(path)
+        self.path = place(path)
         self.manifest = read_manifest(self.path)
 
     @property
@@ -164,11 +164,11 @@ class Checkpoint:
 
     @classmethod
     def find(cls, path: Path | str, log: Callable[[str], object] = print) -> "Checkpoint":
-        """The checkpoint at `path`: a step's directory, or a run's best step, else its newest.
+        """The checkpoint at `path` (see `place`): a step, or a run's best step, else its newest.
 
         The optimizer's state is not read. `log` gets a line for each one that is skipped.
         """
-        path = Path(path)
+        path = place(path)
         if not path.exists():
             raise CheckpointError(
                 f"{path}: no such checkpoint or run; give a folder such as runs/NAME"
@@ -204,6 +204,15 @@ def check_fit(own: dict, arrays: dict):
         )
 
 
+def place(path: Path | str) -> Path:
+    """The folder of a run or step that a user means, also by a file or `checkpoints` in it."""
+    path = user_path(path)
+    folder, is_file = path.parent, path.is_file()
+    if is_file and (folder / MANIFEST).exists():
+        return folder
+    return folder if (is_file or path.name == "checkpoints") and list_steps(folder) else path
+
+
 def read_manifest(path: Path) -> dict:
     """The manifest of a checkpoint's directory. Raises CheckpointError."""
     file = path / MANIFEST
@@ -214,10 +223,12 @@ def read_manifest(path: Path) -> dict:
             name: {"bytes": int(entry["bytes"]), "sha256": str(entry["sha256"])}
             for name, entry in manifest["files"].items()
         }
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
+        newest = newest_run(path)  # of a folder of runs
+        example = f", such as {newest}" if newest else ""
         raise CheckpointError(
             f"{file}: no such file, so this is not a complete checkpoint; give the folder of a run "
-            "or of one of its checkpoints"
+            f"or of one of its checkpoints{example}"
         ) from None
     except OSError as error:
         raise CheckpointError(f"{file}: {error.strerror}; use another checkpoint") from None

@@ -2,24 +2,38 @@
 
 import argparse
 import contextlib
+import dataclasses
 import errno
 import io
 import os
 import re
+import shlex
+import shutil
 import signal
+import subprocess
 import sys
-from collections.abc import Callable
-from typing import NoReturn, TypeVar, cast
+from collections.abc import Callable, Generator
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar, cast
 
 from common import cuda
 from common.errors import UserError
+from common.files import user_path
 from common.signals import handle_interrupts
 
-ANSI = re.compile("\x1b\\[[0-9;]*m")
 CONTROL = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f]")  # all but tab and newline
 # how tyro calls a part of the settings, and what it says of flags
 PART = re.compile(r"Error parsing (?:Arguments|sampling|settings)?\.?(\w*): ")
 CHOICE = re.compile(r"[Ii]nvalid choice '(.*)' for argument '(.*)'\. Expected one of \((.*)\)\.")
+NUMBERS = {  # what Python and argparse say of numbers: in plain words
+    "invalid literal for int() with base 10:": "must be a whole number, found",
+    "could not convert string to float:": "must be a number, found",
+    "invalid int value:": "must be a whole number, found",
+    "invalid float value:": "must be a number, found",
+}
+RULE = re.compile(r"^ *-{9,} *$", re.MULTILINE)  # between the parts of an error of tyro's
+NARROWEST = 40  # columns of --help: tyro does not end in fewer than 5
+YES_OR_NO = {"true", "false", "yes", "no", "on", "off", "1", "0"}
 T = TypeVar("T")
 
 # what PyTorch and the libraries below it say, in RuntimeErrors, where memory is full
@@ -58,42 +72,97 @@ def parse(
     import tyro  # here, because it takes a tenth of a second, which not every program has to spend
 
     default = arguments() if default is None else default
-    output = io.StringIO()
+    argv = sys.argv[1:] if argv is None else argv
+    helps, output = not {"-h", "--help"}.isdisjoint(argv), io.StringIO()
+    # an error is laid out without colours, without lines of characters that a terminal may lack
+    # (what is no terminal has neither), and without a break
+    wide = max(NARROWEST, shutil.get_terminal_size().columns) if helps else 10_000
+    shown = sys.stdout if helps else output
     try:
-        with contextlib.redirect_stderr(output):
+        with columns(wide), contextlib.redirect_stdout(shown), contextlib.redirect_stderr(output):
             return tyro.cli(
                 arguments, description=description, default=default, args=argv, use_underscores=True
             )
     except SystemExit as end:
         if not end.code:  # --help
             raise
-        raise UserError(unboxed(output.getvalue())) from None
+        box = output.getvalue()
+        raise UserError(explain_stray(box, argv, arguments) or unboxed(box)) from None
+
+
+@contextlib.contextmanager
+def columns(number: int) -> Generator[None]:
+    """Has whatever asks for the width of the terminal told this one."""
+    before = os.environ.get("COLUMNS")
+    os.environ["COLUMNS"] = str(number)
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["COLUMNS"]
+        else:
+            os.environ["COLUMNS"] = before
+
+
+def explain_stray(box: str, argv: list[str], arguments: Any) -> str:
+    """What a value that belongs to no flag was meant for, and how to give it; "" if unknown."""
+    if "Unrecognized options" not in box:
+        return ""
+    words = [word for argument in argv for word in argument.split("=", 1) if word]
+    names = {field.name for field in dataclasses.fields(arguments)}
+    for before, value in zip(["", *words], words, strict=False):
+        if not re.search(rf"(options: |, ){re.escape(value)}(,| *$)", box, re.MULTILINE):
+            continue  # it was taken
+        if before.startswith("--") and value.lower() in YES_OR_NO:
+            table, dot, name = before[2:].rpartition(".")
+            off = f"--{table}{dot}no-{name.removeprefix('no_')}"
+            return f"{before}: takes no value, found {value!r}; give {before}, or {off} for no"
+        flags = ("config",) if value.endswith(".toml") else ("checkpoint", "resume")
+        for flag in names.intersection(flags):
+            if flag == "config" or user_path(value).is_dir():
+                return f"{value}: belongs to no flag; give --{flag} {quoted(value)}"
+    return ""
 
 
 def unboxed(box: str) -> str:
     """What tyro says in a box, in a line: what is wrong, and the nearest flag if it names one."""
-    box = ANSI.sub("", box)
-    lines = [line.strip("│ ") for line in box.splitlines() if line.startswith("│")]
-    rules = [i for i, line in enumerate(lines) if line.startswith("──")] or [len(lines)]
-    text = " ".join(lines[: rules[0]])
+    parts = [" ".join(line.strip() for line in part.splitlines()) for part in RULE.split(box)]
+    text = parts[min(1, len(parts) - 1)].strip()  # after the title
     if part := PART.match(text):  # our own checks name fields, and the user gave flags
         table = f"{part[1]}." if part[1] else ""
         text = re.sub(r"(^|; )([\w.]+ = )", rf"\1--{table}\2", text[part.end() :])
     text = CHOICE.sub(r"\2 \1: must be one of \3", text.removeprefix("Error parsing "))
-    text = text.replace("invalid literal for int() with base 10:", "must be an integer, not")
-    text = text.replace("could not convert string to float:", "must be a number, not")
-    near = [line for line in lines[rules[0] + 1 :] if line.startswith("--")]
+    text = plain_numbers(text)
+    near = re.search(r"^ +(--\S.*?)(  |$)", RULE.sub("", box), re.MULTILINE)
     if near:
-        text += f"; see {near[0]}"
+        text += f"; see {near[1].strip()}"
     elif text.startswith("Unrecognized options"):
         text += "; see --help"
-    return text or " ".join(box.split())
+    return text
+
+
+def plain_numbers(text: str) -> str:
+    """What is said of a wrong number, in plain words."""
+    for said, plain in NUMBERS.items():
+        text = text.replace(said, plain)
+    return text
+
+
+def quoted(path: Path | str) -> str:
+    """A path in a command that people are to paste: for the shell, and for our own flags."""
+    text = f"{'./' if str(path)[:1] in '-~' else ''}{path}"
+    return subprocess.list2cmdline([text]) if os.name == "nt" else shlex.quote(text)
 
 
 class Parser(argparse.ArgumentParser):
     """argparse for small programs: a wrong flag is one line. Subparsers are of the same kind."""
 
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
+        self.register("type", Path, user_path)
+
     def error(self, message: str) -> NoReturn:
+        message = plain_numbers(message.removeprefix("argument "))
         raise UserError(message)
 
 

@@ -9,6 +9,15 @@ import json
 import os
 from pathlib import Path
 
+
+def user_path(path: Path | str) -> Path:
+    """A path that a user wrote, with ~ as the home folder: no shell expands it in --flag=~/x.
+
+    A Path is left alone: it has been through here, or it is the program's own.
+    """
+    return path if isinstance(path, Path) else Path(os.path.expanduser(path))
+
+
 # JSON files with a checksum -----------------------------------------------------------------------
 
 

@@ -13,7 +13,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Generator, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -23,7 +23,7 @@ import numpy as np
 from filelock import FileLock
 
 from common.errors import UserError
-from common.files import checksummed_json, hash_file, read_checksummed_json
+from common.files import checksummed_json, hash_file, read_checksummed_json, user_path
 from data.config import DEFAULT_CACHE_DIR, DataConfig, Kind
 from data.prompt_format import are_pairs
 from data.readers import Pair, Source, open_source
@@ -58,12 +58,9 @@ def prepare(config: DataConfig, log: Log = print, tokenizer: Tokenizer | None = 
 
     `tokenizer` is used in place of the one that `config` describes.
     """
-    cache = Path(os.path.expanduser(config.cache_dir)) if config.cache_dir else DEFAULT_CACHE_DIR
-    try:
+    cache = user_path(config.cache_dir or DEFAULT_CACHE_DIR)
+    with writing(cache):
         cache.mkdir(parents=True, exist_ok=True)
-    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"{cache}: {reason}; set data.cache_dir to a writable folder") from None
     source = open_source(config, log, cache)
     settings = {
         "format": FORMAT,
@@ -74,11 +71,24 @@ def prepare(config: DataConfig, log: Log = print, tokenizer: Tokenizer | None = 
     }
     fingerprint = hashlib.blake2b(json.dumps(settings).encode(), digest_size=8).hexdigest()
     folder = cache / f"{source.name}-{fingerprint}-{LAYOUT}"
-    with FileLock(f"{folder}.lock"):  # two runs may prepare the same data at once
+    with writing(cache):
+        is_there = (folder / "manifest.json").exists()  # and nothing need be written
+        lock = nullcontext() if is_there else FileLock(f"{folder}.lock").acquire()
+    with lock:  # two runs may prepare the same data at once
         if not (folder / "manifest.json").exists():
             with published_folder(folder) as unfinished:
                 build(source, config, fingerprint, unfinished, log, tokenizer)
     return open_dataset(folder, tokenizer is not None)
+
+
+@contextmanager
+def writing(cache: Path) -> Generator[None]:
+    """Says what to do where a folder for prepared data cannot be written."""
+    try:
+        yield
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{cache}: {reason}; set data.cache_dir to a writable folder") from None
 
 
 @contextmanager
@@ -87,7 +97,8 @@ def published_folder(folder: Path) -> Generator[Path]:
     prefix = f".{folder.name}-"
     for left in folder.parent.glob(prefix + "*"):  # of a process that was killed; we hold the lock
         shutil.rmtree(left, ignore_errors=True)
-    unfinished = Path(tempfile.mkdtemp(prefix=prefix, dir=folder.parent))
+    with writing(folder.parent):
+        unfinished = Path(tempfile.mkdtemp(prefix=prefix, dir=folder.parent))
     try:
         yield unfinished
         if folder.exists():  # a folder without a manifest is nobody's

@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 
 from common.errors import UserError
+from common.files import user_path
 from data.builtin import NAMED, named_files
 from data.config import DataConfig, Kind
 from data.tokenizer import SURROGATE
@@ -50,7 +51,7 @@ def open_source(config: DataConfig, log: Callable[[str], object], cache: Path) -
     val: tuple[Path, ...] = ()
     natural: Kind
     if config.path:
-        path = Path(os.path.expanduser(config.path))
+        path = user_path(config.path)
         train = _own_files(path, "data.path", "train")
         name = re.sub(r"[^\w-]", "_", path.resolve().stem)[:40] or "data"
         if path.is_dir() and any((path / file).exists() for file in ("dev.nl", "dev.cm")):
@@ -62,7 +63,7 @@ def open_source(config: DataConfig, log: Callable[[str], object], cache: Path) -
         where = f"data.source = {name}"
     kind = natural if config.kind == "auto" else config.kind
     if config.val_path:
-        val = _own_files(Path(os.path.expanduser(config.val_path)), "data.val_path", "dev")
+        val = _own_files(user_path(config.val_path), "data.val_path", "dev")
     log(f"reading {name} as {kind}: {', '.join(str(file) for file in train + val)}")
     _check(train, kind, where)
     if val:

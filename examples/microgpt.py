@@ -104,7 +104,8 @@ def graph(name: str, nodes: list[int], seconds: list[float]):
 
 def main() -> int:
     parser = cli.Parser(prog="examples/microgpt.py", description=__doc__.splitlines()[0])
-    parser.add_argument("--names", required=True, help="a text file with a name on each line")
+    named = "a text file with a name on each line"
+    parser.add_argument("--names", type=Path, required=True, help=named)
     parser.add_argument("--steps", type=int, default=1000, help="training steps (1000)")
     parser.add_argument("--engine", choices=("python", "numpy"), default="python")
     parser.add_argument("--samples", type=int, default=20, help="names to write at the end (20)")
@@ -114,12 +115,10 @@ def main() -> int:
     if min(arguments.steps - 1, arguments.samples, arguments.unfused_steps) < 0:
         parser.error("--steps must be at least 1, --samples and --unfused_steps at least 0")
     try:
-        text = Path(arguments.names).read_text(encoding="utf-8-sig")
+        text = arguments.names.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not UTF-8"
-        parser.error(
-            f"--names {arguments.names}: {reason}; give a text file with a name on each line"
-        )
+        parser.error(f"--names {arguments.names}: {reason}; give {named}")
     names = [line.strip() for line in text.split("\n") if line.strip()]
     if not names:
         parser.error(f"--names {arguments.names}: no names in it; write one on each line")

@@ -67,7 +67,8 @@ EXCEPTIONS = {
     ("data/dataset.py", "{folder}: its tokenizer"): "open_dataset says to remove the folder",
     ("generation/sequential.py", "prompt {i}"): "of the arguments of a Python function",
     ("training/config.py", "{origin}"): "lists what `describe` says of each key; see test_config",
-    ("common/cli.py", "{unboxed("): "what tyro says of a flag; see test_a_wrong_command_line",
+    ("common/cli.py", "{before}: takes no value"): "names the flag that was given",
+    ("common/cli.py", "{value}: belongs to no flag"): "names the value that was given",
     ("tools/verify_resume.py", "{name}: this program"): "the name is that of a flag of train.py",
 }
 

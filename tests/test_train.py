@@ -5,6 +5,7 @@ import json
 import os
 import random
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -313,20 +314,25 @@ def test_wrong_flags_are_named_as_they_are_given(home):
     line = refused(run("train.py", "--config", "tiny.toml", "--precision", "fp8", cwd=home))
     assert line.startswith("train.py: --precision fp8: must be one of 'auto', 'fp32'")
     line = refused(run("train.py", "--config", "tiny.toml", "--train.keep", "x", cwd=home))
-    assert "--train.keep: must be an integer, not 'x'" in line
+    assert "--train.keep: must be a whole number, found 'x'" in line
     flags = ["--config", "tiny.toml", "--init_from", "runs/straight", "--model.d_model", 64]
     line = refused(run("train.py", *flags, cwd=home))
     assert "model.d_model = 64, but the checkpoint has 32; leave such --model.* flags out" in line
 
 
 def test_both_spellings_of_a_flag_are_one(home):
-    flags = ["--config", "tiny.toml", "--init-from=runs/straight", "--runs-dir", "elsewhere"]
+    flags = ["--config", "tiny.toml", "--init-from=runs/straight", "--runs-dir", "else where"]
     result = run("train.py", *flags, "--name", "hyphens", "--max-steps", 2, cwd=home)
     assert result.returncode == 0, result.stderr
     assert "from the weights of" in result.stdout
-    assert list_steps(home / "elsewhere" / "hyphens")
-    alone = run("train.py", "--resume", "--runs_dir", "elsewhere", cwd=home)  # the newest run there
-    assert "elsewhere/hyphens: finished at step 2" in alone.stdout.replace(os.sep, "/")
+    assert "note: optimizer.warmup_steps = 5, but the run has 2 steps; lower it" in result.stdout
+    assert list_steps(home / "else where" / "hyphens")
+    alone = run("train.py", "--resume", "--runs_dir", "else where", cwd=home)  # the newest there
+    assert "else where/hyphens: finished at step 2" in alone.stdout.replace(os.sep, "/")
+    commands = re.findall(r"(?:python|tensorboard) .*(?:--logdir|--checkpoint|--resume) .*",
+                          result.stdout + alone.stdout)  # fmt: skip
+    paths = [shlex.split(c.partition(" --")[2])[1] for c in commands]  # as a shell takes them
+    assert len(paths) == 4 and all((home / path).is_dir() for path in paths), commands
 
 
 def test_killed_between_the_last_save_and_its_evaluation(home):

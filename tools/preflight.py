@@ -10,16 +10,16 @@ import statistics
 import sys
 from collections import Counter
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 
 from common import cli
 from common.errors import UserError
+from common.files import user_path
 from data.config import DEFAULT_CACHE_DIR
 from training.command_line import read_command_line
 from training.config import OptimizerConfig
-from training.schedule import lr_factor
+from training.schedule import lr_factor, schedule_faults
 
 PROGRAM = "python -m tools.preflight"
 WIDTH, HEIGHT = 60, 8  # characters of the plot
@@ -137,20 +137,7 @@ def show_learning_rate(state) -> Remarks:
     for line in plot(config, steps, horizon):
         log(f"  {line}")
     row("peak", ", ".join(f"{peak:g}" for peak in peaks.values()), " and ".join(peaks))
-    unrisen = f"optimizer.warmup_steps = {config.warmup_steps:,}, but the run has {steps:,} steps"
-    stopped = horizon < steps and lr_factor(config, steps - 1, horizon) == 0
-    return [
-        *(
-            ("wrong", not peak, f"optimizer.{key} = 0 trains nothing")
-            for key, peak in peaks.items()
-        ),
-        ("wrong", config.warmup_steps >= steps, f"{unrisen}; lower it"),
-        (
-            "wrong",
-            stopped,
-            f"the learning rate is 0 from step {horizon:,} of {steps:,} on; raise schedule_steps",
-        ),
-    ]
+    return [("wrong", True, fault) for fault in schedule_faults(state.config)]
 
 
 def plot(config: OptimizerConfig, steps: int, horizon: int) -> list[str]:
@@ -231,10 +218,7 @@ def show_first_loss(state, spec, measured) -> Remarks:
 def show_disk(state, spec) -> Remarks:
     """What the checkpoints take at most, and what there is."""
     size, number = sum(map(len, state.checkpoint_files().values())), state.config.train.keep + 2
-    runs, cache = (
-        spec.run.parent,
-        Path(state.config.data.cache_dir or DEFAULT_CACHE_DIR).expanduser(),
-    )
+    runs, cache = spec.run.parent, user_path(state.config.data.cache_dir or DEFAULT_CACHE_DIR)
     free = shutil.disk_usage(runs).free
     log("disk")
     row("checkpoints", megabytes(number * size), f"{number} of {megabytes(size)}, at most")

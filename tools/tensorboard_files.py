@@ -7,6 +7,7 @@ python -m tools.tensorboard_files rebuild RUN    makes it so; the old files are 
 import sys
 from pathlib import Path
 
+from checkpoint.reader import place
 from common import cli
 from common.errors import UserError
 from common.jsonl import read_records
@@ -22,7 +23,8 @@ def main() -> int:
     parser.add_argument("command", choices=("check", "rebuild"))
     parser.add_argument("run", type=Path, help="folder of a run")
     options = parser.parse_args()
-    file, folder = options.run / "metrics.jsonl", options.run / "tensorboard"
+    run = place(options.run)
+    file, folder = run / "metrics.jsonl", run / "tensorboard"
     if not file.is_file():
         raise UserError(f"{file}: no such file; give the folder of a run, such as runs/NAME")
     records = read_records(file)
@@ -35,7 +37,7 @@ def main() -> int:
     print(f"{folder}: {wrong}")
     if options.command == "check":
         return 1
-    refuse_if_busy(options.run)
+    refuse_if_busy(run)
     for path in rebuild(folder, records):
         print(f"old file renamed to {path}")
     print(f"{folder}: rebuilt with all {len(recorded_points(records)):,} points of metrics.jsonl")

@@ -4,7 +4,6 @@ The settings are, from weakest to strongest: the dataclasses' defaults, the TOML
 what the checkpoint carries), the flags.
 """
 
-import argparse
 import os
 import sys
 from dataclasses import asdict, dataclass, replace
@@ -16,6 +15,7 @@ import tyro
 from checkpoint.reader import Checkpoint
 from common import cli
 from common.errors import UserError
+from common.files import user_path
 from model.config import read_model_config
 from training.config import FREE_CHANGES, Config, load, to_toml
 from training.resume import (
@@ -56,7 +56,7 @@ class Arguments:
 
 def read_command_line(log, argv: list[str] | None = None) -> RunSpec | None:
     """What train.py is to do; None when there is nothing to do. `log` gets lines for people."""
-    scan = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    scan = cli.Parser(add_help=False, allow_abbrev=False)
     scan.add_argument("--config", default="")
     scan.add_argument("--name", default="")
     scan.add_argument("--runs_dir", default="runs")
@@ -74,9 +74,9 @@ def read_command_line(log, argv: list[str] | None = None) -> RunSpec | None:
     found = weights = None
     if early.resume is not None:
         path = early.resume[0] if early.resume else None
-        found = find_resume(Path(early.runs_dir), path, early.name, log)
+        found = find_resume(user_path(early.runs_dir), path, early.name, log)
     stored = stored_config(found[1]) if found else None
-    settings = stored if stored and not early.config else load(Path(early.config or DEFAULT))
+    settings = stored if stored and not early.config else load(user_path(early.config or DEFAULT))
     if early.init_from:
         weights = load_weights_of(early.init_from)
         shape = read_model_config(weights)
@@ -86,7 +86,7 @@ def read_command_line(log, argv: list[str] | None = None) -> RunSpec | None:
     if arguments.print_config:
         print(to_toml(arguments.settings))
         return None
-    check_runs_dir(Path(arguments.runs_dir))
+    check_runs_dir(user_path(arguments.runs_dir))
     spec = make_spec(arguments, found, weights, log)
     if spec is not None:
         log(describe(arguments, spec))
@@ -113,7 +113,7 @@ def check_runs_dir(folder: Path):
 
 def make_spec(arguments: Arguments, found, weights, log) -> RunSpec | None:
     """What to do; None when a resumed run is at its end already."""
-    config, runs_dir = arguments.settings, Path(arguments.runs_dir)
+    config, runs_dir = arguments.settings, user_path(arguments.runs_dir)
     stem = Path(arguments.config or DEFAULT).stem
     if found is None:
         if weights:
@@ -133,7 +133,8 @@ def make_spec(arguments: Arguments, found, weights, log) -> RunSpec | None:
     if checkpoint.step >= config.max_steps and is_finished(folder, checkpoint, config.max_steps):
         log(
             f"{folder}: finished at step {checkpoint.step}; to continue training: "
-            f"python train.py --resume {folder} --extend --max_steps {2 * checkpoint.step}"
+            f"python train.py --resume {cli.quoted(folder)} --extend "
+            f"--max_steps {2 * checkpoint.step}"
         )
         return None
     if forks:

@@ -16,6 +16,7 @@ from safetensors.numpy import save as to_safetensors
 
 from checkpoint.reader import NAN_DUMP_BATCH, Checkpoint, CheckpointError
 from checkpoint.writer import publish
+from common.cli import quoted
 from common.device import PRECISIONS, Precision, check_precision, choose_device
 from data.batches import Batch
 from model.cpu_layers import use_cpu_layers
@@ -71,7 +72,7 @@ def explain_stop(
     """Writes the dump, and returns what to tell the user in one line."""
     try:
         path = write_nan_dump(state, run, micro_batches, targets, reason)
-        where = f"python -m tools.replay {path} shows where it started"
+        where = f"python -m tools.replay {quoted(path)} shows where it started"
     except (OSError, MemoryError) as failure:
         where = f"no NaN dump could be written: {failure}"
     return (

@@ -19,7 +19,7 @@ from training.checkpointer import Checkpointer
 from training.metrics import Metrics
 from training.profiler import StepProfiler
 from training.resume import RunSpec
-from training.schedule import due, evaluation_due, log_due
+from training.schedule import due, evaluation_due, log_due, schedule_faults
 from training.state import TrainState, versions
 from training.step import StepResult
 from training.timing import StepTimer
@@ -51,6 +51,8 @@ class Recorder:
         redo_val = state.val is not None and evaluation_due(config, step)
         self.metrics = Metrics(spec.run, config, resumed_at, redo_val, self.log)
         self.sampler = Sampler(state.dataset, config.sample, config.seed)
+        for fault in schedule_faults(config):
+            self.log(f"note: {fault}")
         self.peak_flops = matmul_flops(state.device, state.precision)
         self.datasheet_flops = datasheet_flops(state.device, state.precision)
         forget_peak(state.device)
@@ -227,9 +229,10 @@ class Recorder:
         has_prompts = state.dataset.kind != "pairs" or state.dataset.held_out
         prompt = "" if has_prompts else ' --prompt "..."'
         print(
-            f"next:\n  tensorboard --logdir {run.parent}\n"
-            f"  python generate.py --checkpoint {run}{prompt}\n"
-            f"  python train.py --resume {run} --extend --max_steps {2 * state.config.max_steps}"
+            f"next:\n  tensorboard --logdir {cli.quoted(run.parent)}\n"
+            f"  python generate.py --checkpoint {cli.quoted(run)}{prompt}\n"
+            f"  python train.py --resume {cli.quoted(run)} --extend "
+            f"--max_steps {2 * state.config.max_steps}"
         )
 
 

@@ -6,7 +6,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from checkpoint.reader import Checkpoint, CheckpointError, list_steps, newest_run, step_path
+from checkpoint.reader import (
+    Checkpoint,
+    CheckpointError,
+    list_steps,
+    newest_run,
+    place,
+    step_path,
+)
 from checkpoint.writer import newest_complete
 from common.errors import UserError
 from common.jsonl import read_records
@@ -54,7 +61,7 @@ def find_resume(
             raise UserError(f"--resume: {run}: no such run; choose a folder in {runs_dir}")
         refuse_if_busy(run)
         return run, newest_complete(run, log), False
-    given = Path(path)
+    given = place(path)
     if not given.exists():
         raise UserError(
             f"--resume {given}: no such checkpoint or run; give a folder such as runs/NAME"

@@ -24,10 +24,10 @@ EARLIER_LOG = "earlier_metrics.jsonl_"  # and a number: the log of a run that ne
 
 def check_run_name(name: str):
     """Refuses a run name that could leave the folder of runs, or hide in it."""
-    if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,199}", name):
+    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,199}", name):
         raise UserError(
             f"--name {name[:210]!r}: must be at most 200 letters, digits, '.', '_' and '-', and "
-            "not start with '.'"
+            "not start with '.' or '-'"
         )
 
 

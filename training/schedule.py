@@ -21,6 +21,28 @@ def lr_factor(config: OptimizerConfig, step: int, horizon: int) -> float:
     return config.min_lr_ratio + (1.0 - config.min_lr_ratio) * left
 
 
+def schedule_faults(config: Config) -> list[str]:
+    """How the learning rate's schedule spoils a run of so many steps: a sentence a fault."""
+    optimizer, steps, horizon = config.optimizer, config.max_steps, config.horizon
+    peaks = ("lr", "muon_lr") if optimizer.name == "muon" else ("lr",)
+    found = [
+        f"optimizer.{key} = 0 trains nothing; raise it"
+        for key in peaks
+        if not getattr(optimizer, key)
+    ]
+    if optimizer.warmup_steps >= steps:
+        found.append(
+            f"optimizer.warmup_steps = {optimizer.warmup_steps:,}, but the run has {steps:,} "
+            "steps; lower it"
+        )
+    if horizon < steps and lr_factor(optimizer, steps - 1, horizon) == 0:
+        found.append(
+            f"the learning rate is 0 from step {horizon:,} of {steps:,} on; raise "
+            "optimizer.schedule_steps"
+        )
+    return found
+
+
 def due(step: int, interval: int) -> bool:
     """Whether something done every `interval` steps is due after `step` steps; 0: never."""
     return bool(step and interval and step % interval == 0)

@@ -5,13 +5,13 @@ import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch.utils.checkpoint import checkpoint
 
 from common.device import check_precision, choose_device, processor
 from common.errors import UserError
+from common.files import user_path
 from common.memory import keep_freed_memory
 from common.signals import defer_interrupts
 from data.batches import Batches, Examples
@@ -162,7 +162,7 @@ def given_tokenizer(spec: RunSpec) -> Tokenizer | None:
     if not path:
         return None
     try:
-        return load_tokenizer(Path(path).expanduser())
+        return load_tokenizer(user_path(path))
     except UserError as error:
         raise UserError(f"data.tokenizer_path: {error}") from None
 

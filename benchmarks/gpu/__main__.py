@@ -14,15 +14,16 @@ from benchmarks.gpu.report import report
 from benchmarks.gpu.runner import SECONDS, Bench, run_plan
 from common import cli
 from common.errors import UserError
+from common.files import user_path
 
 FOLDER = Path(__file__).parent.parent / "gpu_results"
 
 
 def existing(flag: str, path: str, file: str = "") -> str:
     """The absolute path of what a flag names, a file or a folder with `file`; "" for ""."""
-    if path and not (Path(path) / file).is_file():
+    if path and not (user_path(path) / file).is_file():
         raise UserError(f"{flag} {path}: there is no {file or 'such file'}; give another path")
-    return str(Path(path).resolve()) if path else ""
+    return str(user_path(path).resolve()) if path else ""
 
 
 def main() -> int:

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from checkpoint.reader import (
     CheckpointError,
     list_steps,
     newest_run,
+    place,
     read_best,
     step_path,
 )
@@ -210,7 +212,26 @@ def test_newest_run_is_the_one_saved_last(tmp_path):
     assert newest_run(tmp_path).name == "a"
 
 
-@pytest.mark.parametrize("name", ["", "../x", "a/b", ".hidden", "a b", "ü", "a\n", "a" * 201])
+def test_a_path_into_a_run_or_a_step_means_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run, step = Path("runs/one"), Path("runs/one/checkpoints/step_00000001")
+    save(run, 1, FILES)
+    for path in (step, step / "model.safetensors", step / MANIFEST):
+        assert Checkpoint.find(path).path == Checkpoint(path).path == place(path) == step
+    (run / "metrics.jsonl").write_text("")
+    for path in (run, run / "checkpoints", run / "metrics.jsonl"):
+        assert Checkpoint.find(path).path == step
+    save(Path("checkpoints/two"), 1, FILES)  # a folder of runs may have any name
+    Path("other.txt").write_text("")
+    for path in ("runs", "checkpoints", "other.txt"):
+        with pytest.raises(CheckpointError, match="give the folder of a run or of one of") as error:
+            Checkpoint.find(path)
+        assert str(error.value).startswith(f"{path}/{MANIFEST}: ")
+        newest = {"runs": "runs/one", "checkpoints": "checkpoints/two"}.get(path)
+        assert str(error.value).endswith(f", such as {newest}" if newest else "checkpoints")
+
+
+@pytest.mark.parametrize("name", ["", "../x", "a/b", ".hidden", "-x", "a b", "ü", "a\n", "a" * 201])
 def test_run_names_stay_inside_the_folder_of_runs(name):
     with pytest.raises(UserError, match="--name"):
         check_run_name(name)
@@ -283,6 +304,7 @@ def test_verify_and_list_from_the_command_line(tmp_path, monkeypatch, capsys):
     assert status == 0
     assert [line.split()[0] for line in lines[1:]] == ["1", "2", "3"]
     assert lines[2].endswith("0.5000  best")
-    for arguments in (("list", tmp_path / "checkpoints"), ("verify", tmp_path / "nowhere")):
+    assert command("list", tmp_path / "checkpoints") == (0, lines)
+    for arguments in (("list", weights.parent), ("verify", tmp_path / "nowhere")):
         with pytest.raises(CheckpointError):
             command(*arguments)

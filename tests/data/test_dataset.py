@@ -1,9 +1,13 @@
 """data/dataset.py: prepared once, no prompt on both sides, refused if wrong."""
 
 import json
+import os
+import shutil
 import subprocess
 import sys
+import tempfile
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -149,6 +153,33 @@ def test_an_unwritable_cache_is_refused(config, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"data\.cache_dir"):
         prepare(replace(config, cache_dir=str(tmp_path / "file" / "cache")), quiet)
+
+
+@pytest.mark.skipif(not hasattr(os, "seteuid"), reason="Windows has none")
+def test_a_cache_of_somebody_else_says_what_to_do_and_can_be_read(config):
+    with tempfile.TemporaryDirectory() as shared:  # tmp_path is one user's alone
+        cache = Path(shared, "cache")
+        Path(shared).chmod(0o755)
+        shutil.copy(TEXT, shared)
+        theirs = replace(config, path=f"{shared}/{TEXT.name}", cache_dir=str(cache))
+        prepared = prepare(theirs, quiet)
+        (folder,) = (path for path in cache.iterdir() if path.is_dir())
+        cache.chmod(0o555)
+        user = os.geteuid()
+        try:
+            if user == 0:  # who may write anywhere
+                os.seteuid(65534)
+                with pytest.raises(UserError, match=r"Permission denied; set data\.cache_dir"):
+                    prepare(theirs, quiet)  # they let nobody in
+                os.seteuid(0)
+                folder.chmod(0o755)
+                os.seteuid(65534)
+            assert prepare(theirs, quiet).fingerprint == prepared.fingerprint
+            with pytest.raises(UserError, match=r"Permission denied; set data\.cache_dir to a wri"):
+                prepare(replace(theirs, val_fraction=0.3), quiet)
+        finally:
+            os.seteuid(user)
+            cache.chmod(0o755)
 
 
 def test_preparing_a_large_text_does_not_hold_it(tmp_path):

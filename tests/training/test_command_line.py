@@ -1,0 +1,93 @@
+"""training/command_line.py, and the flags and keys of all programs that are paths: ~ is meant."""
+
+from pathlib import Path
+
+import pytest
+
+import compare
+import generate
+from checkpoint.reader import Checkpoint
+from common.errors import UserError
+from data.config import DataConfig
+from data.dataset import prepare
+from data.tokenizer import CharTokenizer
+from tests.helpers import ROOT, TEXT
+from tests.test_generate import TOKENIZERS, save_run
+from training.command_line import read_command_line
+from training.config import load
+from training.resume import RunSpec
+from training.setup import given_tokenizer
+
+TOML = """
+[data]
+path = "~/text.txt"
+val_path = "~/text.txt"
+tokenizer_path = "~/tokenizer.json"
+cache_dir = "~/cache"
+"""
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    """A home folder with a run, a configuration and a text; the current folder is another."""
+    folder = tmp_path / "home"
+    folder.mkdir()
+    (tmp_path / "here").mkdir()
+    monkeypatch.setenv("HOME", str(folder))
+    monkeypatch.setenv("USERPROFILE", str(folder))  # as Windows calls it
+    monkeypatch.chdir(tmp_path / "here")
+    save_run(folder / "runs" / "one", "lines")
+    (folder / "my.toml").write_text(TOML)
+    (folder / "text.txt").write_text(TEXT.read_text())
+    (folder / "tokenizer.json").write_bytes(
+        CharTokenizer(TEXT.read_text()).files()["tokenizer.json"]
+    )
+    yield folder
+    assert list(Path().iterdir()) == []  # no folder named ~
+
+
+def test_a_tilde_is_the_home_folder_in_every_flag_of_train(home):
+    def spec(*flags) -> RunSpec:
+        found = read_command_line(lambda line: None, list(flags))
+        assert found is not None
+        return found
+
+    run = home / "runs" / "one"
+    new = spec("--config=~/my.toml", "--runs_dir=~/new", "--data.cache_dir=~/other")
+    assert new.run.parent == home / "new" and new.config.data.cache_dir == "~/other"
+    assert spec("--runs_dir=~/runs", "--resume").run == run
+    assert spec("--runs_dir=~/runs", "--resume", "--name=one").run == run
+    assert spec("--runs_dir=~/runs", "--resume=~/runs/one").run == run
+    weights = spec("--runs_dir=~/runs", "--init_from=~/runs/one/checkpoints").weights
+    assert weights is not None and weights.path.parent.parent == run
+
+
+def test_a_tilde_is_the_home_folder_in_every_key_of_data(home):
+    config = load(home / "my.toml")
+    tokenizer = given_tokenizer(RunSpec(home, config))
+    data = prepare(config.data, lambda line: None, tokenizer)
+    assert data.tokenizer_given and (home / "cache").is_dir()
+    prepare(DataConfig(path=str(TEXT), tokenizer="char", cache_dir="~/more"), lambda line: None)
+    assert (home / "more").is_dir()
+
+
+def test_a_tilde_is_the_home_folder_in_every_flag_of_the_other_programs(home):
+    (home / "prompts.txt").write_text("a\nb\n")
+    assert generate.read_prompts("~/prompts.txt") == ["a", "b"]
+    for given in ({"checkpoint": "~/runs/one"}, {"runs_dir": "~/runs"}):
+        source = generate.open_source(generate.Arguments(**given))
+        assert source.tokenizer.fingerprint == TOKENIZERS["lines"].fingerprint
+    assert Checkpoint.find("~/runs/one").step == 10
+    assert compare.new_folder(compare.Arguments(runs_dir="~/c", name="x")) == home / "c" / "x"
+
+
+def test_nothing_else_expands_a_path():
+    """One place knows what ~ means, and that is where a path of the user's has to go."""
+    files = [f for f in ROOT.rglob("*.py") if not {"tests", ".venv"} & {*f.parts}]
+    found = {f.relative_to(ROOT).as_posix() for f in files if "expanduser" in f.read_text("utf-8")}
+    assert found == {"common/files.py"}
+
+
+def test_a_flag_without_its_value_is_one_line():
+    with pytest.raises(UserError, match=r"^--name: expected one argument$"):
+        read_command_line(lambda line: None, ["--name", "-x"])
