@@ -32,6 +32,7 @@ from comparison import generation_speed, report
 from comparison.job import Job, create
 from comparison.results import JobResults
 from comparison.trainers import BUILT_ON, LABELS
+from data.readers import is_plain
 from training.config import Config, load
 from training.run_folder import check_run_name
 
@@ -125,10 +126,10 @@ def new_folder(arguments: Arguments) -> Path:
 
 
 def choose_data(config: Config, data: Data) -> Config:
-    """The configuration on the data asked for; what is no .txt is of the kind that it is."""
+    """The configuration on the data asked for; what is no plain text is of the kind that it is."""
     if not data.path and not data.source:
         return config
-    kind = config.data.kind if data.path.endswith(".txt") else "auto"
+    kind = config.data.kind if is_plain(data.path) else "auto"
     source = data.source or config.data.source
     return replace(config, data=replace(config.data, path=data.path, source=source, kind=kind))
 

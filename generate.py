@@ -25,8 +25,8 @@ import tyro
 from checkpoint.reader import Checkpoint, newest_run, read_best
 from common import cli
 from common.errors import UserError
-from common.files import user_path
-from data.prompt_format import end_id, prompt_ids
+from common.files import has_old_lines, refuse_binary, refuse_no_file, user_path
+from data.prompt_format import end_id, prompt_ids, unread
 from data.tokenizer import Tokenizer, clean_text, load_tokenizer
 from generation.explain import Explained, in_colour
 from generation.sampling import MAX_NEW_TOKENS, Sampling
@@ -135,23 +135,27 @@ def read_prompts(path: str) -> list[str]:
     """The lines of --prompt_file, an empty one being an empty prompt; [] without a file."""
     if not path:
         return []
+    where = f"--prompt_file {path}"
+    refuse_no_file(path, where, once=True)
     try:
         with open(user_path(path), "rb") as file:
             content = file.read(MAX_PROMPTS + 1)  # /dev/zero has no end
-        if len(content) > MAX_PROMPTS:
-            raise UserError(f"--prompt_file {path}: more than {MAX_PROMPTS} bytes; split it")
-        text = content.decode("utf-8-sig")
     except OSError as error:
         raise UserError(
-            f"--prompt_file {path}: {error.strerror}; give a text file with a prompt on each line"
+            f"{where}: {error.strerror}; give a text file with a prompt on each line"
         ) from None
+    if len(content) > MAX_PROMPTS:
+        raise UserError(f"{where}: more than {MAX_PROMPTS} bytes; split it")
+    refuse_binary(content, where)
+    if has_old_lines(content):
+        raise UserError(f"{where}: its lines end in \\r alone; save it with \\n or \\r\\n")
+    try:
+        text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise UserError(
-            f"--prompt_file {path}: not UTF-8 (byte {error.start}); save it as UTF-8"
-        ) from None
+        raise UserError(f"{where}: not UTF-8 (byte {error.start}); save it as UTF-8") from None
     lines = text.replace("\r\n", "\n").removesuffix("\n").split("\n")
     if lines == [""]:
-        raise UserError(f"--prompt_file {path}: is empty; write a prompt on each line")
+        raise UserError(f"{where}: is empty; write a prompt on each line")
     return lines
 
 
@@ -231,6 +235,9 @@ def plan(source: Source, prompts: list[str], num_samples: int) -> list[Job]:
 
 def write(arguments: Arguments, source: Source, model, jobs: list[Job]):
     """Generates and prints; a single text appears token by token."""
+    prompts = [job.ids for job in jobs if job.sample == jobs[0].sample]
+    if note := unread(prompts, source.tokenizer, source.model_config.max_len):
+        print(note, file=sys.stderr, flush=True)
     generate = engines.generator(arguments.engine, arguments.compile)
     rules, alone = arguments.sampling, len(jobs) == 1 and not arguments.json
     stops = tuple(map(clean_text, arguments.stop))

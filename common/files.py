@@ -1,22 +1,18 @@
 """Files that are there whole or not at all, and files that notice when they were changed.
 
-The standard library only. Checkpoints, prepared data and metrics are written with these.
+The standard library only. Checkpoints, prepared data and metrics are written with these. And what
+is wrong with files that people give, before they are read.
 """
 
+import codecs
 import contextlib
 import hashlib
 import json
 import os
+import re
 from pathlib import Path
 
-
-def user_path(path: Path | str) -> Path:
-    """A path that a user wrote, with ~ as the home folder: no shell expands it in --flag=~/x.
-
-    A Path is left alone: it has been through here, or it is the program's own.
-    """
-    return path if isinstance(path, Path) else Path(os.path.expanduser(path))
-
+from common.errors import UserError
 
 # JSON files with a checksum -----------------------------------------------------------------------
 
@@ -150,3 +146,65 @@ class AppendFile:
             self.flush()
         finally:
             self.file.close()
+
+
+# Files that people give ---------------------------------------------------------------------------
+
+
+def user_path(path: Path | str) -> Path:
+    """A path that a user wrote, with ~ as the home folder: no shell expands it in --flag=~/x.
+
+    A Path is left alone: it has been through here, or it is the program's own.
+    """
+    return path if isinstance(path, Path) else Path(os.path.expanduser(path))
+
+
+URL = re.compile(r"[A-Za-z][\w+.-]+://")
+# how files begin that hold no text
+BINARY = {
+    b"\x1f\x8b": "a gzip file", b"PK\3\4": "a zip file", b"BZh": "a bzip2 file",
+    b"\xfd7zXZ": "an xz file", b"\x28\xb5\x2f\xfd": "a zstd file", b"PAR1": "a Parquet file",
+    b"ARROW1": "an Arrow file", b"%PDF": "a PDF", b"SQLite format 3\0": "an SQLite database",
+    b"\xff\xfe": "in UTF-16", b"\xfe\xff": "in UTF-16",
+}  # fmt: skip
+CONTROL = re.compile(rb"[\0-\x08\x0e-\x1a\x1c-\x1f]")  # what no 8-bit encoding has in its texts
+
+
+def refuse_no_file(path: str, where: str, once: bool = False):
+    """Raises UserError, which begins with `where`, for a path that no file or folder has.
+
+    path: as the user gave it, because a `Path` drops one of a URL's slashes. once: it is read only
+    once, so that it may be a pipe.
+    """
+    place = user_path(path)
+    if URL.match(path):
+        raise UserError(f"{where}: a URL is not a file; download it and give the file's path")
+    if os.path.isfile(place) or os.path.isdir(place):
+        return
+    if not once and (path == "-" or os.path.exists(place)):
+        raise UserError(
+            f"{where}: a pipe or a device cannot be read twice; write it to a file and give its "
+            "path"
+        )
+    if not os.path.exists(place):
+        from_here = "" if os.path.isabs(place) else f" in {os.getcwd()}"
+        raise UserError(f"{where}: no such file{from_here}; fix the path")
+
+
+def refuse_binary(head: bytes, where: str):
+    """Raises UserError, which begins with `where`, if a file that begins so cannot be text."""
+    what = next((name for magic, name in BINARY.items() if head.startswith(magic)), "")
+    if 10 * head.count(0) > len(head):
+        what = what or "a binary file or in UTF-16 (many of its bytes are 0)"
+    try:
+        codecs.getincrementaldecoder("utf-8-sig")().decode(head)
+    except UnicodeDecodeError:
+        if CONTROL.search(head):
+            what = what or "a binary file (it has control characters)"
+    if what:
+        raise UserError(f"{where}: is {what}, not UTF-8 text; save its text as UTF-8")
+
+
+def has_old_lines(head: bytes) -> bool:
+    """Whether lines end in \\r alone, as nothing here reads them, where a file begins so."""
+    return b"\r" in head.rstrip(b"\r") and b"\n" not in head

@@ -13,7 +13,7 @@ from safetensors.numpy import save
 
 from data.batches import Batch, Batches, Examples
 from data.dataset import Dataset, Log, prepare
-from data.prompt_format import end_id, prompt_ids
+from data.prompt_format import end_id, prompt_ids, unread
 from data.rng import derive_seed
 from model.config import IGNORE_INDEX
 from model.transformer_lite import TransformerDecoderLite
@@ -58,6 +58,9 @@ def create(folder: Path, name: str, config: Config, steps: int, precision: str, 
     folder.mkdir(parents=True)
     (folder / "weights.safetensors").write_bytes(save(weights))
     optimizer, kind = config.optimizer, dataset.kind
+    starts = [prompt_ids(kind, tokenizer, text) for text in prompts(dataset)]
+    if note := unread(starts, tokenizer, shape.max_len):
+        log(note)
     content = {
         "model": asdict(shape),
         "precision": precision,
@@ -66,7 +69,7 @@ def create(folder: Path, name: str, config: Config, steps: int, precision: str, 
         "batches": [[row for part in batches(step) for row in rows(part)] for step in range(steps)],
         "sampling": asdict(config.sample),
         "seed": config.seed,
-        "prompts": [prompt_ids(kind, tokenizer, text) for text in prompts(dataset)],
+        "prompts": starts,
         "end_id": end_id(kind, tokenizer),
     }
     (folder / "job.json").write_text(json.dumps(content))

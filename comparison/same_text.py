@@ -21,6 +21,7 @@ from data.tokenizer import Tokenizer, load_tokenizer
 from generation.sampling import Sampling
 from model.config import read_model_config
 from model.engines import Engine, generator, load_model, read_weights
+from training.resume import locate_data
 
 ENGINES: tuple[Engine, ...] = ("torch", "numpy", "python")
 RULES = {  # name: (rules, precision of torch and numpy)
@@ -34,7 +35,8 @@ def prompts_of(checkpoint: Checkpoint, tokenizer: Tokenizer, count: int) -> list
     """Different prompts, as ids."""
     known = {field.name for field in fields(DataConfig)}
     settings = {k: v for k, v in checkpoint.config["data"].items() if k in known}
-    dataset = prepare(DataConfig(**settings), lambda line: None, tokenizer)
+    data = locate_data(DataConfig(**settings), checkpoint, print)
+    dataset = prepare(data, lambda line: None, tokenizer)
     split, found = dataset.val or dataset.train, []
     starts, lengths = split.starts, split.prompts
     if starts is None or lengths is None:

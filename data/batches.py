@@ -98,9 +98,12 @@ class Batches:
 
     def __init__(self, examples: Examples, batch_size: int, seed: int):
         if not examples.count:
+            fix = "give more text, or lower it"
+            if examples.split.starts is not None:  # each is longer, perhaps because it is the only
+                fix = 'raise it and model.max_len, or set data.kind = "stream" for a long text'
             raise UserError(
                 f"data.path: nothing to train on: {examples.split.describe()}, and no example fits "
-                f"data.seq_len = {examples.seq_len}; give more text, or change data.seq_len"
+                f"data.seq_len = {examples.seq_len}; {fix}"
             )
         self.examples, self.batch_size, self.seed = examples, batch_size, seed
         self.steps_per_epoch = math.ceil(examples.count / batch_size)

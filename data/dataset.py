@@ -130,6 +130,7 @@ def build(
 ):
     """Tokenizer, token files and manifest of a source, into an existing empty folder."""
     names = ["train", "val"] if source.val or config.val_fraction else ["train"]
+    check_sides(source, config)
     readers = split_stream(source, config) if source.kind == "stream" else None
     tokenizer = tokenizer or make_tokenizer(config, source, readers, log)
     tokenizer.save(folder)
@@ -164,12 +165,46 @@ def check_not_empty(splits: dict, config: DataConfig, source: Source):
     """Refuses a split without a single token to predict."""
     for name, counts in splits.items():
         if counts["tokens"] < 2:
-            what = "data.val_path" if source.val and name == "val" else "data.path"
+            if source.val:
+                key = "data.val_path" if name == "val" else "data.path"
+                raise UserError(
+                    f"{key}: a text of one token leaves none to predict; give more text"
+                )
             raise UserError(
-                f"{what}: {source.name} leaves no text for the {name} split with "
+                f"data.path: {source.name} leaves no text for the {name} split with "
                 f"data.val_fraction = {config.val_fraction}; give more text"
                 + (", or set data.val_fraction = 0 for no validation" if name == "val" else "")
             )
+
+
+def check_sides(source: Source, config: DataConfig):
+    """Refuses documents that all fall on one side of the split; the first few nearly always tell.
+
+    Before anything is made of them, because an empty side has many other consequences.
+    """
+    if source.kind == "stream" or source.val or not config.val_fraction:
+        return
+    sides, different, count = set(), set(), 0
+    for side, document in split_documents(source, config):
+        sides.add(side)
+        if len(sides) == 2:
+            return
+        count += 1
+        if len(different) < 2:
+            different.add(hash_fraction(document))
+    missing = "train" if "val" in sides else "val"
+    what = "prompts" if source.kind == "pairs" else "lines"
+    why = f"none of its {count:,} {what} falls there; give more text"
+    if len(different) == 1:
+        why = f"all its {count:,} {what} are equal, and stay on one side; give different {what}"
+    if count == 1:
+        why = "it is a single document; give more"
+        if source.kind == "lines":
+            why = 'it is a single line, and so a single document; set data.kind = "stream"'
+    raise UserError(
+        f"data.path: {source.name} leaves nothing for the {missing} split with data.val_fraction = "
+        f"{config.val_fraction}: {why}, or set data.val_fraction = 0 for no validation"
+    )
 
 
 # Splitting ------------------------------------------------------------------------------------

@@ -3,6 +3,8 @@
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from data.tokenizer import Tokenizer
 
 
@@ -21,6 +23,25 @@ def prompt_ids(kind: str, tokenizer: "Tokenizer", prompt: str) -> list[int]:
         ids = tokenizer.encode("\n")
         ids = [] if tokenizer.unk_id in ids else ids
     return ids or [tokenizer.start_id]
+
+
+def unread(prompts: "Sequence[list[int]]", tokenizer: "Tokenizer", max_len: int) -> str:
+    """What a model of `max_len` places does not read of prompts, as ids: a note; "" if nothing."""
+    long = sum(len(ids) > max_len for ids in prompts)
+    unknown = sum(i == tokenizer.unk_id for ids in prompts for i in ids)
+    found = []
+    if long:
+        found.append(
+            f"{long:,} of {len(prompts):,} prompts longer than the model's window of {max_len:,} "
+            "tokens, of which only the end is read"
+        )
+    if unknown:
+        tokens = sum(map(len, prompts))
+        found.append(
+            f"{unknown:,} of the prompts' {tokens:,} tokens are <unk>, for characters that the "
+            "vocabulary lacks"
+        )
+    return f"note: {'; '.join(found)}" if found else ""
 
 
 def are_pairs(value: object) -> bool:

@@ -5,6 +5,8 @@ downloads. Nothing here holds more of it in memory than a chunk or a line.
 """
 
 import codecs
+import contextlib
+import csv
 import hashlib
 import json
 import os
@@ -13,9 +15,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import cast
 
 from common.errors import UserError
-from common.files import user_path
+from common.files import has_old_lines, refuse_binary, refuse_no_file, user_path
 from data.builtin import NAMED, named_files
 from data.config import DataConfig, Kind
 from data.tokenizer import SURROGATE
@@ -24,8 +27,20 @@ Pair = tuple[str, str]  # (prompt, completion)
 
 VERSION = "1"  # goes into every fingerprint: raise it when the same bytes come to give other text
 CHUNK = 1 << 20  # bytes of a stream read at a time
-JSONL_HELP = 'each line must be {"prompt": "...", "completion": "..."}'
-PAIRS_HELP = f"use a .jsonl file ({JSONL_HELP}) or a folder with train.nl and train.cm"
+JSONL_HELP = (
+    'each line must be {"prompt": "...", "completion": "..."}, or set data.kind = "stream" or '
+    '"lines" to train on the text as it is'
+)
+HEAD = 1 << 20  # bytes by which a file is judged
+ROWS = 10  # lines of as many columns each that make a table
+
+# how files of text begin that is no prose, and how they are called
+MARKUP = re.compile(r"\s*(<(!doctype|html|head|body|svg)\b|<\?xml|\{\\rtf)", re.IGNORECASE)
+JSON = re.compile(r'\s*[\[{]\s*["{]')
+ENDINGS = {
+    ".csv": "a table", ".tsv": "a table", ".json": "JSON", ".rtf": "markup",
+    ".html": "markup", ".htm": "markup", ".xml": "markup",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -49,25 +64,35 @@ def open_source(config: DataConfig, log: Callable[[str], object], cache: Path) -
     What only reading to the end can find, the readers raise it for, with the line or the byte.
     """
     val: tuple[Path, ...] = ()
-    natural: Kind
+    where_val = ""
     if config.path:
+        where = where_val = f"data.path = {config.path}"
+        train = _own_files(config.path, where, "train")
         path = user_path(config.path)
-        train = _own_files(path, "data.path", "train")
         name = re.sub(r"[^\w-]", "_", path.resolve().stem)[:40] or "data"
         if path.is_dir() and any((path / file).exists() for file in ("dev.nl", "dev.cm")):
-            val = _own_files(path, "data.path", "dev")
-        where, natural = f"data.path = {path}", "pairs" if _holds_pairs(train) else "stream"
+            val = _own_files(config.path, where, "dev")
+        kind = _choose_kind(train, config.kind, where, log)
     else:
-        name, natural = config.source, NAMED[config.source][0]
+        name, where = config.source, f"data.source = {config.source}"
         train = named_files(name, cache, log)
-        where = f"data.source = {name}"
-    kind = natural if config.kind == "auto" else config.kind
+        natural = NAMED[name][0]
+        kind = natural if config.kind == "auto" else config.kind
+        if "pairs" in (kind, natural) and kind != natural:
+            raise UserError(f'{where}: {natural}, but data.kind = "{kind}"; set it to "auto"')
     if config.val_path:
-        val = _own_files(user_path(config.val_path), "data.val_path", "dev")
+        where_val = f"data.val_path = {config.val_path}"
+        val = _own_files(config.val_path, where_val, "dev")
+        own = _choose_kind(val, config.kind, where_val, log)
+        if "pairs" in (kind, own) and kind != own:
+            raise UserError(
+                f"{where_val}: looks like {own}, but what is trained on is {kind}; give files of "
+                "one kind, or set data.kind"
+            )
     log(f"reading {name} as {kind}: {', '.join(str(file) for file in train + val)}")
     _check(train, kind, where)
     if val:
-        _check(val, kind, f"data.val_path = {config.val_path}" if config.val_path else where)
+        _check(val, kind, where_val)
     return Source(
         name,
         kind,
@@ -85,31 +110,94 @@ def _fingerprint(settings: str, files: tuple[Path, ...]) -> str:
     return digest.hexdigest()
 
 
-def _own_files(path: Path, key: str, split: str) -> tuple[Path, ...]:
+def _own_files(path: str, where: str, split: str) -> tuple[Path, ...]:
     """One file, or the two that hold the pairs of a folder."""
-    files, fix = (path,), "fix the path"
-    if os.path.isdir(path):
-        files = (path / f"{split}.nl", path / f"{split}.cm")
-        fix = f"a folder must have {split}.nl and {split}.cm"
+    refuse_no_file(path, where)
+    place = user_path(path)
+    if not place.is_dir():
+        return (place,)
+    files = (place / f"{split}.nl", place / f"{split}.cm")
     for file in files:
         if not os.path.isfile(file):
-            what = "no such file" if file == path else f"there is no {file}"
-            raise UserError(f"{key} = {path}: {what}; {fix}")
+            raise UserError(
+                f"{where}: there is no {file}; a folder must have {split}.nl and {split}.cm"
+            )
     return files
 
 
-def _holds_pairs(files: tuple[Path, ...]) -> bool:
-    return len(files) == 2 or files[0].suffix.lower() == ".jsonl"
+def is_plain(path: str) -> bool:
+    """Whether a path is a file of text that looks like nothing but text."""
+    place = user_path(path)
+    try:
+        return place.is_file() and not _looks_like(place, _head(place))
+    except OSError:
+        return False
+
+
+def _choose_kind(
+    files: tuple[Path, ...], kind: str, where: str, log: Callable[[str], object]
+) -> Kind:
+    """The kind that one's own files are read as: `kind`, or where that is "auto", by content.
+
+    Raises UserError for what is not text, and for text that is no prose unless `kind` is given.
+    """
+    try:
+        heads = [_head(file) for file in files]
+    except OSError as error:
+        raise _unreadable(where, error) from None
+    for file, head in zip(files, heads, strict=True):
+        refuse_binary(head, where if len(files) == 1 else f"{where}: {file.name}")
+    looks = "JSON lines" if len(files) == 2 else _looks_like(files[0], heads[0])
+    if (looks or kind in ("lines", "pairs")) and any(map(has_old_lines, heads)):
+        raise UserError(f"{where}: its lines end in \\r alone; save it with \\n or \\r\\n")
+    if kind == "auto":
+        if looks and looks != "JSON lines":
+            raise UserError(
+                f"{where}: looks like {looks}, which is not read as prose; {JSONL_HELP}"
+            )
+        return "pairs" if looks else "stream"
+    if len(files) == 2 and kind != "pairs":
+        raise UserError(f'{where}: a folder of pairs, but data.kind = "{kind}"; set it to "auto"')
+    if looks and kind != "pairs":
+        log(f'note: {where} looks like {looks}; it is read as text, because data.kind = "{kind}"')
+    return cast(Kind, kind)
+
+
+def _head(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return file.read(HEAD)
+
+
+def _looks_like(path: Path, head: bytes) -> str:
+    """What text is that is not meant to be read as prose, by name and first bytes; "": prose."""
+    suffix = path.suffix.lower()
+    if suffix in (".jsonl", ".ndjson"):
+        return "JSON lines"
+    text = codecs.getincrementaldecoder("utf-8-sig")("replace").decode(head)
+    if not text.strip():
+        return ""
+    lines = [line for line in text.split("\n") if line.strip()][:20]
+    with contextlib.suppress(ValueError, RecursionError):
+        if isinstance(json.loads(lines[0]), dict):
+            return "JSON lines"
+    if MARKUP.match(text):
+        return "markup"
+    if JSON.match(text):
+        return "JSON"
+    for delimiter in "\t,;":
+        with contextlib.suppress(csv.Error):
+            widths = [len(row) for row in csv.reader(lines, delimiter=delimiter)]
+            if len(widths) >= ROWS and widths[0] > 1 and len(set(widths)) == 1:
+                return "a table"
+    return ENDINGS.get(suffix, "")
+
+
+def _unreadable(where: str, error: OSError) -> UserError:
+    return UserError(f"{where}: cannot be read ({error.strerror}); give a file that can be read")
 
 
 def _check(files: tuple[Path, ...], kind: str, where: str) -> None:
-    """Refuse files that cannot be of this kind, cannot be opened or hold nothing."""
-    if kind == "pairs" and not _holds_pairs(files):
-        raise UserError(f'{where}: not pairs, but data.kind = "pairs"; {PAIRS_HELP}')
-    if kind != "pairs" and _holds_pairs(files):
-        raise UserError(
-            f'{where}: pairs, but data.kind = "{kind}"; set data.kind = "pairs" or "auto"'
-        )
+    """Refuse files that cannot be opened or hold nothing, and two that do not belong together."""
     try:
         counts = [_count_lines(file) for file in files] if len(files) == 2 else [1]
         if len(set(counts)) > 1:
@@ -117,13 +205,11 @@ def _check(files: tuple[Path, ...], kind: str, where: str) -> None:
                 f"{where}: {files[0].name} has {counts[0]} lines but {files[1].name} has "
                 f"{counts[1]}; make line i of one belong to line i of the other"
             )
-        empty = next(_reader(files, kind)(), None) is None
+        empty = not any("".join(piece).strip() for piece in _reader(files, kind)())
     except OSError as error:
-        raise UserError(
-            f"{where}: cannot be read ({error.strerror}); give a file that can be read"
-        ) from None
+        raise _unreadable(where, error) from None
     if empty:
-        raise UserError(f"{where}: the file is empty; give a file with text in it")
+        raise UserError(f"{where}: is empty or white space only; give a file with text in it")
 
 
 # Readers ------------------------------------------------------------------------------------------

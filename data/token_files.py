@@ -41,6 +41,11 @@ class Split:
             return f"{len(self.ids):,} tokens"
         return f"{len(self.starts) - 1:,} examples, {len(self.ids):,} tokens"
 
+    def count(self, token: int) -> int:
+        """How often a token occurs."""
+        pieces = range(0, len(self.ids), CHECK_SIZE)
+        return sum(int(np.count_nonzero(self.ids[i : i + CHECK_SIZE] == token)) for i in pieces)
+
     def targets_per_byte(self) -> float:
         """Tokens to predict for each byte of text: nats a token times this are nats a byte."""
         targets = len(self.ids) - (0 if self.prompts is None else int(self.prompts.sum()))

@@ -1,5 +1,6 @@
 """generate.py as a user meets it: what it writes for each kind of data, and what it refuses."""
 
+import gzip
 import json
 import os
 import shutil
@@ -69,7 +70,10 @@ def write(runs, monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", argv)
         assert cli.run("generate.py", generate.main) == 0
         out, err = capsys.readouterr()
-        assert err.startswith(f"{runs / kind}") and err.count("\n") == 1
+        first, *notes = err.splitlines()
+        assert first.startswith(f"{runs / kind}")
+        assert len(notes) <= 1 and all(note.startswith("note: ") for note in notes)
+        call.note = "".join(notes)
         return [json.loads(line) for line in out.splitlines()] if "--json" in flags else out
 
     return call
@@ -187,6 +191,12 @@ def test_control_characters_do_not_reach_a_terminal(write):
 def test_a_prompt_longer_than_the_model_and_bytes_that_are_no_text(write):
     long = "a" * 10_000
     assert write("stream", "--prompt", long).startswith(long)
+    assert "1 of 1 prompts longer than the model's window of 32 tokens" in write.note
+    write("pairs", "--prompt", "a" * 32, "--prompt", "\U0001f600 \U0001f600", "--num_samples", "3")
+    assert "1 of 2 prompts longer" in write.note  # <start> takes a place, too
+    assert "2 of the prompts' 37 tokens are <unk>" in write.note
+    write("stream", "--prompt", "a" * 32)
+    assert write.note == ""
     (answer,) = write("pairs", "--json", "--prompt", "a\udce9")
     assert answer["prompt"] == "a\ufffd"
 
@@ -281,6 +291,8 @@ def test_what_cannot_be_read(runs, tmp_path, without_torch):
     empty, binary, damaged = tmp_path / "empty", tmp_path / "binary", tmp_path / "damaged"
     empty.write_bytes(b"")
     binary.write_bytes(b"ab\xff\n")
+    (tmp_path / "old").write_bytes(b"a\rb\r")
+    (tmp_path / "zip").write_bytes(gzip.compress(b"a"))
     step = save_run(damaged, "lines")
     weights = bytearray((step / "model.safetensors").read_bytes())
     weights[-1] ^= 1
@@ -297,6 +309,9 @@ def test_what_cannot_be_read(runs, tmp_path, without_torch):
         ([*lines, "--prompt_file", str(empty)], "is empty"),
         ([*lines, "--prompt_file", str(binary)], "not UTF-8 (byte 2)"),
         ([*lines, "--prompt_file", str(tmp_path)], "--prompt_file"),
+        ([*lines, "--prompt_file", str(tmp_path / "old")], "its lines end in \\r alone"),
+        ([*lines, "--prompt_file", str(tmp_path / "zip")], "is a gzip file"),
+        ([*lines, "--prompt_file", "https://a.b/c"], "--prompt_file https://a.b/c: a URL is not"),
     ):
         done = run_script(*flags, env=without_torch)
         assert (done.returncode, done.stdout) == (2, "")

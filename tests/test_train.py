@@ -222,6 +222,28 @@ def test_finished_extended_and_forked(home):
     assert Checkpoint(list_steps(home / "runs/fork")[-1]).step == 50
 
 
+def test_a_resume_from_another_folder_finds_its_data_and_knows_if_it_has_changed(home, tmp_path):
+    data, there = home / "moved" / "text.txt", home / "moved" / "runs" / "it"
+    data.parent.mkdir()
+    data.write_text("The lamp burned all night over the dark water. " * 60)
+    flags = ["--config", home / "tiny.toml", "--name", "it", "--max_steps", 2]
+    flags += ["--data.path", "text.txt", "--data.cache_dir", "cache"]
+    result = run("train.py", *flags, cwd=data.parent)
+    assert result.returncode == 0, result.stderr
+    resume = ["--resume", there, "--extend", "--max_steps"]
+    result = run("train.py", *resume, 3, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert f"data.path: {data}, relative to where the run was started" in result.stdout
+    assert not (tmp_path / "cache").exists()
+    assert run("train.py", *resume, 4, cwd=home).returncode == 0  # from a third folder
+    data.write_text(data.read_text() + "!")
+    line = refused(run("train.py", *resume, 5, "--data.cache_dir", "other", cwd=tmp_path))
+    assert f"(the content of {data} has changed); use --init_from" in line
+    data.parent.joinpath("gone").mkdir()
+    data.rename(data.parent / "gone" / "text.txt")
+    assert f"data.path = {data}: no such file" in refused(run("train.py", *resume, 5, cwd=home))
+
+
 def test_init_from_takes_weights_and_tokenizer(home):
     other = home / "new.txt"
     other.write_text("The lamp was lit again on the water. " * 60)

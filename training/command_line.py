@@ -16,6 +16,7 @@ from checkpoint.reader import Checkpoint
 from common import cli
 from common.errors import UserError
 from common.files import user_path
+from data.readers import is_plain
 from model.config import read_model_config
 from training.config import FREE_CHANGES, Config, load, to_toml
 from training.resume import (
@@ -24,6 +25,7 @@ from training.resume import (
     is_finished,
     keep_resolved,
     load_weights_of,
+    locate_data,
     plan_resume,
     stored_config,
 )
@@ -83,6 +85,7 @@ def read_command_line(log, argv: list[str] | None = None) -> RunSpec | None:
         kept = {k: getattr(settings.model, k) for k in ("dropout", "attention_dropout")}
         settings = replace(settings, model=replace(shape, **kept))
     arguments = cli.parse(Arguments, DESCRIPTION, Arguments(settings), argv)
+    arguments = replace(arguments, settings=kind_of_own(arguments.settings, settings, argv))
     if arguments.print_config:
         print(to_toml(arguments.settings))
         return None
@@ -91,6 +94,17 @@ def read_command_line(log, argv: list[str] | None = None) -> RunSpec | None:
     if spec is not None:
         log(describe(arguments, spec))
     return spec
+
+
+def kind_of_own(given: Config, settings: Config, argv: list[str]) -> Config:
+    """A configuration's data.kind is that of its own data: another path's file may be of another.
+
+    settings: the configuration without the flags.
+    """
+    data = given.data
+    if data.path == settings.data.path or any(a.startswith("--data.kind") for a in argv):
+        return given
+    return given if is_plain(data.path) else replace(given, data=replace(data, kind="auto"))
 
 
 def underscored(flag: str) -> str:
@@ -128,6 +142,7 @@ def make_spec(arguments: Arguments, found, weights, log) -> RunSpec | None:
     stored = stored_config(checkpoint)
     config = keep_resolved(stored, config)
     config, changes = plan_resume(stored, config, arguments.extend)
+    config = replace(config, data=locate_data(config.data, checkpoint, log))
     for change in changes:
         log(f"changed: {change.key}: {change.before} -> {change.after}")
     if checkpoint.step >= config.max_steps and is_finished(folder, checkpoint, config.max_steps):

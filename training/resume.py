@@ -16,7 +16,9 @@ from checkpoint.reader import (
 )
 from checkpoint.writer import newest_complete
 from common.errors import UserError
+from common.files import user_path
 from common.jsonl import read_records
+from data.config import DataConfig
 from model.config import read_model_config
 from training import config as configuration
 from training.config import Change, Config
@@ -106,6 +108,24 @@ def keep_resolved(stored: Config, wanted: Config) -> Config:
     if wanted.train.threads == 0:
         settled["train"] = replace(wanted.train, threads=stored.train.threads)
     return replace(wanted, **settled)
+
+
+def locate_data(data: DataConfig, checkpoint: Checkpoint, log: Log) -> DataConfig:
+    """`data` with the relative paths that a run has stored as they are found from this folder.
+
+    They stand for files in the folder where it was started; where there are none, for those here.
+    """
+    started, found = checkpoint.state.get("cwd"), {}
+    if not isinstance(started, str) or started == os.getcwd():
+        return data
+    for key in ("path", "val_path", "cache_dir"):
+        path = getattr(data, key)
+        there = os.path.join(started, path)
+        relative = path and not user_path(path).is_absolute()
+        if relative and path == checkpoint.config["data"].get(key) and os.path.exists(there):
+            found[key] = there
+            log(f"data.{key}: {there}, relative to where the run was started")
+    return replace(data, **found)
 
 
 def stored_config(checkpoint: Checkpoint) -> Config:

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from common.device import check_precision, choose_device, processor
 from common.errors import UserError
-from common.files import user_path
+from common.files import refuse_no_file, user_path
 from common.memory import keep_freed_memory
 from common.signals import defer_interrupts
 from data.batches import Batches, Examples
@@ -105,6 +105,15 @@ def open_batches(dataset: Dataset, config: Config, log: Log) -> tuple[Batches, E
     for split, side in (("train", examples), ("validation", val)):
         if side is not None:
             log(f"data: {dataset.name} ({dataset.kind}), {split}: {side.split.describe()}")
+            unk_id = dataset.tokenizer.unk_id
+            # a tokenizer that was made of this text knows all of it
+            given = dataset.tokenizer_given and unk_id is not None
+            if unknown := side.split.count(unk_id) if given else 0:
+                log(
+                    f"note: {unknown:,} of the {len(side.split.ids):,} {split} tokens are <unk>, "
+                    "for characters that the vocabulary lacks; a loss and bits per byte over them "
+                    "say little of the text"
+                )
             if side.dropped:
                 log(
                     f"data: {side.dropped:,} {split} examples longer than {config.seq_len} tokens "
@@ -161,6 +170,7 @@ def given_tokenizer(spec: RunSpec) -> Tokenizer | None:
     path = spec.config.data.tokenizer_path
     if not path:
         return None
+    refuse_no_file(path, f"data.tokenizer_path = {path}")
     try:
         return load_tokenizer(user_path(path))
     except UserError as error:
@@ -184,18 +194,30 @@ def resolve(config: Config, device: torch.device, dataset: Dataset) -> Config:
     )
 
 
+NOT_DATA = ("data.cache_dir", "data.tokenizer_path")  # settings that do not change what is read
+
+
 def check_data(spec: RunSpec, dataset: Dataset):
     """Refuses to resume on other data than the run was trained on."""
     if not spec.resume:
         return
     now = {"data": dataset.fingerprint, "tokenizer": dataset.tokenizer.fingerprint}
     if any(spec.resume.state.get(key) != now[key] for key in now):
+        data = spec.config.data
         changed = [
             f"{c.key} {c.before!r} -> {c.after!r}"
             for c in spec.changes
-            if c.key.startswith("data.")
+            if c.key.startswith("data.") and c.key not in NOT_DATA
         ]
-        why = "; ".join(changed) or "the files, or this Python's standard library, have changed"
+        if changed:
+            why = "; ".join(changed)
+        elif now["data"] == spec.resume.state.get("data"):
+            why = "the tokenizer in data.cache_dir is not the checkpoint's"
+        elif data.path:
+            files = " or ".join(filter(None, (data.path, data.val_path)))
+            why = f"the content of {files} has changed"
+        else:
+            why = f"what {data.source} is made of has changed: this Python's library, or its file"
         raise UserError(
             f"--resume {spec.resume.path}: the data differs from what the run was trained on "
             f"({why}); use --init_from to train on other data"

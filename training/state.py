@@ -1,8 +1,9 @@
 """The state of a run: what the loop works on, and what of it a checkpoint keeps and gives back."""
 
 import json
+import os
 import platform
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
 import numpy as np
 import torch
@@ -46,6 +47,7 @@ class TrainState:
     optimizers: list[torch.optim.Optimizer]
     scaler: torch.amp.GradScaler
     progress: Progress
+    cwd: str = field(default_factory=os.getcwd)  # from where the paths of `config` are found
 
     @property
     def model(self) -> TransformerDecoder:
@@ -67,6 +69,7 @@ class TrainState:
             "tokenizer_given": self.dataset.tokenizer_given,
             "held_out": self.dataset.held_out,
             "validates": self.val is not None,
+            "cwd": self.cwd,
             "versions": versions(self.device),
         }
         return {

@@ -149,6 +149,36 @@ def test_an_empty_side_is_refused(config, tmp_path):
     assert prepare(replace(config, path=path, val_fraction=0.0), quiet).val is None
 
 
+@pytest.mark.parametrize("tokenizer", ["char", "bpe"])
+@pytest.mark.parametrize(
+    ("name", "line", "count", "said"),
+    [
+        ("a.jsonl", '{"prompt": "p%d", "completion": "c"}', 9, "all its 9 prompts are equal"),
+        ("b.jsonl", '{"prompt": "q%d", "completion": "c"}', 9, "all its 9 prompts are equal"),
+        ("c.txt", "the same line", 9, "all its 9 lines are equal"),
+        (
+            "d.txt",
+            "x" * 9999,
+            1,
+            'a single line, and so a single document; set data.kind = "stream"',
+        ),
+    ],
+)
+def test_documents_that_cannot_be_split_are_refused_with_the_cause(
+    config, tmp_path, tokenizer, name, line, count, said
+):
+    """Whichever side they would all be on, before a tokenizer is trained on nothing."""
+    kind = "pairs" if name.endswith(".jsonl") else "lines"
+    for number in range(8):  # so that one of them falls on the rarer side, too
+        (tmp_path / name).write_text(f"{line.replace('%d', str(number))}\n" * count)
+        made = replace(
+            config, path=str(tmp_path / name), kind=kind, tokenizer=tokenizer, val_fraction=0.5
+        )
+        with pytest.raises(UserError) as error:
+            prepare(made, quiet)
+        assert said in str(error.value) and "data.val_fraction = 0.5" in str(error.value)
+
+
 def test_an_unwritable_cache_is_refused(config, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"data\.cache_dir"):

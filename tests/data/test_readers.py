@@ -1,6 +1,8 @@
 """Sources: what the readers give, what is refused and how."""
 
+import gzip
 import json
+import os
 import subprocess
 import sys
 
@@ -10,6 +12,9 @@ from common.errors import UserError
 from data import readers
 from data.config import DataConfig
 from data.readers import open_source
+
+JSONL = b'{"prompt": "p", "completion": "c, d"}\n' * 12
+TABLE = b"prompt,completion\n" + b'"one, two",three\n' * 12
 
 
 def opened(path, cache, **settings):
@@ -105,9 +110,23 @@ def test_fingerprint_follows_content_and_kind_only(tmp_path):
         ("mark.txt", b"\xef\xbb\xbf", "auto", "is empty"),
         ("blank.txt", b"\n \r\n", "lines", "is empty"),
         ("blank.jsonl", b"\n\n", "auto", "is empty"),
-        ("text.txt", b"a", "pairs", "train.nl"),
-        ("text.jsonl", b"{}", "stream", 'data.kind = "pairs"'),
-        ("text.jsonl", b"{}", "lines", 'data.kind = "pairs"'),
+        ("space.txt", b" \n\t\r\n", "auto", "is empty or white space"),
+        ("table.csv", b"", "auto", "is empty"),
+        ("old.txt", b"a\rb\rc\r", "lines", "lines end in \\r alone"),
+        ("old.jsonl", JSONL.replace(b"\n", b"\r"), "auto", "lines end in \\r alone"),
+        ("a.txt", gzip.compress(b"text"), "auto", "is a gzip file, not UTF-8 text"),
+        ("a.jsonl", b"PAR1\x15\0", "auto", "is a Parquet file"),
+        ("a.txt", "text".encode("utf-16"), "stream", "is in UTF-16"),
+        ("a.txt", "a long text".encode("utf-16-le"), "lines", "or in UTF-16"),
+        ("a.bin", bytes(range(1, 256)), "auto", "is a binary file"),
+        ("a.bin", b"\7\0\x2a\0" * 99, "stream", "is a binary file"),  # ids of 16 bits: valid UTF-8
+        ("a.csv", TABLE, "auto", "looks like a table"),
+        ("a", TABLE, "auto", "looks like a table"),
+        ("a.txt", TABLE.replace(b",", b"\t"), "auto", "looks like a table"),
+        ("a.json", b"[" + JSONL[:-1].replace(b"\n", b",\n") + b"]", "auto", "looks like JSON"),
+        ("a.html", b"Some text", "auto", "looks like markup"),
+        ("a", b"\xef\xbb\xbf\n <!DOCTYPE html><p>Text", "auto", "looks like markup"),
+        ("a.txt", b"{\\rtf1\\ansi Text}", "auto", "looks like markup"),
     ],
 )
 def test_refused_at_once(tmp_path, name, content, kind, expected):
@@ -115,6 +134,73 @@ def test_refused_at_once(tmp_path, name, content, kind, expected):
     path.write_bytes(content)
     message = refusal(opened, path, tmp_path, kind=kind)
     assert "data.path" in message and str(path) in message and expected in message
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "kind", "expected"),
+    [
+        ("a.ndjson", JSONL, "auto", "pairs"),
+        ("a.jsonl.txt", JSONL, "auto", "pairs"),
+        ("a.json", b"\xef\xbb\xbf\n" + JSONL, "auto", "pairs"),
+        ("a.csv", JSONL, "pairs", "pairs"),
+        ("a.jsonl", JSONL, "lines", "lines"),  # a given kind is taken at its word
+        ("a.csv", TABLE, "lines", "lines"),
+        ("a.html", b"<html>", "stream", "stream"),
+        ("a.txt", b"<|endoftext|>One, two\n[Illustration: it]\n{{x}}", "auto", "stream"),
+        ("a.txt", b"Yes, said he,\nand left.\n" * 20, "auto", "stream"),
+        ("old.txt", b"a\rb\rc\r", "auto", "stream"),
+    ],
+)
+def test_the_kind_is_known_by_the_content_unless_it_is_given(
+    tmp_path, name, content, kind, expected
+):
+    (tmp_path / name).write_bytes(content)
+    said = []
+    source = open_source(DataConfig(path=str(tmp_path / name), kind=kind), said.append, tmp_path)
+    assert source.kind == expected and next(source.train())
+    noted = kind in ("stream", "lines")
+    assert ("looks like" in said[0] and f'data.kind = "{kind}"' in said[0]) == noted
+    train = tmp_path / "train.txt"
+    train.write_bytes(JSONL if expected == "pairs" else b"text")
+    beside = opened(train, tmp_path, kind=kind, val_path=str(tmp_path / name))
+    assert beside.kind == expected and next(beside.val()) == next(source.train())
+
+
+def test_a_validation_file_of_another_kind(tmp_path):
+    pairs, text, table = (tmp_path / name for name in ("a.ndjson", "b.txt", "c.csv"))
+    pairs.write_bytes(JSONL)
+    text.write_text("text")
+    table.write_bytes(TABLE)
+    for train, val, expected in (
+        (text, pairs, "looks like pairs"),
+        (pairs, text, "looks like stream"),
+        (text, table, "looks like a table"),
+    ):
+        message = refusal(opened, train, tmp_path, val_path=str(val))
+        assert message.startswith(f"data.val_path = {val}: ") and expected in message
+    words = DataConfig(source="stdlib_words", kind="pairs")
+    assert "data.source = stdlib_words: lines" in refusal(open_source, words, print, tmp_path)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes here")
+@pytest.mark.parametrize(
+    ("path", "expected"),
+    [
+        ("https://example.org/a.txt", "a URL is not a file"),
+        ("-", "a pipe or a device cannot be read twice"),
+        (os.devnull, "a pipe or a device cannot be read twice"),
+        ("pipe", "a pipe or a device cannot be read twice"),
+        ("nowhere.txt", "no such file in "),
+    ],
+)
+def test_no_file_is_refused_with_the_cause(tmp_path, monkeypatch, path, expected):
+    monkeypatch.chdir(tmp_path)
+    if path == "pipe":
+        os.mkfifo(path)
+    (tmp_path / "a.txt").write_text("text")
+    assert refusal(opened, path, tmp_path).startswith(f"data.path = {path}: {expected}")
+    message = refusal(opened, "a.txt", tmp_path, val_path=path)
+    assert message.startswith(f"data.val_path = {path}: {expected}")
 
 
 @pytest.mark.parametrize("path", ["missing.txt", "missing/", "nul\0.txt", "x" * 5000, "~nobody/x"])
@@ -129,7 +215,7 @@ def test_folder_without_pairs(tmp_path):
 @pytest.mark.parametrize(
     ("line", "expected"),
     [
-        (b"not JSON", "not JSON"),
+        (b"not JSON", "not JSON; each line must be"),
         (b"[" * 100_000, "not JSON"),
         (b"[1]", "not a JSON object"),
         (b'{"prompt": "a"}', '"completion" is missing'),

@@ -1,0 +1,61 @@
+"""training/setup.py, command_line.py: what is told of the data before anything is trained."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from common.errors import UserError
+from data.dataset import prepare
+from data.tokenizer import CharTokenizer
+from tests.helpers import write_config
+from training.command_line import read_command_line
+from training.config import load
+from training.setup import given_tokenizer, open_batches
+
+PAIR = json.dumps({"prompt": "p", "completion": "c"})
+
+
+def test_characters_that_a_given_tokenizer_lacks_are_counted(tmp_path):
+    config = load(write_config(tmp_path))
+    (tmp_path / "val.txt").write_text("\u0436" * 60 + "a" * 40)
+    data = replace(config.data, val_path=str(tmp_path / "val.txt"))
+    for tokenizer, expected in (
+        (CharTokenizer(map(chr, range(10, 127))), "60 of the 100 validation tokens are <unk>"),
+        (None, ""),  # one made of both texts knows their characters
+    ):
+        said = []
+        dataset = prepare(data, said.append, tokenizer)
+        open_batches(dataset, config, said.append)
+        notes = [line for line in said if line.startswith("note: ")]
+        assert len(notes) == bool(expected) and expected in "".join(notes)
+
+
+def test_the_kind_of_a_configuration_is_that_of_its_own_data(tmp_path):
+    file, given = write_config(tmp_path), ["--runs_dir", str(tmp_path / "runs")]
+    file.write_text(file.read_text().replace("[data]", '[data]\nkind = "lines"'))
+    for name, content, flags, expected in (
+        ("words.txt", "a\nb", [], "lines"),
+        ("pairs.ndjson", PAIR, [], "auto"),
+        ("pairs.jsonl.txt", PAIR, [], "auto"),
+        ("pairs.jsonl", PAIR, ["--data.kind", "lines"], "lines"),
+        ("pairs.jsonl", PAIR, ["--data.kind=stream"], "stream"),
+    ):
+        (tmp_path / name).write_text(content)
+        argv = ["--config", str(file), "--data.path", str(tmp_path / name), *given, *flags]
+        spec = read_command_line(lambda line: None, argv)
+        assert spec is not None and spec.config.data.kind == expected, name
+    spec = read_command_line(lambda line: None, ["--config", str(file), *given])
+    assert spec is not None and spec.config.data.kind == "lines"
+
+
+@pytest.mark.parametrize(
+    ("path", "expected"),
+    [("nowhere", "no such file"), ("https://a.b/c", "a URL is not a file"), ("-", "a pipe")],
+)
+def test_a_tokenizer_that_is_not_there(tmp_path, path, expected):
+    flags = ["--config", str(write_config(tmp_path)), "--runs_dir", str(tmp_path)]
+    spec = read_command_line(lambda line: None, [*flags, "--data.tokenizer_path", path])
+    assert spec is not None
+    with pytest.raises(UserError, match=f"^data.tokenizer_path = {path}: {expected}"):
+        given_tokenizer(spec)
