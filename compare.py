@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from common import cli
 from common.errors import UserError
-from common.files import user_path
+from common.files import refuse_url, user_path
 from comparison import generation_speed, report
 from comparison.job import Job, create
 from comparison.results import JobResults
@@ -51,9 +51,11 @@ class Data:
     """Text to train on instead of the configuration's."""
 
     path: str = ""
-    """Your own .txt or .jsonl file, or folder with train.nl, train.cm."""
+    """Your own file of text or JSON lines, or folder with train.nl, train.cm."""
     source: Literal["", "stdlib", "stdlib_words", "names", "tinyshakespeare", "nl2bash"] = ""
     """A built-in source."""
+    kind: Literal["auto", "stream", "lines", "pairs"] = "auto"
+    """How path is read; auto: text as the configuration says, else by content."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,7 @@ def main() -> int:
     arguments = cli.parse(Arguments, DESCRIPTION)
     folder = new_folder(arguments)
     if arguments.config:
+        refuse_url(arguments.config, f"--config {arguments.config}")
         wanted = {user_path(arguments.config): 200}
     else:
         wanted = {CONFIGS / "microgpt.toml": 1000, CONFIGS / "mini.toml": SECOND_STEPS}
@@ -129,7 +132,9 @@ def choose_data(config: Config, data: Data) -> Config:
     """The configuration on the data asked for; what is no plain text is of the kind that it is."""
     if not data.path and not data.source:
         return config
-    kind = config.data.kind if is_plain(data.path) else "auto"
+    kind = data.kind
+    if kind == "auto" and is_plain(data.path):
+        kind = config.data.kind
     source = data.source or config.data.source
     return replace(config, data=replace(config.data, path=data.path, source=source, kind=kind))
 

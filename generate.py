@@ -25,7 +25,13 @@ import tyro
 from checkpoint.reader import Checkpoint, newest_run, read_best
 from common import cli
 from common.errors import UserError
-from common.files import has_old_lines, refuse_binary, refuse_no_file, user_path
+from common.files import (
+    has_old_lines,
+    refuse_binary,
+    refuse_no_file,
+    refuse_url,
+    user_path,
+)
 from data.prompt_format import end_id, prompt_ids, unread
 from data.tokenizer import Tokenizer, clean_text, load_tokenizer
 from generation.explain import Explained, in_colour
@@ -161,6 +167,7 @@ def read_prompts(path: str) -> list[str]:
 
 def open_source(arguments: Arguments) -> Source:
     """Finds and reads the checkpoint, and says which one it is. No torch; no NumPy for python."""
+    refuse_url(arguments.checkpoint, f"--checkpoint {arguments.checkpoint}")
     path = arguments.checkpoint or newest_run(user_path(arguments.runs_dir))
     if path is None:
         raise UserError(

@@ -170,15 +170,22 @@ BINARY = {
 CONTROL = re.compile(rb"[\0-\x08\x0e-\x1a\x1c-\x1f]")  # what no 8-bit encoding has in its texts
 
 
+def refuse_url(path: str, where: str):
+    """Raises UserError, which begins with `where`, if a path, as it was given, is a URL.
+
+    A `Path` would drop one of its slashes.
+    """
+    if URL.match(path):
+        raise UserError(f"{where}: a URL is not a file; download it and give the file's path")
+
+
 def refuse_no_file(path: str, where: str, once: bool = False):
     """Raises UserError, which begins with `where`, for a path that no file or folder has.
 
-    path: as the user gave it, because a `Path` drops one of a URL's slashes. once: it is read only
-    once, so that it may be a pipe.
+    once: it is read only once, so that it may be a pipe.
     """
     place = user_path(path)
-    if URL.match(path):
-        raise UserError(f"{where}: a URL is not a file; download it and give the file's path")
+    refuse_url(path, where)
     if os.path.isfile(place) or os.path.isdir(place):
         return
     if not once and (path == "-" or os.path.exists(place)):

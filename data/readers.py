@@ -72,6 +72,7 @@ def open_source(config: DataConfig, log: Callable[[str], object], cache: Path) -
         name = re.sub(r"[^\w-]", "_", path.resolve().stem)[:40] or "data"
         if path.is_dir() and any((path / file).exists() for file in ("dev.nl", "dev.cm")):
             val = _own_files(config.path, where, "dev")
+            _choose_kind(val, config.kind, where, log)
         kind = _choose_kind(train, config.kind, where, log)
     else:
         name, where = config.source, f"data.source = {config.source}"
@@ -184,12 +185,14 @@ def _looks_like(path: Path, head: bytes) -> str:
         return "markup"
     if JSON.match(text):
         return "JSON"
+    if suffix in ENDINGS:
+        return ENDINGS[suffix]
     for delimiter in "\t,;":
         with contextlib.suppress(csv.Error):
             widths = [len(row) for row in csv.reader(lines, delimiter=delimiter)]
             if len(widths) >= ROWS and widths[0] > 1 and len(set(widths)) == 1:
                 return "a table"
-    return ENDINGS.get(suffix, "")
+    return ""
 
 
 def _unreadable(where: str, error: OSError) -> UserError:

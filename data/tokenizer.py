@@ -258,6 +258,8 @@ def load_tokenizer(place: Path) -> CharTokenizer | SentencePieceTokenizer:
                 raise UserError(
                     f"{path}: not a tokenizer ({error}); restore it from a copy, or train again"
                 ) from None
+    if place.is_file():
+        raise UserError(f"{place}: must be a .json or .model file")
     raise UserError(
         f"{place}: neither tokenizer.json nor tokenizer.model is here; give a folder with one"
     )
@@ -271,6 +273,8 @@ def _load_characters(path: Path) -> CharTokenizer:
     if path.stat().st_size > MAX_JSON_BYTES:
         raise ValueError(f"larger than {MAX_JSON_BYTES} bytes")
     stored = json.loads(path.read_bytes())
+    if not isinstance(stored, dict) or not stored.keys() >= {"kind", "characters"}:
+        raise ValueError("not one that this project has made")
     kind, characters = stored["kind"], stored["characters"]
     if kind not in ("char", "char_bos"):
         raise ValueError('"kind" is neither "char" nor "char_bos"')

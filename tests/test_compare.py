@@ -7,7 +7,9 @@ import time
 
 import pytest
 
+from compare import Data, choose_data
 from tests.helpers import TINY, command, refused, run, write_config
+from training.config import load
 
 LINES = TINY.replace('tokenizer = "char"', 'kind = "lines"\ntokenizer = "char"')
 for before, after in (
@@ -115,3 +117,16 @@ def test_stopped_in_the_middle_it_reports_what_was_finished(compared):
     assert "Traceback" not in said
     report = (folder / "runs" / "stopped" / "report.md").read_text()
     assert "stopped before it" in report
+
+
+def test_the_kind_of_data_is_the_configurations_its_contents_or_as_given(tmp_path):
+    config = load(write_config(tmp_path, text=LINES))
+    for name, content, kind, expected in (
+        ("a.txt", "a\nb", "auto", "lines"),
+        ("a.jsonl.txt", '{"prompt": "p", "completion": "c"}', "auto", "auto"),
+        ("a.csv", "a,b", "auto", "auto"),  # and so refused
+        ("a.csv", "a,b", "lines", "lines"),
+    ):
+        (tmp_path / name).write_text(content)
+        data = choose_data(config, Data(str(tmp_path / name), kind=kind)).data
+        assert (data.path, data.kind) == (str(tmp_path / name), expected)

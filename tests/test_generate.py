@@ -303,6 +303,7 @@ def test_what_cannot_be_read(runs, tmp_path, without_torch):
     for flags, message in (
         (["--runs_dir", str(tmp_path / "none")], "no run with a checkpoint there"),
         (["--checkpoint", str(tmp_path / "none")], "no such checkpoint or run"),
+        (["--checkpoint", "https://a.b/c"], "--checkpoint https://a.b/c: a URL is not a file"),
         (["--checkpoint", str(step)], "damaged (its sha256 is not the one in MANIFEST.json)"),
         (["--checkpoint", str(no_prompts)], "give a --prompt"),
         ([*lines, "--prompt", "ab!?"], "the model has not seen these characters"),

@@ -15,7 +15,7 @@ import tyro
 from checkpoint.reader import Checkpoint
 from common import cli
 from common.errors import UserError
-from common.files import user_path
+from common.files import refuse_url, user_path
 from data.readers import is_plain
 from model.config import read_model_config
 from training.config import FREE_CHANGES, Config, load, to_toml
@@ -66,6 +66,8 @@ def read_command_line(log, argv: list[str] | None = None) -> RunSpec | None:
     scan.add_argument("--resume", nargs="*")
     argv = [underscored(flag) for flag in (sys.argv[1:] if argv is None else argv)]
     early = scan.parse_known_args(argv)[0]  # what the other flags' defaults depend on
+    for flag in ("config", "init_from"):
+        refuse_url(getattr(early, flag), f"--{flag} {getattr(early, flag)}")
     if early.resume is not None and len(early.resume) > 1:
         raise UserError(f"--resume: {len(early.resume)} paths; give one")
     if early.resume is not None and early.init_from:
@@ -76,6 +78,7 @@ def read_command_line(log, argv: list[str] | None = None) -> RunSpec | None:
     found = weights = None
     if early.resume is not None:
         path = early.resume[0] if early.resume else None
+        refuse_url(path or "", f"--resume {path}")
         found = find_resume(user_path(early.runs_dir), path, early.name, log)
     stored = stored_config(found[1]) if found else None
     settings = stored if stored and not early.config else load(user_path(early.config or DEFAULT))

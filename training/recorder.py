@@ -14,6 +14,7 @@ from common.device import datasheet_flops, forget_peak, matmul_flops, memory_sca
 from common.errors import UserError
 from common.files import replace_synced
 from common.signals import StopRequest
+from data.prompt_format import unread
 from evaluation.validation import Interrupted, evaluate
 from training.checkpointer import Checkpointer
 from training.metrics import Metrics
@@ -53,6 +54,9 @@ class Recorder:
         self.sampler = Sampler(state.dataset, config.sample, config.seed)
         for fault in schedule_faults(config):
             self.log(f"note: {fault}")
+        tokenizer = state.dataset.tokenizer
+        if note := unread(self.sampler.prompts, tokenizer, config.model.max_len):
+            self.log(f"samples: {note}")
         self.peak_flops = matmul_flops(state.device, state.precision)
         self.datasheet_flops = datasheet_flops(state.device, state.precision)
         forget_peak(state.device)

@@ -101,7 +101,7 @@ def keep_resolved(stored: Config, wanted: Config) -> Config:
     for key in ("device", "precision"):
         if getattr(wanted, key) == "auto":
             settled[key] = getattr(stored, key)
-    if wanted.data.kind == "auto":
+    if wanted.data.kind == "auto" and bool(wanted.data.path) == bool(stored.data.path):
         settled["data"] = replace(wanted.data, kind=stored.data.kind)
     if wanted.model.vocab_size == 0:
         settled["model"] = replace(wanted.model, vocab_size=stored.model.vocab_size)

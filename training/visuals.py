@@ -28,13 +28,14 @@ class Sampler:
             self.shown = [(pair["prompt"], pair["completion"]) for pair in held_out]
         else:
             self.shown = [("", "")] * (LINE_SAMPLES if dataset.kind == "lines" else 1)
+        tokenizer = dataset.tokenizer
+        self.prompts = [prompt_ids(dataset.kind, tokenizer, prompt) for prompt, _ in self.shown]
 
     def __call__(self, model: TransformerDecoder) -> list[str]:
         """One text for each of `shown`. Leaves the model in the mode it was in."""
         kind, tokenizer = self.dataset.kind, self.dataset.tokenizer
-        prompts = [prompt_ids(kind, tokenizer, prompt) for prompt, _ in self.shown]
         end = end_id(kind, tokenizer)
-        rows = generate(model, prompts, self.rules, seed=self.seed, end_id=end)
+        rows = generate(model, self.prompts, self.rules, seed=self.seed, end_id=end)
         return [tokenizer.decode(row) for row in rows]
 
     def lines(self, texts: list[str]) -> list[str]:

@@ -73,6 +73,10 @@ def test_folder_of_pairs(tmp_path):
     source = opened(tmp_path, tmp_path)
     assert list(source.train()) == [("a", "1"), ("b ", " 2")]
     assert list(source.val()) == [("c", "3")]
+    for kind in ("stream", "lines"):
+        assert "a folder of pairs" in refusal(opened, tmp_path, tmp_path, kind=kind)
+    (tmp_path / "dev.cm").write_bytes(gzip.compress(b"3\n"))
+    assert "dev.cm: is a gzip file" in refusal(opened, tmp_path, tmp_path)
     (tmp_path / "dev.cm").write_text("3\n4\n")
     message = refusal(opened, tmp_path, tmp_path)
     assert "dev.nl has 1 lines" in message and "dev.cm has 2" in message
@@ -124,7 +128,7 @@ def test_fingerprint_follows_content_and_kind_only(tmp_path):
         ("a", TABLE, "auto", "looks like a table"),
         ("a.txt", TABLE.replace(b",", b"\t"), "auto", "looks like a table"),
         ("a.json", b"[" + JSONL[:-1].replace(b"\n", b",\n") + b"]", "auto", "looks like JSON"),
-        ("a.html", b"Some text", "auto", "looks like markup"),
+        ("a.html", b"Some text, long\n" * 20, "auto", "looks like markup"),
         ("a", b"\xef\xbb\xbf\n <!DOCTYPE html><p>Text", "auto", "looks like markup"),
         ("a.txt", b"{\\rtf1\\ansi Text}", "auto", "looks like markup"),
     ],

@@ -46,6 +46,16 @@ def test_a_step_is_logged_as_shares_of_the_measured_and_the_promised_rate(spec):
     assert known["speed/mfu_datasheet"] == pytest.approx(known["speed/tflops"] / 4)
 
 
+def test_prompts_of_samples_that_are_not_read_whole_are_counted(spec, capsys):
+    state = build(spec, lambda line: None)
+    pairs = [{"prompt": prompt, "completion": "a"} for prompt in ("a" * 32, "\u0436a", "a")]
+    state.dataset = replace(state.dataset, kind="pairs", held_out=pairs)
+    with locked(spec.run, spec.continued), StopRequest() as stop, Recorder(state, spec, stop):
+        said = capsys.readouterr().out
+    assert "1 of 3 prompts longer than the model's window of 32 tokens" in said
+    assert "1 of the prompts' 38 tokens are <unk>" in said
+
+
 def test_a_resume_keeps_the_precision_that_auto_became(tmp_path):
     """On a GPU without bf16 it was measured, and would be again, with another result perhaps."""
     wanted = load(write_config(tmp_path))

@@ -49,13 +49,28 @@ def test_the_kind_of_a_configuration_is_that_of_its_own_data(tmp_path):
     assert spec is not None and spec.config.data.kind == "lines"
 
 
+@pytest.mark.parametrize("flag", ["--config", "--init_from", "--resume"])
+def test_a_url_is_named_as_it_was_given(flag):
+    with pytest.raises(UserError, match=f"^{flag} https://a.b/c: a URL is not a file"):
+        read_command_line(print, [flag, "https://a.b/c"])
+
+
 @pytest.mark.parametrize(
     ("path", "expected"),
-    [("nowhere", "no such file"), ("https://a.b/c", "a URL is not a file"), ("-", "a pipe")],
+    [
+        ("nowhere", "no such file"),
+        ("https://a.b/c", "a URL is not a file"),
+        ("-", "a pipe"),
+        ("tokenizer.bin", r"tokenizer.bin: must be a .json or .model file"),
+        ("theirs.json", r"theirs.json: not a tokenizer .not one that this project has made."),
+    ],
 )
-def test_a_tokenizer_that_is_not_there(tmp_path, path, expected):
+def test_a_tokenizer_that_is_not_there(tmp_path, monkeypatch, path, expected):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tokenizer.bin").write_bytes(b"x")
+    (tmp_path / "theirs.json").write_text('{"version": "1.0", "model": {}}')
     flags = ["--config", str(write_config(tmp_path)), "--runs_dir", str(tmp_path)]
     spec = read_command_line(lambda line: None, [*flags, "--data.tokenizer_path", path])
     assert spec is not None
-    with pytest.raises(UserError, match=f"^data.tokenizer_path = {path}: {expected}"):
+    with pytest.raises(UserError, match=f"^data.tokenizer_path( =|:) .*{expected}"):
         given_tokenizer(spec)
