@@ -11,6 +11,11 @@ Text goes to stdout, with control characters made visible; which checkpoint wrot
 With --json each text is one JSON object on a line of its own, exact, with how it ended.
 """
 
+import signal
+
+if __name__ == "__main__":  # before what takes time: until cli.run() listens, Ctrl-C is silent
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import contextlib
 import io
 import json
@@ -168,13 +173,14 @@ def read_prompts(path: str) -> list[str]:
 def open_source(arguments: Arguments) -> Source:
     """Finds and reads the checkpoint, and says which one it is. No torch; no NumPy for python."""
     refuse_url(arguments.checkpoint, f"--checkpoint {arguments.checkpoint}")
-    path = arguments.checkpoint or newest_run(user_path(arguments.runs_dir))
+    log = partial(print, file=sys.stderr, flush=True)
+    path = arguments.checkpoint or newest_run(user_path(arguments.runs_dir), log)
     if path is None:
         raise UserError(
             f"--runs_dir {arguments.runs_dir}: no run with a checkpoint there; "
             "train one with python train.py, or name it with --checkpoint"
         )
-    checkpoint = Checkpoint.find(path, log=partial(print, file=sys.stderr, flush=True))
+    checkpoint = Checkpoint.find(path, log)
     try:
         source = read_source(checkpoint, arguments.engine)
     except UserError:

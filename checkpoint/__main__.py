@@ -4,6 +4,11 @@ python -m checkpoint verify PATH    what is whole of a step, a run or a NaN dump
 python -m checkpoint list RUN       its steps: when, how large, validation loss
 """
 
+import signal
+
+if __name__ == "__main__":  # before what takes time: until cli.run() listens, Ctrl-C is silent
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import sys
 import time
 from pathlib import Path
@@ -18,6 +23,7 @@ from checkpoint.reader import (
     step_of,
 )
 from common import cli
+from common.errors import UnreadableError
 from common.jsonl import read_records
 
 
@@ -42,6 +48,9 @@ def verify_step(path: Path) -> bool:
     """Prints what is whole of one step."""
     try:
         checkpoint = Checkpoint(path)
+    except UnreadableError as error:
+        print(f"unread   {error.problem}")
+        return False
     except CheckpointError as error:
         print(f"damaged  {error.problem}")
         return False
@@ -49,12 +58,14 @@ def verify_step(path: Path) -> bool:
     for name in checkpoint.manifest["files"]:
         try:
             checkpoint.read(name)
+        except UnreadableError as error:
+            wrong.append(f"unread   {error.problem}")
         except CheckpointError as error:
-            wrong.append(error.problem)
+            wrong.append(f"damaged  {error.problem}")
     if not wrong:
         print(f"whole    {path}: {len(checkpoint.manifest['files'])} files, {megabytes(path)}")
     for text in wrong:
-        print(f"damaged  {text}")
+        print(text)
     return not wrong
 
 
@@ -77,8 +88,11 @@ def print_steps(run: Path):
 
 
 def megabytes(path: Path) -> str:
-    """The size of the files in a directory."""
-    return f"{sum(f.stat().st_size for f in path.iterdir() if f.is_file()) / 1e6:,.1f} MB"
+    """The size of the files in a directory, or why it cannot be read."""
+    try:
+        return f"{sum(f.stat().st_size for f in path.iterdir() if f.is_file()) / 1e6:,.1f} MB"
+    except OSError as error:
+        return str(error.strerror)
 
 
 def main() -> int:

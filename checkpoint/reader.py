@@ -9,15 +9,16 @@ it is believed. The hashes detect accidents, not attackers: who can change a fil
 hash. Writing is in `writer.py`.
 """
 
-import contextlib
 import hashlib
 import json
+import os
 import re
+import stat
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 
-from common.errors import UserError
+from common.errors import MISSING, UnreadableError, UserError
 from common.files import read_checksummed_json, user_path
 from data.prompt_format import are_pairs
 
@@ -95,7 +96,7 @@ class Checkpoint:
         return state
 
     def read(self, name: str) -> bytes:
-        """The verified bytes of one file. Raises CheckpointError."""
+        """The verified bytes of one file. Raises CheckpointError, UnreadableError."""
         entry = self.manifest["files"].get(name)
         if entry is None:
             raise CheckpointError(
@@ -103,14 +104,17 @@ class Checkpoint:
             )
         file = self.path / name
         try:
-            size = file.stat().st_size
-            if size != entry["bytes"] or not file.is_file():  # a device may never end
+            found = file.stat()
+            size = found.st_size
+            if size != entry["bytes"] or not stat.S_ISREG(found.st_mode):  # a device may never end
                 raise CheckpointError(
                     f"{file}: damaged ({size} bytes, but {MANIFEST} says {entry['bytes']}); "
                     "use another checkpoint"
                 )
             content = file.read_bytes()
         except OSError as error:
+            if error.errno not in MISSING:
+                raise UnreadableError(error, file) from None
             raise CheckpointError(f"{file}: {error.strerror}; use another checkpoint") from None
         if hashlib.sha256(content).hexdigest() != entry["sha256"]:
             raise CheckpointError(
@@ -132,13 +136,12 @@ class Checkpoint:
 
     def tensors(self, name: str) -> dict:
         """A verified safetensors file as NumPy arrays by name."""
-        from safetensors import SafetensorError  # here: reading settings needs no NumPy
-        from safetensors.numpy import load
+        from checkpoint.safetensors_python import read_arrays  # here: settings need no NumPy
 
         content = self.read(name)
         try:
-            return load(content)
-        except (SafetensorError, ValueError, KeyError, TypeError) as error:
+            return read_arrays(content)
+        except ValueError as error:
             raise CheckpointError(
                 f"{self.path / name}: not a safetensors file: {error}; use another checkpoint"
             ) from None
@@ -156,7 +159,10 @@ class Checkpoint:
             ) from None
 
     def verify(self, without: tuple[str, ...] = ()) -> "Checkpoint":
-        """Reads every file but `without`; raises CheckpointError at the first that is not whole."""
+        """Reads every file but `without`; raises CheckpointError at the first that is not whole.
+
+        Raises UnreadableError at one of which nobody knows.
+        """
         for name in self.manifest["files"]:
             if name not in without:
                 self.read(name)
@@ -166,7 +172,8 @@ class Checkpoint:
     def find(cls, path: Path | str, log: Callable[[str], object] = print) -> "Checkpoint":
         """The checkpoint at `path` (see `place`): a step, or a run's best step, else its newest.
 
-        The optimizer's state is not read. `log` gets a line for each one that is skipped.
+        The optimizer's state is not read. `log` gets a line for each one that is skipped, because
+        it is damaged; one that cannot be read now raises UnreadableError.
         """
         path = place(path)
         if not path.exists():
@@ -214,7 +221,7 @@ def place(path: Path | str) -> Path:
 
 
 def read_manifest(path: Path) -> dict:
-    """The manifest of a checkpoint's directory. Raises CheckpointError."""
+    """The manifest of a checkpoint's directory. Raises CheckpointError, UnreadableError."""
     file = path / MANIFEST
     try:
         manifest = read_checksummed_json(file)
@@ -224,13 +231,15 @@ def read_manifest(path: Path) -> dict:
             for name, entry in manifest["files"].items()
         }
     except (FileNotFoundError, NotADirectoryError):
-        newest = newest_run(path)  # of a folder of runs
+        newest = newest_run(path, lambda _: None)  # of a folder of runs
         example = f", such as {newest}" if newest else ""
         raise CheckpointError(
             f"{file}: no such file, so this is not a complete checkpoint; give the folder of a run "
             f"or of one of its checkpoints{example}"
         ) from None
     except OSError as error:
+        if error.errno not in MISSING:
+            raise UnreadableError(error, file) from None
         raise CheckpointError(f"{file}: {error.strerror}; use another checkpoint") from None
     except (KeyError, TypeError, AttributeError, OverflowError):
         raise CheckpointError(
@@ -263,26 +272,57 @@ def step_of(path: Path) -> int:
 
 
 def list_steps(run: Path) -> list[Path]:
-    """The run's published checkpoints, oldest first; not verified."""
-    folder = Path(run) / "checkpoints"
-    found = [p for p in folder.glob("step_*") if STEP.fullmatch(p.name) and p.is_dir()]
-    return sorted(found, key=step_of)
+    """The run's published checkpoints, oldest first; not verified. Raises UnreadableError."""
+    entries = list_folder(Path(run) / "checkpoints")
+    return sorted((Path(e) for e in entries if STEP.fullmatch(e.name) and e.is_dir()), key=step_of)
 
 
 def read_best(run: Path) -> dict | None:
-    """{"step", "val_loss"} of a run's best checkpoint; None if none is noted, or damaged."""
+    """{"step", "val_loss"} of a run's best checkpoint; None if none is noted, or damaged.
+
+    Raises UnreadableError.
+    """
+    file = Path(run) / "checkpoints" / "best.json"
     try:
-        best = read_checksummed_json(Path(run) / "checkpoints" / "best.json")
+        best = read_checksummed_json(file)
         return {"step": int(best["step"]), "val_loss": float(best["val_loss"])}
-    except (OSError, ValueError, KeyError, TypeError, OverflowError):
+    except OSError as error:
+        if error.errno in MISSING:
+            return None
+        raise UnreadableError(error, file) from None
+    except (ValueError, KeyError, TypeError, OverflowError):
         return None
 
 
-def newest_run(runs_dir: Path) -> Path | None:
-    """The training run whose newest checkpoint was published last."""
-    published = {}
-    for run in Path(runs_dir).glob("*"):
-        for step in list_steps(run)[-1:]:
-            with contextlib.suppress(OSError):  # pruned meanwhile
+def newest_run(runs_dir: Path, log: Callable[[str], object] = print) -> Path | None:
+    """The training run whose newest checkpoint was published last.
+
+    `log` gets a line for each folder that cannot be read; raises UnreadableError if no other has a
+    checkpoint.
+    """
+    published, unreadable = {}, []
+    for run in map(Path, list_folder(runs_dir)):
+        try:
+            for step in list_steps(run)[-1:]:
                 published[run] = step.stat().st_mtime_ns
+        except UnreadableError as error:
+            unreadable.append(error)
+        except OSError as error:
+            if error.errno not in MISSING:  # pruned meanwhile
+                unreadable.append(UnreadableError(error, run))
+    if unreadable and not published:
+        raise unreadable[0]
+    for error in unreadable:
+        log(f"skipped: {error.problem}")
     return max(published, key=published.__getitem__, default=None)
+
+
+def list_folder(folder: Path) -> list[os.DirEntry]:
+    """What is in a folder; [] if it is missing. Raises UnreadableError; glob() does not."""
+    try:
+        with os.scandir(folder) as entries:
+            return list(entries)
+    except OSError as error:
+        if error.errno in MISSING:
+            return []
+        raise UnreadableError(error, folder) from None

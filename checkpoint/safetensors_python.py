@@ -1,4 +1,4 @@
-"""Safetensors files with the standard library: bytes to numbers, and nothing believed.
+"""Safetensors files with the standard library: bytes to numbers, and nothing believed; and NumPy.
 
     tensors = read(Path("model.safetensors").read_bytes())
     tensors["embed.weight"].shape     # (V, C)
@@ -17,6 +17,11 @@ import math
 import struct
 import sys
 from dataclasses import dataclass
+from itertools import accumulate
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import numpy as np
 
 MAX_HEADER = 100_000_000  # bytes
 MAX_DEPTH = 127  # lists and objects within each other
@@ -179,7 +184,7 @@ def check_nesting(value: object, depth: int = 1):
 
 def write(arrays: dict) -> bytes:
     """A file of nested lists of floats by name, each as F64."""
-    header, parts, end = {}, [], 0
+    header, parts = {}, []
     for name, nested in arrays.items():
         shape, numbers = [], nested
         while isinstance(numbers, list):
@@ -189,9 +194,52 @@ def write(arrays: dict) -> bytes:
         for _ in shape[1:]:
             flat = [x for row in flat for x in row]
         parts.append(struct.pack(f"<{len(flat)}d", *flat))
-        offsets = [end, end + 8 * len(flat)]
-        header[name] = {"dtype": "F64", "shape": shape, "data_offsets": offsets}
-        end = offsets[1]
-    text = json.dumps(header).encode()
+        header[name] = {"dtype": "F64", "shape": shape}
+    return join(header, parts, [len(part) for part in parts])
+
+
+def join(header: dict[str, dict], parts: list, sizes: list[int]) -> bytes:
+    """A file of tensors: dtype and shape by name, their numbers, and of these the bytes."""
+    ends = list(accumulate(sizes))
+    for info, end, size in zip(header.values(), ends, sizes, strict=True):
+        info["data_offsets"] = [end - size, end]
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # the numbers begin at a multiple of their size
-    return struct.pack("<Q", len(text)) + text + b"".join(parts)
+    return b"".join([struct.pack("<Q", len(text)), text, *parts])
+
+
+# With NumPy ---------------------------------------------------------------------------------------
+# `safetensors.numpy` aborts the process, panics or waits forever where memory is full (0.8.0, in
+# which order depends on RUST_BACKTRACE); these raise MemoryError.
+
+
+def read_arrays(content: bytes) -> "dict[str, np.ndarray]":
+    """The tensors of a file as arrays of their own by name. Raises ValueError, MemoryError."""
+    import numpy as np
+
+    arrays = {}
+    for name, tensor in read(content).items():
+        if tensor.dtype == "BF16":
+            raise ValueError(f"tensor {name!r}: NumPy has no dtype BF16")
+        kind = np.dtype(FORMATS[tensor.dtype]).newbyteorder("<")
+        arrays[name] = np.ndarray(tensor.shape, kind, tensor.data).copy()
+    return arrays
+
+
+def write_arrays(arrays: "dict[str, np.ndarray]") -> bytes:
+    """A file of arrays by name; the only large block that it takes is the file. MemoryError."""
+    import numpy as np
+
+    # the widest numbers first, so that each begins at a multiple of its size
+    ordered = dict(sorted(arrays.items(), key=lambda item: (-item[1].itemsize, item[0])))
+    header = {
+        name: {"dtype": dtype_name(array.dtype), "shape": list(array.shape)}
+        for name, array in ordered.items()
+    }
+    parts = [np.ascontiguousarray(array) for array in ordered.values()]
+    return join(header, parts, [array.nbytes for array in parts])
+
+
+def dtype_name(dtype: "np.dtype") -> str:
+    """What the format calls a dtype of NumPy: F32, I64, BOOL."""
+    return "BOOL" if dtype.kind == "b" else f"{dtype.kind.upper()}{8 * dtype.itemsize}"

@@ -1,6 +1,10 @@
 """Errors that a user can fix, and the checks of settings that raise them. Standard library only."""
 
+import errno
 import math
+
+# what open() says of a file that is not there, or is something else than a file
+MISSING = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG)
 
 
 class UserError(ValueError):
@@ -10,6 +14,17 @@ class UserError(ValueError):
         # part of it may be what a file holds, which must not command a terminal or fill it
         text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(message))
         super().__init__(text if len(text) <= 1200 else f"{text[:800]} ... {text[-300:]}")
+
+
+class UnreadableError(UserError):
+    """A file that is there but cannot be read now: no permission, a failing disk, too many files.
+
+    It may be sound: nothing is renamed or removed for it, and nothing older taken in its place.
+    """
+
+    def __init__(self, error: OSError, path: object = "", fix: str = "make it readable"):
+        self.problem = f"{error.filename or path}: {error.strerror}"
+        super().__init__(f"{self.problem}; {fix}, and try again")
 
 
 def refuse(wrong: list[str]):

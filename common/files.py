@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import re
+import stat
 from pathlib import Path
 
 from common.errors import UserError
@@ -34,7 +35,7 @@ def read_checksummed_json(file: Path) -> dict:
     Raises OSError, and ValueError for a damaged file. The hash detects accidents, not attackers:
     whoever can change a file can change its hash.
     """
-    if file.exists() and not file.is_file():  # a device may never end
+    if not stat.S_ISREG(file.stat().st_mode):  # a device may never end
         raise ValueError("not a regular file")
     content = file.read_bytes()
     try:
@@ -110,8 +111,21 @@ class AppendFile:
         self.path = path
         self.waiting = bytearray()
         self.partial = False  # whether half of a record may stand at the end
-        self.file = open(path, "ab", 0, opener=no_follow)  # noqa: SIM115, closed in close()
+        self.file = open(path, "a+b", 0, opener=no_follow)  # noqa: SIM115, closed in close()
         self.size = os.fstat(self.file.fileno()).st_size
+
+    def keep_at(self, path: Path):
+        """Its name by now, where it is written anew if somebody has removed it. Raises OSError."""
+        self.path = path
+        if path.exists():
+            return
+        self.file.seek(0)
+        written = self.file.read(self.size)
+        path.parent.mkdir(exist_ok=True)
+        write_synced(path, written)
+        self.file.close()
+        self.file = open(path, "a+b", 0, opener=no_follow)  # noqa: SIM115
+        self.partial, self.size = False, len(written)
 
     def write(self, record: bytes):
         """Takes a record; flush() writes it."""

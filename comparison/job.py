@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from safetensors.numpy import save
 
+from checkpoint.safetensors_python import write_arrays
 from data.batches import Batch, Batches, Examples
 from data.dataset import Dataset, Log, prepare
 from data.prompt_format import end_id, prompt_ids, unread
@@ -56,7 +56,7 @@ def create(folder: Path, name: str, config: Config, steps: int, precision: str, 
     model = TransformerDecoderLite.from_config(shape, "float64")
     weights = {name: p.data for name, p in model.named_parameters()}
     folder.mkdir(parents=True)
-    (folder / "weights.safetensors").write_bytes(save(weights))
+    (folder / "weights.safetensors").write_bytes(write_arrays(weights))
     optimizer, kind = config.optimizer, dataset.kind
     starts = [prompt_ids(kind, tokenizer, text) for text in prompts(dataset)]
     if note := unread(starts, tokenizer, shape.max_len):

@@ -22,7 +22,7 @@ from typing import cast
 import numpy as np
 from filelock import FileLock
 
-from common.errors import UserError
+from common.errors import MISSING, UnreadableError, UserError
 from common.files import checksummed_json, hash_file, read_checksummed_json, user_path
 from data.config import DEFAULT_CACHE_DIR, DataConfig, Kind
 from data.prompt_format import are_pairs
@@ -326,9 +326,13 @@ def open_dataset(folder: Path, tokenizer_given: bool = False) -> Dataset:
             splits.get("val"),
             manifest["held_out"],
         )
+    except UnreadableError:
+        raise
     except UserError as error:
         raise UserError(f"{error}; remove {folder} and it will be prepared again") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        if isinstance(error, OSError) and error.errno not in MISSING:
+            raise UnreadableError(error, folder) from None
         raise UserError(
             f"{folder}: not a prepared data set ({type(error).__name__}: {error}); "
             "remove it and it will be prepared again"

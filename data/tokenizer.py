@@ -15,7 +15,7 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from common.errors import UserError
+from common.errors import UnreadableError, UserError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -253,8 +253,10 @@ def load_tokenizer(place: Path) -> CharTokenizer | SentencePieceTokenizer:
         if path.is_file() and path.suffix == Path(name).suffix:
             try:
                 return load(path)
+            except OSError as error:
+                raise UnreadableError(error, path) from None
             # KeyError and TypeError: JSON of another shape; RecursionError: JSON nested too deep
-            except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
                 raise UserError(
                     f"{path}: not a tokenizer ({error}); restore it from a copy, or train again"
                 ) from None

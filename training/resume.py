@@ -56,7 +56,7 @@ def find_resume(
     if path is None:
         if name:
             check_run_name(name)
-        run = runs_dir / name if name else newest_run(runs_dir)
+        run = runs_dir / name if name else newest_run(runs_dir, log)
         if run is None:
             raise UserError(f"--resume: no run with a checkpoint in {runs_dir}; start a run first")
         if not run.is_dir():

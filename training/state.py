@@ -7,9 +7,9 @@ from dataclasses import asdict, dataclass, field
 
 import numpy as np
 import torch
-from safetensors.numpy import save as to_safetensors
 
 from checkpoint.reader import Checkpoint, read_best
+from checkpoint.safetensors_python import write_arrays
 from common import cuda
 from common.device import Precision, processor
 from common.errors import UserError
@@ -73,8 +73,8 @@ class TrainState:
             "versions": versions(self.device),
         }
         return {
-            "model.safetensors": to_safetensors(weights),
-            "optimizer.safetensors": to_safetensors(state_tensors(self.model, self.optimizers)),
+            "model.safetensors": write_arrays(weights),
+            "optimizer.safetensors": write_arrays(state_tensors(self.model, self.optimizers)),
             "state.json": json.dumps(state, indent=1).encode(),
             "config.json": self.config_json(),
             **self.dataset.tokenizer.files(),

@@ -66,7 +66,12 @@ def recorded_points(records: list[dict]) -> dict[Point, float]:
 
 
 def shown_points(folder: Path) -> dict[Point, float] | None:
-    """The points that TensorBoard shows of a folder; None where it shows one twice."""
+    """The points that TensorBoard shows of a folder; None where it shows one twice.
+
+    Raises OSError for a file that cannot be read now, which its parsers would take for damaged.
+    """
+    for path in folder.glob(PATTERN):
+        path.open("rb").close()
     board = EventAccumulator(str(folder), {"scalars": 0})
     tb_logging.get_logger().setLevel("ERROR")  # what a resume hides is no news
     try:

@@ -1,8 +1,11 @@
 """checkpoint/reader.py and checkpoint/writer.py: complete or absent, and verified when read."""
 
+import contextlib
 import json
 import os
 import random
+import shutil
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -22,9 +25,11 @@ from checkpoint.reader import (
     step_path,
 )
 from checkpoint.writer import newest_complete, prune, save, set_best
-from common.errors import UserError
+from common.errors import UnreadableError, UserError
 from common.files import checksummed_json
+from data.tokenizer import load_tokenizer
 from model.config import read_model_config
+from training.resume import find_resume
 from training.run_folder import check_run_name
 
 WEIGHTS = {"embed.weight": np.arange(12, dtype=np.float32).reshape(3, 4)}
@@ -308,3 +313,101 @@ def test_verify_and_list_from_the_command_line(tmp_path, monkeypatch, capsys):
     for arguments in (("list", weights.parent), ("verify", tmp_path / "nowhere")):
         with pytest.raises(CheckpointError):
             command(*arguments)
+
+
+# What cannot be read now --------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def as_somebody():
+    """As the user `nobody` where the tests are run by root, who may read everything."""
+    root = os.geteuid() == 0
+    if root:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        if root:
+            os.seteuid(0)
+
+
+@pytest.fixture
+def runs():
+    """A folder that anybody may write, with the run `one` of three steps, the second the best."""
+    if os.name == "nt":
+        pytest.skip("Windows has other permissions")
+    folder = Path(tempfile.mkdtemp())  # pytest's folders are for one user
+    folder.chmod(0o777)
+    with as_somebody():
+        for step in (1, 2, 3):
+            save(folder / "one", step, FILES)
+        set_best(folder / "one", 2, 0.5)
+        yield folder
+        for path in folder.rglob("*"):
+            path.chmod(0o755)
+    shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize("name", ["", MANIFEST, "state.json"])
+def test_a_step_that_cannot_be_read_is_no_damage_and_nothing_is_touched(runs, name, capsys):
+    run, step = runs / "one", step_path(runs / "one", 3)
+    set_best(run, 3, 0.4)
+    before = sorted((run / "checkpoints").rglob("*"))
+    (step / name).chmod(0)
+    for attempt in (
+        lambda: find_resume(runs, None, "", print),
+        lambda: find_resume(runs, str(run), "", print),
+        lambda: newest_complete(run),
+        lambda: Checkpoint.find(run),
+        lambda: save(run, 3, FILES),
+    ):
+        with pytest.raises(UnreadableError, match=r"step_00000003.*: Permission denied; make it"):
+            attempt()
+    assert "skipped" not in capsys.readouterr().out
+    (step / name).chmod(0o755)
+    assert sorted((run / "checkpoints").rglob("*")) == before
+
+
+def test_a_best_json_that_cannot_be_read_is_not_damaged(runs):
+    (runs / "one" / "checkpoints" / "best.json").chmod(0)
+    with pytest.raises(UnreadableError, match=r"best\.json: Permission denied"):
+        read_best(runs / "one")
+
+
+def test_verify_tells_what_is_unread_from_what_is_damaged(runs, monkeypatch, capsys):
+    (step_path(runs / "one", 2) / "state.json").chmod(0)
+    (step_path(runs / "one", 3) / MANIFEST).chmod(0)
+    monkeypatch.setattr("sys.argv", ["checkpoint", "verify", str(runs / "one")])
+    assert main() == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["whole", "unread", "unread"]
+
+
+@pytest.mark.parametrize("closed", [".", "checkpoints"])
+def test_a_run_that_cannot_be_read_is_named_and_the_others_are_found(runs, closed):
+    for step in (4, 5):
+        save(runs / "other", step, FILES)
+    (runs / "other" / closed).chmod(0)
+    said = []
+    assert newest_run(runs, said.append) == runs / "one"
+    assert len(said) == 1 and "other" in said[0] and "Permission denied" in said[0]
+    assert find_resume(runs, None, "", said.append)[1].step == 3
+    (runs / "one").chmod(0)
+    with pytest.raises(UnreadableError):
+        newest_run(runs, said.append)
+
+
+def test_no_more_files_may_be_opened(tmp_path):
+    resource = pytest.importorskip("resource")
+    save(tmp_path, 1, FILES)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    free = os.open(os.devnull, os.O_RDONLY)
+    os.close(free)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (free, before[1]))
+    try:
+        for attempt in (newest_complete, Checkpoint.find, newest_run, load_tokenizer):
+            with pytest.raises(UnreadableError, match="Too many open files"):
+                attempt(tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)

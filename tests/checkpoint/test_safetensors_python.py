@@ -17,7 +17,7 @@ from safetensors.torch import load as load_torch
 
 from checkpoint import writer
 from checkpoint.reader import Checkpoint, CheckpointError
-from checkpoint.safetensors_python import MAX_HEADER, read
+from checkpoint.safetensors_python import MAX_HEADER, read, read_arrays, write_arrays
 
 DATA = struct.pack("<f", 1.5)
 PLACE = '"shape":[1],"data_offsets":[0,4]'
@@ -321,3 +321,20 @@ def test_a_checkpoint_gives_lists(tmp_path):
             found.lists(name)
     with pytest.raises(CheckpointError, match="none is not part of this checkpoint"):
         found.lists("none")
+
+
+def test_arrays_are_written_as_the_real_library_writes_them():
+    arrays = {
+        "b": np.arange(12, dtype=np.float32).reshape(3, 4).T,
+        "a": np.float32(2.5).reshape(()),
+        "\u00fc": np.zeros((0, 3), np.float32),
+    }
+    real = {name: np.array(array, order="C") for name, array in arrays.items()}
+    assert write_arrays(arrays) == save(real)
+    dtypes = ("f8", "f4", "f2", "i8", "i4", "i2", "i1", "u8", "u4", "u2", "u1", "?")
+    mixed = {dtype: np.arange(3).astype(dtype) for dtype in dtypes}
+    for found in (load(write_arrays(mixed)), read_arrays(save(mixed))):
+        assert found.keys() == mixed.keys()
+        for name, array in mixed.items():
+            assert found[name].dtype == array.dtype and found[name].tolist() == array.tolist()
+    assert all(a.flags.writeable and a.flags.aligned for a in read_arrays(save(mixed)).values())
