@@ -10,10 +10,14 @@ that its time and its memory are its own. The report is in runs/compare-*/report
 a TensorBoard run for each engine beside it.
 """
 
+import signal
+
+if __name__ == "__main__":  # before what takes time: until cli.run() listens, Ctrl-C is silent
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import contextlib
 import json
 import os
-import signal
 import subprocess
 import sys
 import tempfile
@@ -28,6 +32,7 @@ from tqdm import tqdm
 from common import cli
 from common.errors import UserError
 from common.files import refuse_url, user_path
+from common.signals import listen
 from comparison import generation_speed, report
 from comparison.job import Job, create
 from comparison.results import JobResults
@@ -94,7 +99,6 @@ def main() -> int:
         wanted = {CONFIGS / "microgpt.toml": 1000, CONFIGS / "mini.toml": SECOND_STEPS}
     configs = [(file.stem, load(file), steps) for file, steps in wanted.items()]
     began, parts, measured, status = time.perf_counter(), [], [], 0
-    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     try:
         for name, config, steps in configs:
             config = choose_data(config, arguments.data)
@@ -109,7 +113,7 @@ def main() -> int:
         print("stopped: the report has what had finished", file=sys.stderr)
         status = 130
     finally:  # whatever happened, what was measured is not lost
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        listen(signal.SIG_IGN)
         finish(folder, parts, measured)
     if not parts:  # stopped before anything was trained
         return status
@@ -248,6 +252,7 @@ def finish(folder: Path, parts: list[JobResults], measured: list[dict]):
             part.results[engine] = result or {"engine": engine, "error": "stopped before it began"}
     if not parts:
         return
+    folder.mkdir(parents=True, exist_ok=True)  # somebody may have renamed or removed it meanwhile
     try:
         plots.draw(folder, parts)
     except ImportError:

@@ -14,7 +14,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Generator
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar, cast
+from typing import Any, NoReturn, TextIO, TypeVar, cast
 
 from common import cuda
 from common.errors import UserError
@@ -50,6 +50,7 @@ LESS_MEMORY = {
     "--train.checkpoint_activations; python -m tools.preflight finds the micro-batch that fits",
     "generate.py": "write fewer texts at once (--num_samples) or shorter ones (--max_new_tokens), "
     "or use a smaller model",
+    "a save": "free some memory",
 }
 # other ways in which the machine fails a program: what torch says, and what to do
 MACHINE = {
@@ -169,7 +170,7 @@ class Parser(argparse.ArgumentParser):
 def run(program: str, main: Callable[[], int | None]) -> int:
     """Calls main() and returns its exit status: 2 and one line on stderr for a user's mistake.
 
-    Ctrl-C and SIGTERM unwind the program, so that nothing half made is left: 130 and 143.
+    A signal n of `common.signals` unwinds the program, so that nothing half made is left: 128 + n.
     """
     for name in ("stdin", "stdout", "stderr"):  # closed ones are None
         if getattr(sys, name) is None:
@@ -178,21 +179,32 @@ def run(program: str, main: Callable[[], int | None]) -> int:
         cast(io.TextIOWrapper, stream).reconfigure(errors="backslashreplace")
     with handle_interrupts() as interrupt:
         try:
-            return main() or 0
+            status = main() or 0
+            # main() may take a Ctrl-C for the end of its work, but no other signal
+            if interrupt.received and interrupt.received[0] != signal.SIGINT:
+                status = 128 + interrupt.received[0]
         except UserError as error:
             print(f"{program}: {error}", file=sys.stderr)
             return 2
         except BrokenPipeError:  # the reader, `head` say, has gone: nothing more can be said
-            mute()
+            mute(sys.stdout)
             return 141
         except BaseException as error:
             # half an import, say, may make something else of an interrupt
             if interrupt.received or isinstance(error, KeyboardInterrupt):
-                return 128 + (interrupt.received or [signal.SIGINT])[0]
-            if not (reason := explain_error(error, program)):
+                status = 128 + (interrupt.received or [signal.SIGINT])[0]
+            elif reason := explain_error(error, program):
+                print(f"{program}: {reason}", file=sys.stderr)
+                return 2
+            else:
                 raise
-            print(f"{program}: {reason}", file=sys.stderr)
-            return 2
+        if status > 128:  # what cannot be written, to a terminal that has closed, changes it not
+            for stream in (sys.stdout, sys.stderr):
+                try:
+                    stream.flush()
+                except OSError:
+                    mute(stream)
+        return status
 
 
 def explain_error(error: BaseException, program: str = "") -> str:
@@ -202,7 +214,8 @@ def explain_error(error: BaseException, program: str = "") -> str:
     first = re.split(r"(?<=\.) (?=Including|Process|Of the|If reserved|See )", first)[0][:200]
     if is_out_of_memory(error):
         advice = LESS_MEMORY.get(program, "use a smaller model or fewer examples at once")
-        return f"out of memory ({first.rstrip('. ')}); {advice}"
+        detail = f" ({first.rstrip('. ')})" if first else ""  # Python's MemoryError has none
+        return f"out of memory{detail}; {advice}"
     if isinstance(error, RuntimeError):
         for said, advice in MACHINE.items():
             if said in str(error):
@@ -222,9 +235,9 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError)
 
 
-def mute():
-    """Sends stdout nowhere, so that what is still buffered raises nothing at exit."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+def mute(stream: TextIO):
+    """Sends stdout or stderr nowhere, so that what is still buffered raises nothing at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def visible(text: str) -> str:

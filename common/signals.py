@@ -1,18 +1,32 @@
-"""What Ctrl-C and SIGTERM do: leave at once, after a section, or after this step.
+"""What Ctrl-C, SIGTERM and their like do: leave at once, after a section, or after this step.
 
 `handle_interrupts` turns them into KeyboardInterrupt for a whole program, `defer_interrupts` keeps
 that out of a section that must not be cut, and `StopRequest` lets the training loop end by itself.
-A second signal always quits at once. Standard library only.
+A second Ctrl-C or SIGTERM quits at once. Standard library only.
 """
 
 import contextlib
 import os
 import signal
 import sys
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from types import FrameType
 
-HANDLED = (signal.SIGINT, signal.SIGTERM)
+INSISTENT = (signal.SIGINT, signal.SIGTERM)
+# a terminal that closes, a batch system's warning, its limit of processor time: these come more
+# than once, and SIGTERM may follow, so that a second one is no wish to quit; Windows lacks them
+WARNINGS = ("SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU")
+HANDLED = (*INSISTENT, *(getattr(signal, name) for name in WARNINGS if hasattr(signal, name)))
+
+
+def listen(handler: Callable[[int, FrameType | None], object] | signal.Handlers) -> dict:
+    """Gives the signals to `handler`; returns the handlers before.
+
+    One that is ignored stays so, as nohup has it of SIGHUP; but for Ctrl-C, which a shell lets a
+    program ignore that it starts in the background.
+    """
+    heard = [n for n in HANDLED if n in INSISTENT or signal.getsignal(n) != signal.SIG_IGN]
+    return {number: signal.signal(number, handler) for number in heard}
 
 
 class Interrupt:
@@ -24,9 +38,9 @@ class Interrupt:
 
     def __call__(self, number: int, _frame: FrameType | None):
         self.received.append(number)
-        for each in HANDLED:  # a second one quits at once
+        for each in INSISTENT:  # a second one quits at once
             signal.signal(each, signal.SIG_DFL)
-        if not self.deferred:
+        if len(self.received) == 1 and not self.deferred:
             raise KeyboardInterrupt
 
 
@@ -36,11 +50,11 @@ INTERRUPT = Interrupt()
 @contextlib.contextmanager
 def handle_interrupts() -> Generator[Interrupt]:
     """While entered, a signal raises KeyboardInterrupt; the yielded object knows which came."""
-    INTERRUPT.received.clear()
-    handlers = {number: signal.signal(number, INTERRUPT) for number in HANDLED}
+    handlers = listen(INTERRUPT)
     try:
         yield INTERRUPT
     finally:
+        INTERRUPT.received.clear()
         for number, handler in handlers.items():
             signal.signal(number, handler)
 
@@ -62,11 +76,11 @@ class StopRequest:
 
     def __init__(self):
         self.signal = 0
+        self.insisted = False
         self.handlers = {}
 
     def __enter__(self):
-        for number in HANDLED:
-            self.handlers[number] = signal.signal(number, self.receive)
+        self.handlers = listen(self.receive)
         return self
 
     def __exit__(self, *_):
@@ -74,9 +88,12 @@ class StopRequest:
             signal.signal(number, handler)
 
     def receive(self, number: int, _frame: FrameType | None):
-        if self.signal:  # the second: as if nobody had listened
+        if self.insisted and number in INSISTENT:  # the second: as if nobody had listened
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
+            return
+        self.insisted |= number in INSISTENT
+        if self.signal:
             return
         self.signal = number
         # print() could be interrupted inside itself and refuse to be entered again

@@ -9,6 +9,11 @@ PyTorch and NumPy; and microgpt.toml trained in float64. What is printed is the 
 over the largest logit, over the largest of all gradients, and in nats.
 """
 
+import signal
+
+if __name__ == "__main__":  # before what takes time: until cli.run() listens, Ctrl-C is silent
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import random
 import sys
 from dataclasses import replace

@@ -7,6 +7,11 @@ sampled in float32, where rounding decides now and then. Prompts are of the vali
 ones of pairs, the first two characters of lines.
 """
 
+import signal
+
+if __name__ == "__main__":  # before what takes time: until cli.run() listens, Ctrl-C is silent
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import sys
 import time
 from dataclasses import fields

@@ -6,6 +6,11 @@ Either way they end up as files in the cache, which data/readers.py reads like a
     python -m data.builtin fetch NAME      prepare one beforehand; prints its files
 """
 
+import signal
+
+if __name__ == "__main__":  # before what takes time: until cli.run() listens, Ctrl-C is silent
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import ast
 import hashlib
 import http.client

@@ -4,6 +4,11 @@ python -m tools.preflight --config configs/full.toml --train.batch_size 64
 python -m tools.preflight --resume runs/my-run --price 2.5
 """
 
+import signal
+
+if __name__ == "__main__":  # before what takes time: until cli.run() listens, Ctrl-C is silent
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import math
 import shutil
 import statistics

@@ -5,6 +5,11 @@
 The folder is a NaN dump (training/nan_dump.py), which a run leaves when it stops at such a step.
 """
 
+import signal
+
+if __name__ == "__main__":  # before what takes time: until cli.run() listens, Ctrl-C is silent
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import math
 import sys
 from pathlib import Path

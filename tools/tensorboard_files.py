@@ -4,6 +4,11 @@ python -m tools.tensorboard_files check RUN      whether TensorBoard shows what 
 python -m tools.tensorboard_files rebuild RUN    makes it so; the old files are renamed
 """
 
+import signal
+
+if __name__ == "__main__":  # before what takes time: until cli.run() listens, Ctrl-C is silent
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import sys
 from pathlib import Path
 

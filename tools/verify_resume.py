@@ -3,6 +3,11 @@
 python -m tools.verify_resume --steps 40 --config configs/mini.toml --model.dropout 0.2
 """
 
+import signal
+
+if __name__ == "__main__":  # before what takes time: until cli.run() listens, Ctrl-C is silent
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import contextlib
 import shutil

@@ -1,9 +1,11 @@
 """What a person sees of a run while it trains: the bar or lines, log entries, evaluations."""
 
 import contextlib
+import errno
 import math
 import sys
 import time
+from pathlib import Path
 
 from torch.utils.tensorboard import summary
 from tqdm import tqdm
@@ -72,6 +74,12 @@ class Recorder:
     def __enter__(self):
         return self
 
+    def flush(self, run: Path):
+        """All of it on disk, in the folder that the run has by now. Raises OSError."""
+        if not (run / "config.json").exists():
+            replace_synced(run / "config.json", self.state.config_json())
+        self.metrics.flush(run)
+
     def __exit__(self, failure, *_):
         self.bar.close()
         self.profiler.close()
@@ -80,15 +88,21 @@ class Recorder:
             self.metrics.close()
 
     def log(self, text: str):
-        """A line for people that leaves the bar whole. A reader who has gone asks for a stop."""
+        """A line for people that leaves the bar whole. A reader who has gone asks for a stop.
+
+        A terminal that has closed does not: that is what SIGHUP is for.
+        """
         try:
             if self.bar.disable:
                 print(cli.visible(text), flush=True)
             else:
                 self.bar.write(cli.visible(text), file=sys.stdout)
-        except BrokenPipeError:
-            cli.mute()
-            self.stop.signal = self.stop.signal or SIGPIPE
+        except OSError as error:
+            if error.errno not in (errno.EPIPE, errno.EIO):
+                raise
+            cli.mute(sys.stdout)
+            if error.errno == errno.EPIPE:
+                self.stop.signal = self.stop.signal or SIGPIPE
 
     # Evaluations ----------------------------------------------------------------------------------
 
@@ -221,7 +235,7 @@ class Recorder:
 
     def finish(self, checkpointer: Checkpointer):
         """The end of a whole run: samples, the best loss, and what to type next."""
-        state, run = self.state, self.spec.run
+        state, run = self.state, checkpointer.run
         self.bar.close()
         gap = "\n" if state.dataset.kind == "lines" else "\n\n"
         self.log("\n" + gap.join(self.sampler.lines(self.texts)) + "\n")
