@@ -6,6 +6,11 @@ python train.py --resume                               continues the newest run
 python train.py --help
 """
 
+import signal
+
+if __name__ == "__main__":  # before what takes time: until cli.run() listens, Ctrl-C is silent
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import sys
 from functools import partial
 from typing import TYPE_CHECKING
@@ -50,11 +55,11 @@ def train(spec: "RunSpec") -> int:
     if config.compile:
         loss_module = compile_loss(state, *batches(progress.step), log)
     with (
-        locked(spec.run, spec.continued),
+        locked(spec.run, spec.continued) as folder,
         StopRequest() as stop,
         Recorder(state, spec, stop) as recorder,
     ):
-        checkpointer = Checkpointer(state, spec, recorder.log, recorder.metrics.flush)
+        checkpointer = Checkpointer(state, spec, folder, recorder.log, recorder.flush)
         take_step = choose_step(state, loss_module, recorder.log)
         micro_batches, targets = [], 0
         try:
@@ -78,7 +83,7 @@ def train(spec: "RunSpec") -> int:
                 recorder.end_step(result, lr)
         except NonFiniteError as error:
             recorder.bar.close()
-            told = explain_stop(state, spec.run, micro_batches, targets, str(error))
+            told = explain_stop(checkpointer, micro_batches, targets, str(error))
             print(f"train.py: {told}", file=sys.stderr)
             return 1
         finally:
@@ -86,7 +91,7 @@ def train(spec: "RunSpec") -> int:
         if not stop.signal:
             recorder.finish(checkpointer)
     if checkpointer.failure:
-        fix = "free some disk space, then continue from the last checkpoint with --resume"
+        fix = "continue from the last checkpoint with --resume"
         print(f"train.py: {checkpointer.failure}; {fix}", file=sys.stderr)
         return 1
     return 128 + stop.signal if stop.signal else 0

@@ -20,6 +20,8 @@ from checkpoint.reader import Checkpoint, list_steps, read_best
 from common.files import checksummed_json, hash_file, read_checksummed_json
 from data.dataset import LAYOUT
 from tests.helpers import ROOT, command, losses, metrics, refused, run, write_config
+from training.resume import find_resume
+from training.tensorboard_files import find_difference
 
 GOLDEN = ROOT / "tests" / "golden" / "losses.json"
 
@@ -162,7 +164,7 @@ def test_other_intervals_change_nothing(home):
     assert all(straight[key] == often[key] for key in shared)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGTERM, getattr(signal, "SIGUSR1", signal.SIGINT)])
 def test_a_signal_saves_and_leaves(home, number):
     name = f"signalled-{number.name}"
     flags = ["--config", "tiny.toml", "--name", name, "--max_steps", "100000"]
@@ -181,6 +183,66 @@ def test_a_signal_saves_and_leaves(home, number):
     assert checkpoint.step == step
     assert f"step_{step:08d}" in output
     assert not (home / "runs" / name / ".owner").exists()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs a pseudo-terminal")
+def test_a_terminal_that_closes_saves_and_leaves(home):
+    import fcntl
+    import pty
+    import termios
+
+    leader, follower = pty.openpty()
+    flags = ["--config", "tiny.toml", "--name", "closed", "--max_steps", "100000"]
+    process = subprocess.Popen(
+        command("train.py", *flags), cwd=home, stdout=follower, stderr=follower, stdin=follower,
+        start_new_session=True, preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+    )  # fmt: skip
+    os.close(follower)
+    os.set_blocking(leader, False)
+    log = home / "runs" / "closed" / "metrics.jsonl"
+    while not (log.exists() and len(log.read_bytes().splitlines()) >= 5):
+        with contextlib.suppress(BlockingIOError):
+            os.read(leader, 4096)
+        time.sleep(0.005)
+        assert process.poll() is None
+    os.close(leader)  # the kernel sends SIGHUP, and what is written from now on fails
+    assert process.wait(timeout=20) == 128 + signal.SIGHUP
+    step = max(r["step"] for r in metrics(home / "runs" / "closed"))
+    assert Checkpoint(list_steps(home / "runs" / "closed")[-1]).verify().step == step
+    assert not (home / "runs" / "closed" / ".owner").exists()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows renames no folder in which a file is open")
+def test_a_run_whose_folder_is_renamed_and_then_removed_is_saved_whole(home):
+    flags = ["--config", "tiny.toml", "--name", "moving", "--max_steps", 100_000]
+    flags += ["--train.save_interval", 100, "--train.eval_interval", 100]
+    process = subprocess.Popen(
+        command("train.py", *flags), cwd=home, stdout=subprocess.PIPE, text=True
+    )
+
+    def wait_for(text: str):
+        while text not in (line := process.stdout.readline()):
+            assert line, f"ended before it said {text!r}"
+
+    wait_for("saved runs/moving/checkpoints/step_00000100")
+    (home / "runs" / "moving").rename(home / "runs" / "moved")
+    wait_for("runs/moving: renamed or removed while it trains; the run is now in runs/moved")
+    wait_for("saved runs/moved/")
+    wait_for("validation loss")  # before best.json is written, the folder cannot be removed whole
+    shutil.rmtree(home / "runs" / "moved")
+    wait_for("runs/moved: renamed or removed while it trains; the run is now in runs/moved")
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=20)
+    assert process.returncode == 128 + signal.SIGTERM
+    folder = home / "runs" / "moved"
+    assert not list((home / "runs").glob("moving*")) and not (folder / ".owner").exists()
+    newest = Checkpoint(list_steps(folder)[-1]).verify()
+    assert str(newest.path.relative_to(home)) in output
+    trained = {step for kind, step in losses(folder) if kind == "loss/train"}
+    assert trained == set(range(1, newest.step + 1)), "also what was logged before"
+    assert json.loads((folder / "config.json").read_text()) == newest.config
+    assert find_difference(folder / "tensorboard", metrics(folder)) == ""
+    assert find_resume(home / "runs", str(folder), "", print)[1].step == newest.step
 
 
 def test_resume_refuses_what_would_change_the_run(home):

@@ -3,33 +3,56 @@
 import contextlib
 import math
 from collections.abc import Callable
+from pathlib import Path
 
 from checkpoint.reader import list_steps, read_best, step_of, step_path
 from checkpoint.writer import prune, save, set_best
+from common import cli
+from common.errors import UnreadableError
 from common.files import set_aside
 from training.resume import RunSpec
+from training.run_folder import RunFolder
 from training.schedule import save_due
 from training.state import TrainState
+
+# what a save may end with that is no bug; of RuntimeErrors, PyTorch's when memory is full
+SAVE_FAILURES = (OSError, MemoryError, RuntimeError, UnreadableError)
+
+
+def explain_failure(error: Exception) -> str:
+    """Why a save failed, in one line. Raises the error again if it is a bug."""
+    if isinstance(error, UnreadableError):
+        return error.problem
+    if not (why := cli.explain_error(error, "a save")):
+        raise error
+    return why
 
 
 class Checkpointer:
     """Saves `state` into the run's folder. A save that fails costs that save only.
 
-    log: gets lines for people. before_save: puts on disk what a checkpoint builds on (the metrics).
+    log: gets lines for people. before_save: puts on disk what a checkpoint builds on, into the
+    run's folder (the configuration, the metrics).
     """
 
     def __init__(
         self,
         state: TrainState,
         spec: RunSpec,
+        folder: RunFolder,
         log: Callable[[str], object],
-        before_save: Callable[[], object],
+        before_save: Callable[[Path], object],
     ):
-        self.state, self.run, self.log = state, spec.run, log
+        self.state, self.folder, self.log = state, folder, log
         self.before_save = before_save
         self.failure = ""  # why the last save failed
         self.first_step = state.progress.step if spec.is_new else None
         self.set_aside_damaged()
+
+    @property
+    def run(self) -> Path:
+        """Where the run's folder was when it was last looked for."""
+        return self.folder.path
 
     def set_aside_damaged(self):
         """Renames the damaged steps that a resume skipped, and corrects best.json."""
@@ -56,16 +79,27 @@ class Checkpointer:
         """Publishes a checkpoint of this step, and removes those that are no longer kept."""
         step = self.state.progress.step
         try:
-            self.before_save()
+            self.follow()
+            self.before_save(self.run)
             path = save(self.run, step, self.state.checkpoint_files())
             self.failure = ""
-        except OSError as error:
-            self.failure = f"step {step} could not be saved: {error}"
+        except SAVE_FAILURES as error:
+            self.failure = f"step {step} could not be saved: {explain_failure(error)}"
             self.log(f"{self.failure}; training continues, older checkpoints are unaffected")
             return
-        with contextlib.suppress(OSError):  # Windows: somebody reads in an old one
+        # Windows: somebody reads in an old one
+        with contextlib.suppress(OSError, MemoryError, UnreadableError):
             prune(self.run, self.state.config.train.keep)
         self.log(f"saved {path}")
+
+    def follow(self):
+        """Finds the run's folder again where somebody has renamed or removed it meanwhile."""
+        before, progress = self.run, self.state.progress
+        if not self.folder.follow():
+            return
+        self.log(f"{before}: renamed or removed while it trains; the run is now in {self.run}")
+        if not step_path(self.run, progress.best_step).is_dir():
+            progress.best_step, progress.best_val_loss = 0, None
 
     def update_best(self, val_loss: float) -> bool:
         """Points best.json at this step if its validation loss is strictly the lowest so far."""
@@ -74,7 +108,7 @@ class Checkpointer:
             return False  # a step that could not be saved is never the best
         try:
             set_best(self.run, progress.step, val_loss)
-        except OSError as error:
+        except (OSError, MemoryError) as error:
             self.log(f"best.json could not be updated: {error}; training continues")
             return False
         progress.best_step, progress.best_val_loss = progress.step, val_loss

@@ -93,8 +93,13 @@ class Metrics:
         except OSError as error:
             self.failure = f"{error.filename}: {error.strerror}"
 
-    def flush(self):
-        """Everything so far is on disk when a checkpoint that builds on it is published."""
+    def flush(self, run: Path):
+        """Everything so far is on disk when a checkpoint that builds on it is published.
+
+        run: the run's folder, where both files are written again if somebody has removed them.
+        """
+        self.jsonl.keep_at(run / self.jsonl.path.name)
+        self.events.keep_at(run / "tensorboard" / self.events.path.name)
         self.jsonl.flush(sync=True)
         self.events.flush()
 
@@ -123,7 +128,11 @@ def rebuild_if_different(folder: Path, records: list[dict], step: int, log: Log)
     size = sum(path.stat().st_size for path in folder.glob("*")) / 1e6
     if size > SLOW_MEGABYTES:
         log(f"{folder}: comparing {size:.0f} MB with metrics.jsonl, which may take a while")
-    wrong = find_difference(folder, records, before=step)
+    try:
+        wrong = find_difference(folder, records, before=step)
+    except OSError as error:  # a file that cannot be read now, and may be sound
+        log(f"{folder}: not compared with metrics.jsonl ({error}), training continues")
+        return
     if not wrong:
         return
     try:

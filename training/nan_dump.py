@@ -12,9 +12,9 @@ from typing import cast
 
 import numpy as np
 import torch
-from safetensors.numpy import save as to_safetensors
 
 from checkpoint.reader import NAN_DUMP_BATCH, Checkpoint, CheckpointError
+from checkpoint.safetensors_python import write_arrays
 from checkpoint.writer import publish
 from common.cli import quoted
 from common.device import PRECISIONS, Precision, check_precision, choose_device
@@ -22,6 +22,7 @@ from data.batches import Batch
 from model.cpu_layers import use_cpu_layers
 from model.loss import LossModule
 from model.transformer_full import TransformerDecoder
+from training.checkpointer import SAVE_FAILURES, Checkpointer, explain_failure
 from training.config import Config
 from training.resume import stored_config
 from training.setup import configure_torch
@@ -62,19 +63,21 @@ def write_nan_dump(
     while path.exists():  # of an earlier try, which may have had other settings
         earlier += 1
         path = run / f"nonfinite_step_{step + 1}_{earlier}"
-    files = {NOTE: json.dumps(note, indent=1).encode(), NAN_DUMP_BATCH: to_safetensors(arrays)}
+    files = {NOTE: json.dumps(note, indent=1).encode(), NAN_DUMP_BATCH: write_arrays(arrays)}
     return publish(path, {**state.checkpoint_files(), **files})
 
 
 def explain_stop(
-    state: TrainState, run: Path, micro_batches: Sequence[Batch], targets: int, reason: str
+    checkpointer: Checkpointer, micro_batches: Sequence[Batch], targets: int, reason: str
 ) -> str:
     """Writes the dump, and returns what to tell the user in one line."""
     try:
+        checkpointer.follow()
+        state, run = checkpointer.state, checkpointer.run
         path = write_nan_dump(state, run, micro_batches, targets, reason)
         where = f"python -m tools.replay {quoted(path)} shows where it started"
-    except (OSError, MemoryError) as failure:
-        where = f"no NaN dump could be written: {failure}"
+    except SAVE_FAILURES as failure:
+        where = f"no NaN dump could be written: {explain_failure(failure)}"
     return (
         f"{reason}: stopped before the update; {where}; lower optimizer.lr or use --precision "
         "fp32, and --resume from the last checkpoint"

@@ -4,6 +4,7 @@ import contextlib
 import os
 import re
 import shutil
+import sys
 import time
 from collections.abc import Generator
 from pathlib import Path
@@ -72,14 +73,92 @@ def is_free(run: Path) -> bool:
     )
 
 
+class RunFolder:
+    """A run's folder while it trains: locked, and found again when somebody renames or removes it.
+
+    path: where it was when it was last looked for.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.lock = FileLock(path / ".lock", blocking=False)
+        self.descriptor = -1  # of the folder, which stays the same under any name
+
+    def hold(self):
+        """Makes it what a run needs, with a note whose it is. Raises OSError."""
+        (self.path / "checkpoints").mkdir(exist_ok=True)
+        write_synced(self.path / ".owner", str(os.getpid()).encode())
+        if os.name != "nt":  # Windows renames and removes no folder in which a file is open
+            self.descriptor = os.open(self.path, os.O_RDONLY)
+
+    def follow(self) -> bool:
+        """Whether it is not where it was: `path` is then where it is, or a new one, made here.
+
+        Raises OSError.
+        """
+        if self.descriptor < 0 or is_same(self.path, self.descriptor):
+            return False
+        found = path_of(self.descriptor)
+        if found == self.path.resolve():  # a file system whose inodes change their numbers
+            return False
+        if found:
+            inside = found.is_relative_to(Path.cwd())
+            self.path = found.relative_to(Path.cwd()) if inside else found
+            return True
+        number, free = 1, self.path
+        while free.exists():
+            number += 1
+            free = self.path.with_name(f"{self.path.name}-{number}")
+        new = RunFolder(free)
+        free.mkdir(parents=True)
+        try:
+            new.lock.acquire()
+            new.hold()
+        except OSError:  # the next save tries again
+            new.release()
+            shutil.rmtree(free, ignore_errors=True)
+            raise
+        self.release()
+        self.path, self.lock, self.descriptor = new.path, new.lock, new.descriptor
+        return True
+
+    def release(self):
+        """Leaves it to others."""
+        self.lock.release()
+        if self.descriptor >= 0:
+            os.close(self.descriptor)
+
+
+def is_same(path: Path, descriptor: int) -> bool:
+    """Whether an open file or folder is the one that has this name."""
+    try:
+        return os.path.samestat(path.stat(), os.fstat(descriptor))
+    except OSError:
+        return False
+
+
+def path_of(descriptor: int) -> Path | None:
+    """The name that an open folder has by now; None if it has none, or the system does not say."""
+    with contextlib.suppress(OSError, ValueError):
+        if sys.platform == "darwin":
+            import fcntl
+
+            name = fcntl.fcntl(descriptor, fcntl.F_GETPATH, bytes(1024)).rstrip(b"\0")
+            found = Path(os.fsdecode(name))
+        else:
+            found = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+        return found if found.is_dir() else None
+    return None
+
+
 @contextlib.contextmanager
-def locked(run: Path, continued: Checkpoint | None) -> Generator[None]:
+def locked(run: Path, continued: Checkpoint | None) -> Generator[RunFolder]:
     """The run's folder, made if it is new, and nobody else's while the block runs.
 
     continued: the checkpoint from which the run that has this folder goes on; None: a new run.
     """
-    lock = FileLock(run / ".lock", blocking=False)
-    owner = run / ".owner"
+    folder = RunFolder(run)
+    lock = folder.lock
     try:
         if continued is None:
             run.mkdir(exist_ok=True)
@@ -88,8 +167,7 @@ def locked(run: Path, continued: Checkpoint | None) -> Generator[None]:
         check_unchanged(run, continued)
         if continued is None:
             clear(run)
-        (run / "checkpoints").mkdir(exist_ok=True)
-        write_synced(owner, str(os.getpid()).encode())
+        folder.hold()
     except Timeout:
         raise UserError(busy(run)) from None
     except OSError as error:
@@ -101,15 +179,17 @@ def locked(run: Path, continued: Checkpoint | None) -> Generator[None]:
         lock.release()
         raise
     try:
-        yield
+        yield folder
     finally:
-        owner.unlink(missing_ok=True)
+        run = path_of(folder.descriptor) or folder.path  # which was renamed, perhaps, or removed
         with contextlib.suppress(OSError):  # Windows removes no file that is open
-            if continued is None and is_free(run) and not read_records(run / "metrics.jsonl"):
-                clear(run)  # nothing happened: the name is free again
-                (run / ".lock").unlink(missing_ok=True)
-                run.rmdir()
-        lock.release()
+            if folder.descriptor < 0 or is_same(run, folder.descriptor):
+                (run / ".owner").unlink(missing_ok=True)
+                if continued is None and is_free(run) and not read_records(run / "metrics.jsonl"):
+                    clear(run)  # nothing happened: the name is free again
+                    (run / ".lock").unlink(missing_ok=True)
+                    run.rmdir()
+        folder.release()
 
 
 def check_unchanged(run: Path, continued: Checkpoint | None):

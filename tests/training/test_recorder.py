@@ -72,8 +72,12 @@ def test_an_evaluation_takes_no_more_rows_than_a_step(spec):
     state.loss_module.register_forward_pre_hook(
         lambda module, inputs: rows[module.training].add(len(inputs[0]))
     )
-    with locked(spec.run, spec.continued), StopRequest() as stop, Recorder(state, spec, stop) as r:
-        r.validate(Checkpointer(state, spec, r.log, r.metrics.flush))
+    with (
+        locked(spec.run, spec.continued) as folder,
+        StopRequest() as stop,
+        Recorder(state, spec, stop) as r,
+    ):
+        r.validate(Checkpointer(state, spec, folder, r.log, r.flush))
     for batch in state.batches(0, state.config.train.accumulation_steps):
         rows[True].add(len(batch.ids))
     assert max(rows[False]) == max(rows[True]) == 3

@@ -1,9 +1,11 @@
 """training/resume.py, run_folder.py, checkpointer.py: whose a run's folder is, and what stays."""
 
 import json
+import os
 import shutil
 import signal
 import subprocess
+import sys
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -12,7 +14,7 @@ from checkpoint.reader import Checkpoint, list_steps, read_best, step_path
 from common.cli import explain_error
 from common.errors import UserError
 from common.jsonl import parse_record, read_records
-from tests.helpers import command, losses, metrics, refused, run, write_config
+from tests.helpers import ROOT, command, losses, metrics, refused, run, write_config
 from training.resume import find_resume
 from training.run_folder import is_free, locked
 from training.tensorboard_files import find_difference
@@ -205,3 +207,70 @@ def test_a_nan_dump_is_nothing_to_resume_from(home):
     assert "tools.replay" in refused(run("train.py", "--resume", nan_dump, cwd=home))
     shown = json.loads((nan_dump / "nan_dump.json").read_text())
     assert shown["step"] == 1
+
+
+FULL_MEMORY = """
+import resource, sys, torch
+from pathlib import Path
+from checkpoint.reader import list_steps
+from common import cli
+from common.signals import StopRequest
+from training.checkpointer import Checkpointer, explain_failure
+from training.command_line import read_command_line
+from training.nan_dump import explain_stop
+from training.recorder import Recorder
+from training.run_folder import locked
+from training.setup import build
+
+unlimited = resource.getrlimit(resource.RLIMIT_AS)
+
+
+def limit(free):
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * 4096
+    resource.setrlimit(resource.RLIMIT_AS, (used + free, unlimited[1]))
+
+
+spec = read_command_line(print, sys.argv[1:])
+state = build(spec, print)
+with (
+    locked(spec.run, spec.continued) as folder,
+    StopRequest() as stop,
+    Recorder(state, spec, stop) as recorder,
+):
+    checkpointer = Checkpointer(state, spec, folder, recorder.log, recorder.flush)
+    batch = state.batches(0, 1)
+    for free in (2**23, 2**25, 2**26):  # the weights are 100 MB
+        limit(free)
+        checkpointer.save()
+        print(explain_stop(checkpointer, batch, 1, "nan"))
+        try:
+            torch.empty(2**29)
+        except RuntimeError as error:
+            print("torch:", explain_failure(error))
+    resource.setrlimit(resource.RLIMIT_AS, unlimited)
+    assert checkpointer.failure and not list_steps(spec.run)
+    checkpointer.save()
+    assert not checkpointer.failure
+(step,) = list_steps(spec.run)
+from checkpoint.reader import Checkpoint
+limit(2**26)
+sys.exit(cli.run("train.py", lambda: Checkpoint(step).tensors("model.safetensors") and 0))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs a limit on memory, and /proc")
+def test_a_save_for_which_memory_is_missing_costs_that_save(home):
+    """safetensors' own writer aborts, panics or waits forever there; RUST_BACKTRACE decides."""
+    flags = [*FLAGS, "--name", "full", "--model.d_ff", 200_000]
+    result = subprocess.run(
+        [sys.executable, "-c", FULL_MEMORY, *map(str, flags)], cwd=home, capture_output=True,
+        text=True, timeout=120, env={**os.environ, "PYTHONPATH": str(ROOT), "RUST_BACKTRACE": "1"},
+    )  # fmt: skip
+    assert result.returncode == 2, result.stderr
+    assert result.stderr.startswith("train.py: out of memory; ") and result.stderr.count("\n") == 1
+    said = result.stdout
+    failed = "step 0 could not be saved: out of memory; free some memory; training continues"
+    assert said.count(failed) == 3
+    assert said.count("no NaN dump could be written: out of memory; free some memory") == 3
+    assert said.count("torch: out of memory (") == 3
+    assert "saved runs/full/checkpoints/step_00000000" in said
