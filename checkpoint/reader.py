@@ -9,6 +9,7 @@ it is believed. The hashes detect accidents, not attackers: who can change a fil
 hash. Writing is in `writer.py`.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -304,6 +305,8 @@ def newest_run(runs_dir: Path, log: Callable[[str], object] = print) -> Path | N
     for run in map(Path, list_folder(runs_dir)):
         try:
             for step in list_steps(run)[-1:]:
+                with contextlib.suppress(FileNotFoundError), (step / MANIFEST).open():
+                    pass  # somebody else's, say, which may not be read
                 published[run] = step.stat().st_mtime_ns
         except UnreadableError as error:
             unreadable.append(error)

@@ -383,7 +383,7 @@ def test_verify_tells_what_is_unread_from_what_is_damaged(runs, monkeypatch, cap
     assert [line.split()[0] for line in lines] == ["whole", "unread", "unread"]
 
 
-@pytest.mark.parametrize("closed", [".", "checkpoints"])
+@pytest.mark.parametrize("closed", [".", "checkpoints", f"checkpoints/step_00000005/{MANIFEST}"])
 def test_a_run_that_cannot_be_read_is_named_and_the_others_are_found(runs, closed):
     for step in (4, 5):
         save(runs / "other", step, FILES)
