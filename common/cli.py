@@ -120,7 +120,7 @@ def explain_stray(box: str, argv: list[str], arguments: Any) -> str:
             return f"{before}: takes no value, found {value!r}; give {before}, or {off} for no"
         flags = ("config",) if value.endswith(".toml") else ("checkpoint", "resume")
         for flag in names.intersection(flags):
-            if flag == "config" or user_path(value).is_dir():
+            if flag == "config" or os.path.isdir(user_path(value)):  # False for what no name can be
                 return f"{value}: belongs to no flag; give --{flag} {quoted(value)}"
     return ""
 

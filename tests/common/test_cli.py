@@ -116,6 +116,7 @@ WRONG = {
     ("--steps", "4", "a b.toml"): "a b.toml: belongs to no flag; give --config 'a b.toml'",
     ("tests",): "tests: belongs to no flag; give --resume tests",
     ("nothing",): "Unrecognized options: nothing; see --help",
+    ("9" * 999,): f"Unrecognized options: {'9' * 999}; see --help",  # no file can have that name
     ("--stepps", "3"): "Unrecognized options: --stepps, 3; see --steps INT",
     ("--kind", "b"): "--kind b: must be one of 'auto', 'a kind with a long name', "
     "'another kind with a long name'; see --help",
