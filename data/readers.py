@@ -27,10 +27,8 @@ Pair = tuple[str, str]  # (prompt, completion)
 
 VERSION = "1"  # goes into every fingerprint: raise it when the same bytes come to give other text
 CHUNK = 1 << 20  # bytes of a stream read at a time
-JSONL_HELP = (
-    'each line must be {"prompt": "...", "completion": "..."}, or set data.kind = "stream" or '
-    '"lines" to train on the text as it is'
-)
+AS_IT_IS = 'or set data.kind = "stream" or "lines" to train on the text as it is'
+JSONL_HELP = f'each line must be {{"prompt": "...", "completion": "..."}}, {AS_IT_IS}'
 HEAD = 1 << 20  # bytes by which a file is judged
 ROWS = 10  # lines of as many columns each that make a table
 
@@ -154,7 +152,8 @@ def _choose_kind(
     if kind == "auto":
         if looks and looks != "JSON lines":
             raise UserError(
-                f"{where}: looks like {looks}, which is not read as prose; {JSONL_HELP}"
+                f"{where}: looks like {looks}, which is not read as prose; give JSON lines "
+                f'({{"prompt": "...", "completion": "..."}}), {AS_IT_IS}'
             )
         return "pairs" if looks else "stream"
     if len(files) == 2 and kind != "pairs":
