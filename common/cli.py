@@ -41,7 +41,8 @@ OUT_OF_MEMORY = re.compile(
     r"out of memory|not enough memory|allocate memory|std::bad_alloc|OUT_OF_MEMORY"
     r"|CU(BLAS|DNN)_STATUS_NOT_INITIALIZED|CU[A-Z]+_STATUS_ALLOC_FAILED"
     r"|ALLOCATION_FAILED|CUFFT_ALLOC_FAILED|CUSPARSE_STATUS_INSUFFICIENT_RESOURCES"
-    r"|NVML_SUCCESS == .*CUDACachingAllocator",  # it failed to say by how much
+    r"|NVML_SUCCESS == .*CUDACachingAllocator"  # it failed to say by how much
+    r"|could not (create|execute) a (primitive|memory)",  # oneDNN, which has no other words for it
     re.DOTALL,
 )
 # what a program's user can do about it

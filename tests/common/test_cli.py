@@ -41,6 +41,7 @@ FULL = [
     "MPS backend out of memory (MPS allocated: 17.9 GB, other allocations: 1.2 MB)",
     '[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can\'t allocate memory',
     "std::bad_alloc",
+    "could not create a primitive",
 ]  # fmt: skip
 
 
