@@ -143,13 +143,11 @@ def compare(right: list[float], wrong: list[float]) -> dict:
 
 def read_weights(file: Path, engine: str) -> dict:
     """What the engine's decoder loads: read without NumPy for plain Python."""
-    if BUILT_ON[engine] == "python":
-        from checkpoint import safetensors_python
+    from checkpoint import safetensors_python
 
-        return safetensors_python.read(file.read_bytes())
-    from safetensors.numpy import load_file
-
-    return load_file(file)
+    plain = BUILT_ON[engine] == "python"
+    read = safetensors_python.read if plain else safetensors_python.read_arrays
+    return read(file.read_bytes())
 
 
 if __name__ == "__main__":
