@@ -1,9 +1,9 @@
-"""Token files to batches: batch(step) is a pure function of (seed, step, rank, world size).
+"""Token files to batches: batch(step) is a pure function of the seed and the step.
 
-Data is visited in epochs, without replacement. An epoch is cut into global batches of
-`batch_size` examples, the last of which may be short; rank r of W takes the rows r, r + W, ...
-of each, and accumulation cuts a rank's rows into micro-batches. So neither the number of ranks nor
-accumulation changes what an optimizer step learns from.
+Data is visited in epochs, without replacement. An epoch is cut into batches of `batch_size`
+examples, the last of which may be short, and accumulation cuts a batch into micro-batches; each of
+several processes takes neighbouring ones. So neither the number of processes nor accumulation
+changes what an optimizer step learns from, and a micro-batch is the same whoever takes it.
 """
 
 import math
@@ -129,22 +129,26 @@ class Batches:
         return batches, shift
 
     def chosen(self, step: int) -> tuple[np.ndarray, int]:
-        """The examples of optimizer step `step` (from 0) over all ranks, and their shift."""
+        """The examples of optimizer step `step` (from 0) and their shift."""
         batches, shift = self.plan(step // self.steps_per_epoch)
         return batches[step % self.steps_per_epoch], shift
 
     def target_count(self, step: int) -> int:
-        """Tokens to predict in a step over all ranks and micro-steps: the loss's divisor."""
+        """Tokens to predict in a step, over all its micro-batches: the loss's divisor."""
         return self.examples.target_count(self.chosen(step)[0])
 
     def __call__(
-        self, step: int, accumulation: int = 1, rank: int = 0, world: int = 1
+        self, step: int, accumulation: int = 1, process: int = 0, processes: int = 1
     ) -> list[Batch]:
-        """The micro-batches of a step for one rank: a list of at most `accumulation` Batches."""
+        """The micro-batches of a step, at most `accumulation`; or one process's neighbouring ones.
+
+        process: its number, from 0, of `processes`, which must divide `accumulation`.
+        """
         chosen, shift = self.chosen(step)
-        mine = chosen[rank::world]
-        size = max(1, math.ceil(len(mine) / accumulation))
-        return [self.examples.batch(rows, shift) for rows in cut(mine, size)]
+        micro_batches = cut(chosen, max(1, math.ceil(len(chosen) / accumulation)))
+        share = accumulation // processes
+        mine = micro_batches[process * share : (process + 1) * share]
+        return [self.examples.batch(rows, shift) for rows in mine]
 
 
 class Prefetch:

@@ -16,6 +16,7 @@ from common.errors import UserError
 from data.batches import Batch
 from data.rng import derive_seed
 from training.compile import full_shape
+from training.gradient_sum import PairwiseSum
 from training.state import TrainState
 from training.step import (
     Loss,
@@ -117,6 +118,7 @@ class GraphedStep:
         self.wanted = torch.zeros(self.ids.numel(), dtype=torch.int64, device=device)
         self.total = torch.zeros((), dtype=state.precision.weights, device=device)
         self.result = torch.zeros(2, dtype=state.precision.weights, device=device)
+        self.sum = PairwiseSum(state.model.parameters(), in_place=True, pairs=state.in_pairs)
         for optimizer in state.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = torch.tensor(float(group["lr"]), device=device)
@@ -135,9 +137,11 @@ class GraphedStep:
             if whole and self.warm_up_left > 0:
                 self.warm_up_left -= 1
             for micro, batch in enumerate(micro_batches):
+                self.sum.begin(self.total)
                 self.total += micro_step(
                     self.state, self.loss_module, batch, targets, step, micro, timer.part
                 )
+            self.sum.finish(self.total)
             with timer.part("optimizer"):
                 self.result.copy_(update(self.state, self.total))
         loss, norm = self.result.tolist()
@@ -154,6 +158,7 @@ class GraphedStep:
         """A step by its two graphs."""
         assert self.replay_micro_step and self.replay_update
         for micro, batch in enumerate(micro_batches):
+            self.sum.begin(self.total)
             with timer.part("data"):
                 ids, wanted, _ = to_device(batch.inputs, self.state.device)
                 assert ids is not None and wanted is not None  # no batch lacks them
@@ -162,6 +167,7 @@ class GraphedStep:
             torch.manual_seed(derive_seed("dropout", self.state.config.seed, step, micro, 0))
             with timer.part("forward_backward"):
                 self.replay_micro_step()
+        self.sum.finish(self.total)
         with timer.part("optimizer"):
             self.replay_update()
 

@@ -77,6 +77,8 @@ def build(spec: RunSpec, log: Log) -> TrainState:
         load_state_tensors(model, optimizers, spec.resume.tensors("optimizer.safetensors"))
         progress = restore_progress(spec)
         restore_scaler(scaler, spec.resume)
+    # earlier versions added micro-batches one after the other, and do not say so
+    in_pairs = not spec.resume or spec.resume.state.get("micro_batches_in_pairs") is True
     shape = config.model
     log(
         f"model: {model.num_parameters():,} parameters: {shape.n_layers} layers, "
@@ -94,6 +96,7 @@ def build(spec: RunSpec, log: Log) -> TrainState:
         optimizers,
         scaler,
         progress,
+        in_pairs,
     )
 
 

@@ -48,6 +48,7 @@ class TrainState:
     scaler: torch.amp.GradScaler
     progress: Progress
     cwd: str = field(default_factory=os.getcwd)  # from where the paths of `config` are found
+    in_pairs: bool = True  # how micro-batches are added up; a run that began otherwise goes on so
 
     @property
     def model(self) -> TransformerDecoder:
@@ -70,6 +71,7 @@ class TrainState:
             "held_out": self.dataset.held_out,
             "validates": self.val is not None,
             "cwd": self.cwd,
+            "micro_batches_in_pairs": self.in_pairs,
             "versions": versions(self.device),
         }
         return {

@@ -12,6 +12,7 @@ from common.device import Precision, to_device
 from data.batches import Batch
 from data.rng import derive_seed
 from training.config import Config
+from training.gradient_sum import PairwiseSum
 from training.state import TrainState
 from training.timing import StepTimer
 
@@ -63,14 +64,17 @@ def train_step(
     """Moves the weights by one step. `loss_module` is state.loss_module, or that compiled.
 
     The loss is the mean over all `targets` tokens of the step, however it is cut into
-    micro-batches. Raises NonFiniteError; in fp16 a non-finite gradient under a finite loss only
+    micro-batches, which are added up in pairs (training/gradient_sum.py). Raises NonFiniteError; in fp16 a non-finite gradient under a finite loss only
     skips the update, of every optimizer, and halves the scale, until that falls below 1.
     """
     for optimizer in state.optimizers:
         optimizer.zero_grad(set_to_none=True)
-    total = torch.zeros((), device=state.device)
+    total = torch.zeros((), dtype=state.precision.weights, device=state.device)
+    summed = PairwiseSum(state.model.parameters(), pairs=state.in_pairs)
     for micro, batch in enumerate(micro_batches):
-        total = total + micro_step(state, loss_module, batch, targets, step, micro, timer.part)
+        summed.begin(total)
+        total += micro_step(state, loss_module, batch, targets, step, micro, timer.part)
+    summed.finish(total)
     with timer.part("optimizer"):
         loss, norm = update(state, total).tolist()  # the only time that a GPU is waited for
     return finish_step(state, micro_batches, step, loss, norm)

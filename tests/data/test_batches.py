@@ -1,4 +1,4 @@
-"""data/batches.py: every example exactly once an epoch, whatever the batch and world size."""
+"""data/batches.py: every example exactly once an epoch, however it is cut."""
 
 import numpy as np
 import pytest
@@ -22,15 +22,15 @@ def documents(shapes: list[tuple[int, int]]) -> Split:
     return Split(np.arange(starts[-1], dtype=np.uint32), starts, prompts, 1)
 
 
-def epoch_targets(batches: Batches, epoch: int, accumulation: int, world: int) -> list[int]:
-    """All targets that all ranks see in an epoch."""
+def epoch_targets(batches: Batches, epoch: int, accumulation: int, processes: int) -> list[int]:
+    """All targets that all processes see in an epoch."""
     steps = range(epoch * batches.steps_per_epoch, (epoch + 1) * batches.steps_per_epoch)
     seen = []
     for step in steps:
         of_step = []
-        for rank in range(world):
-            micro_batches = batches(step, accumulation, rank, world)
-            assert len(micro_batches) <= accumulation
+        for process in range(processes):
+            micro_batches = batches(step, accumulation, process, processes)
+            assert len(micro_batches) <= accumulation // processes
             for batch in micro_batches:
                 of_step += batch.targets.tolist()
         assert len(of_step) == batches.target_count(step)
@@ -43,9 +43,9 @@ def epoch_targets(batches: Batches, epoch: int, accumulation: int, world: int) -
     st.integers(9, 400), st.integers(1, 8), st.integers(1, 20), st.integers(1, 4),
     st.integers(1, 4), st.integers(0, 3), st.integers(0, 99),
 )  # fmt: skip
-def test_a_stream_in_epochs(n, seq_len, batch_size, accumulation, world, epoch, seed):
+def test_a_stream_in_epochs(n, seq_len, batch_size, share, processes, epoch, seed):
     batches = Batches(Examples(stream(n), seq_len, 0), batch_size, seed)
-    seen = epoch_targets(batches, epoch, accumulation, world)
+    seen = epoch_targets(batches, epoch, share * processes, processes)
     assert len(seen) == len(set(seen)), "a token is predicted twice"
     assert max(seen) < n
     assert len(seen) > n - 1 - 2 * seq_len, "too much is left out"
@@ -59,7 +59,7 @@ def test_a_stream_in_epochs(n, seq_len, batch_size, accumulation, world, epoch, 
     st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), min_size=1, max_size=80),
     st.integers(1, 20), st.integers(1, 4), st.integers(1, 4), st.integers(0, 3), st.integers(0, 99),
 )  # fmt: skip
-def test_documents_in_epochs(shapes, batch_size, accumulation, world, epoch, seed):
+def test_documents_in_epochs(shapes, batch_size, share, processes, epoch, seed):
     split = documents(shapes)
     examples = Examples(split, 12, 0)
     fit = [i for i, (p, c) in enumerate(shapes) if p + 1 + c <= 12]
@@ -69,7 +69,7 @@ def test_documents_in_epochs(shapes, batch_size, accumulation, world, epoch, see
             Batches(examples, batch_size, seed)
         return
     batches = Batches(examples, batch_size, seed)
-    seen = epoch_targets(batches, epoch, accumulation, world)
+    seen = epoch_targets(batches, epoch, share * processes, processes)
     # the targets are the ids after <start>: completion and <end>, and nothing of the prompt
     expected = [
         t for i in fit for t in range(split.starts[i] + split.prompts[i], split.starts[i + 1])
@@ -103,17 +103,16 @@ def test_the_order_is_the_same_on_every_machine_and_version():
     assert batches(0)[0].ids[:, 0].tolist() == [18, 26, 34, 62, 50, 42]
 
 
-def test_accumulation_and_ranks_split_the_same_examples():
+def test_a_micro_batch_is_the_same_whoever_takes_it():
     batches = Batches(Examples(stream(1000), 8, 0), 12, 1)
-    whole = {tuple(row) for row in batches(3)[0].ids}
-    for accumulation, world in ((3, 1), (1, 4), (2, 3), (5, 5)):
-        parts = [
-            tuple(row)
-            for rank in range(world)
-            for batch in batches(3, accumulation, rank, world)
-            for row in batch.ids
-        ]
-        assert sorted(parts) == sorted(whole)
+    (whole,) = batches(3)
+    for accumulation in (2, 4, 8, 24):
+        alone = batches(3, accumulation)
+        np.testing.assert_array_equal(np.concatenate([b.ids for b in alone]), whole.ids)
+        for processes in (2, accumulation):
+            shared = [batches(3, accumulation, n, processes) for n in range(processes)]
+            taken = [batch.ids.tolist() for batches_of_one in shared for batch in batches_of_one]
+            assert taken == [batch.ids.tolist() for batch in alone]
 
 
 def test_evaluation_sees_every_target_once():
