@@ -12,10 +12,12 @@ if __name__ == "__main__":  # before what takes time: until cli.run() listens, C
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import sys
+from contextlib import nullcontext
 from functools import partial
 from typing import TYPE_CHECKING
 
 from common import cli  # and nothing large, so that Ctrl-C is answered from the start
+from common.processes import Processes, join
 from common.signals import StopRequest, defer_interrupts
 
 if TYPE_CHECKING:
@@ -26,20 +28,25 @@ log = partial(print, flush=True)  # seen at once also where it goes into a pipe
 
 def main() -> int:
     """Decides what is to be done, and does it. Returns the exit status."""
-    from training.command_line import read_command_line
+    from training.command_line import read_for_all
 
-    spec = read_command_line(log)
-    return 0 if spec is None else train(spec)
+    with join("train.py") as processes:
+        spec = read_for_all(processes, log)
+        return 0 if spec is None else train(spec, processes)
 
 
-def train(spec: "RunSpec") -> int:
-    """The loop. One pass more than there are steps: the last one only saves and evaluates."""
+def train(spec: "RunSpec", processes: Processes) -> int:
+    """The loop. One pass more than there are steps: the last one only saves and evaluates.
+
+    All of `processes` are in it. The first one alone writes and speaks.
+    """
     # imported here, so that a mistake in the settings is told before PyTorch has loaded
     with defer_interrupts():
         from data.batches import Prefetch
         from training.checkpointer import Checkpointer
         from training.compile import compile_loss
         from training.cuda_graphs import choose_step
+        from training.follower import FollowingCheckpointer, FollowingRecorder
         from training.nan_dump import explain_stop
         from training.optimizer import set_lr
         from training.recorder import Recorder
@@ -48,23 +55,29 @@ def train(spec: "RunSpec") -> int:
         from training.setup import build
         from training.step import NonFiniteError
 
-    state = build(spec, log)
+    is_first, several = processes.is_first, processes.count > 1
+    state = build(spec, log if is_first else lambda _: None, processes)
     config, progress = state.config, state.progress
-    batches = Prefetch(state.batches, config.train.accumulation_steps)
+    accumulation = config.train.accumulation_steps
+    batches = Prefetch(state.batches, accumulation, processes.index, processes.count)
     loss_module = state.loss_module
     if config.compile:
-        loss_module = compile_loss(state, *batches(progress.step), log)
+        first_micro_batch = state.batches(progress.step, accumulation, 0, accumulation)
+        loss_module = compile_loss(state, first_micro_batch, 1, log)
     with (
-        locked(spec.run, spec.continued) as folder,
-        StopRequest() as stop,
-        Recorder(state, spec, stop) as recorder,
+        locked(spec.run, spec.continued) if is_first else nullcontext() as folder,
+        StopRequest(launched=several, silent=not is_first) as stop,
+        Recorder(state, spec, stop) if is_first else FollowingRecorder(state, stop) as recorder,
     ):
-        checkpointer = Checkpointer(state, spec, folder, recorder.log, recorder.flush)
+        checkpointer = FollowingCheckpointer()
+        if isinstance(recorder, Recorder) and folder:
+            checkpointer = Checkpointer(state, spec, folder, recorder.log, recorder.flush)
         take_step = choose_step(state, loss_module, recorder.log)
-        micro_batches, targets = [], 0
         try:
             for step in range(progress.step, config.max_steps + 1):
-                stopping = bool(stop.signal)  # once: a later signal waits for the next step
+                processes.step = step
+                # once: a later signal waits for the next step
+                stopping = processes.largest(stop.signal) > 0
                 if stopping or checkpointer.due(step):  # before the evaluation: nothing is lost
                     with recorder.timer.pause():
                         checkpointer.save()
@@ -82,9 +95,13 @@ def train(spec: "RunSpec") -> int:
                 progress.skipped += not result.updated
                 recorder.end_step(result, lr)
         except NonFiniteError as error:
-            recorder.bar.close()
-            told = explain_stop(checkpointer, micro_batches, targets, str(error))
-            print(f"train.py: {told}", file=sys.stderr)
+            if isinstance(recorder, Recorder) and isinstance(checkpointer, Checkpointer):
+                recorder.bar.close()
+                everything = state.batches(progress.step, accumulation)  # of all processes
+                targets = state.batches.target_count(progress.step)
+                told = explain_stop(checkpointer, everything, targets, str(error))
+                print(f"train.py: {told}", file=sys.stderr)
+            processes.largest(1)  # a launcher ends all as soon as one has ended
             return 1
         finally:
             batches.close()
@@ -93,8 +110,10 @@ def train(spec: "RunSpec") -> int:
     if checkpointer.failure:
         fix = "continue from the last checkpoint with --resume"
         print(f"train.py: {checkpointer.failure}; {fix}", file=sys.stderr)
+    if processes.largest(bool(checkpointer.failure)):
         return 1
-    return 128 + stop.signal if stop.signal else 0
+    signal = processes.largest(stop.signal)
+    return 128 + signal if signal else 0
 
 
 if __name__ == "__main__":

@@ -65,10 +65,11 @@ PRECISIONS = {
 }
 
 
-def choose_device(name: str) -> torch.device:
+def choose_device(name: str, local_index: int | None = None) -> torch.device:
     """The device asked for, or the best there is. Raises UserError where it is not there.
 
-    A CUDA device with an index becomes the current one, which is where kernels and memory go that
+    local_index: of one of several processes on this host, each of which has a GPU of its own. A
+    CUDA device with an index becomes the current one, which is where kernels and memory go that
     nobody has named a device for.
     """
     import torch
@@ -76,7 +77,7 @@ def choose_device(name: str) -> torch.device:
     if name == "auto":
         problem = cuda.find_problem(0)
         if not problem.why:
-            return torch.device("cuda")
+            return torch.device("cuda") if local_index is None else own_gpu(local_index)
         if not problem.is_absent:
             print(f"--device auto: no cuda: {problem.why}; {problem.fix}", file=sys.stderr)
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
@@ -85,6 +86,12 @@ def choose_device(name: str) -> torch.device:
     if not parts:
         raise UserError(f"--device {name}: no such device; use auto, cpu, cuda, cuda:1 or mps")
     kind, index = parts[1], int(parts[2] or 0)
+    if local_index is not None and kind == "cuda":
+        if parts[2]:
+            raise UserError(
+                f"--device {name}: each of several processes has its own GPU; use --device cuda"
+            )
+        return own_gpu(local_index)
     if kind == "cuda":
         problem = cuda.find_problem(index)
         if problem.why:
@@ -94,6 +101,20 @@ def choose_device(name: str) -> torch.device:
     elif index or (kind == "mps" and not torch.backends.mps.is_available()):
         raise UserError(f"--device {name}: not on this machine; use --device cpu")
     return torch.device(name)
+
+
+def own_gpu(local_index: int) -> torch.device:
+    """The GPU of one of several processes on this host. Raises UserError where there is none."""
+    import torch
+
+    problem = cuda.find_problem(local_index)
+    if problem.why:
+        raise UserError(
+            f"--device cuda: no GPU {local_index} for process {local_index} of this host "
+            f"({problem.why}); start as many as there are GPUs (--nproc_per_node=gpu)"
+        )
+    torch.cuda.set_device(local_index)
+    return torch.device("cuda", local_index)
 
 
 def check_precision(name: str, device: torch.device):

@@ -72,9 +72,14 @@ def defer_interrupts() -> Generator[None]:
 
 
 class StopRequest:
-    """While entered, `signal` is 0 until one arrives, and then its number."""
+    """While entered, `signal` is 0 until one arrives, and then its number.
 
-    def __init__(self):
+    launched: by a launcher, which passes signals on, perhaps twice, and kills what does not end: a
+    second one does not quit then. silent: says nothing of it.
+    """
+
+    def __init__(self, launched: bool = False, silent: bool = False):
+        self.launched, self.silent = launched, silent
         self.signal = 0
         self.insisted = False
         self.handlers = {}
@@ -88,7 +93,9 @@ class StopRequest:
             signal.signal(number, handler)
 
     def receive(self, number: int, _frame: FrameType | None):
-        if self.insisted and number in INSISTENT:  # the second: as if nobody had listened
+        if (
+            self.insisted and number in INSISTENT and not self.launched
+        ):  # the second: as if nobody had listened
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
             return
@@ -96,7 +103,9 @@ class StopRequest:
         if self.signal:
             return
         self.signal = number
+        if self.silent:
+            return
+        again = "" if self.launched else " (a second Ctrl-C quits at once)"
         # print() could be interrupted inside itself and refuse to be entered again
         with contextlib.suppress(OSError):  # a reader that the same Ctrl-C has ended
-            text = b"\nstopping: saving after this step (a second Ctrl-C quits at once)\n"
-            os.write(sys.stderr.fileno(), text)
+            os.write(sys.stderr.fileno(), f"\nstopping: saving after this step{again}\n".encode())

@@ -107,12 +107,12 @@ class Batches:
             )
         self.examples, self.batch_size, self.seed = examples, batch_size, seed
         self.steps_per_epoch = math.ceil(examples.count / batch_size)
-        self._plan: tuple[int, list[np.ndarray], int] = (-1, [], 0)
+        self._plans: dict[int, tuple[list[np.ndarray], int]] = {}  # of the last two epochs
 
     def plan(self, epoch: int) -> tuple[list[np.ndarray], int]:
         """The examples of each batch of an epoch, and the shift of its windows."""
-        if self._plan[0] == epoch:
-            return self._plan[1:]
+        if found := self._plans.get(epoch):  # two threads may ask, for two epochs
+            return found
         order = permutation(self.examples.count, "order", self.seed, epoch)
         shift = 0
         if self.examples.split.starts is None:
@@ -125,7 +125,7 @@ class Batches:
                 batches += cut(by_length, self.batch_size)
             turn = permutation(len(batches), "turn", self.seed, epoch)
             batches = [batches[i] for i in turn]
-        self._plan = (epoch, batches, shift)
+        self._plans = dict([*self._plans.items()][-1:]) | {epoch: (batches, shift)}
         return batches, shift
 
     def chosen(self, step: int) -> tuple[np.ndarray, int]:
@@ -137,6 +137,11 @@ class Batches:
         """Tokens to predict in a step, over all its micro-batches: the loss's divisor."""
         return self.examples.target_count(self.chosen(step)[0])
 
+    def count_micro_batches(self, step: int, accumulation: int) -> int:
+        """How many micro-batches a step has: fewer where a short batch has not a row for each."""
+        rows = len(self.chosen(step)[0])
+        return math.ceil(rows / math.ceil(rows / accumulation))
+
     def __call__(
         self, step: int, accumulation: int = 1, process: int = 0, processes: int = 1
     ) -> list[Batch]:
@@ -145,25 +150,28 @@ class Batches:
         process: its number, from 0, of `processes`, which must divide `accumulation`.
         """
         chosen, shift = self.chosen(step)
-        micro_batches = cut(chosen, max(1, math.ceil(len(chosen) / accumulation)))
+        micro_batches = cut(chosen, math.ceil(len(chosen) / accumulation))
         share = accumulation // processes
         mine = micro_batches[process * share : (process + 1) * share]
         return [self.examples.batch(rows, shift) for rows in mine]
 
 
 class Prefetch:
-    """The next step's batches, made by a thread while this step computes."""
+    """The next step's batches of a process, made by a thread while this step computes."""
 
-    def __init__(self, batches: Batches, accumulation: int):
-        self.batches, self.accumulation = batches, accumulation
+    def __init__(self, batches: Batches, accumulation: int, process: int = 0, processes: int = 1):
+        self.batches, self.cut = batches, (accumulation, process, processes)
         self.pool = ThreadPoolExecutor(1)
         self.pending: dict[int, Future[tuple[list[Batch], int]]] = {}
 
     def make(self, step: int) -> tuple[list[Batch], int]:
-        return self.batches(step, self.accumulation), self.batches.target_count(step)
+        return self.batches(step, *self.cut), self.batches.target_count(step)
 
     def __call__(self, step: int) -> tuple[list[Batch], int]:
-        """The micro-batches of a step, and its number of targets."""
+        """The process's micro-batches of a step, and the number of targets of all.
+
+        A process that a short batch does not reach has no micro-batches.
+        """
         future = self.pending.pop(step, None) or self.pool.submit(self.make, step)
         result = future.result()
         self.pending = {step + 1: self.pool.submit(self.make, step + 1)}
@@ -173,10 +181,13 @@ class Prefetch:
         self.pool.shutdown(wait=False, cancel_futures=True)
 
 
-def evaluation_batches(examples: Examples, batch_size: int, limit: int = 0) -> Iterator[Batch]:
+def evaluation_batches(
+    examples: Examples, batch_size: int, limit: int = 0, process: int = 0, processes: int = 1
+) -> Iterator[Batch]:
     """Every target of a split once, in a fixed order; a stream's last window may be short.
 
-    limit: only so many examples, always the same ones, drawn evenly; 0: all.
+    limit: only so many examples, always the same ones, drawn evenly; 0: all. process: its number,
+    from 0, of `processes`, which deal the batches out in turn.
     """
     is_stream = examples.split.starts is None
     ids, T = examples.split.ids, examples.seq_len
@@ -184,10 +195,11 @@ def evaluation_batches(examples: Examples, batch_size: int, limit: int = 0) -> I
     chosen = permutation(count, "evaluation")[:limit] if limit else np.arange(count)
     if not is_stream:
         chosen = chosen[np.argsort(examples.lengths[chosen], kind="stable")]
-    for rows in cut(chosen, batch_size):
+    batches = cut(chosen, batch_size)
+    for rows in batches[process::processes]:
         yield examples.batch(rows)
     tail = np.asarray(ids[count * T :], dtype=np.int64) if is_stream else ()
-    if len(tail) > 1 and not 0 < limit <= count:
+    if len(tail) > 1 and not 0 < limit <= count and len(batches) % processes == process:
         yield Batch(tail[None, :-1].copy(), tail[1:].copy(), None, len(tail) - 1)
 
 

@@ -9,6 +9,7 @@ import math
 import torch
 
 from common.device import Precision, to_device
+from common.processes import Processes
 from common.signals import StopRequest
 from data.batches import Examples, evaluation_batches
 from model.loss import LossModule
@@ -26,22 +27,33 @@ def evaluate(
     limit: int,
     precision: Precision,
     stop: StopRequest,
+    processes: Processes | None = None,
 ) -> dict[str, float]:
     """Loss in nats a token over the validation examples (`limit` of them, 0: all).
 
     batch_size: examples in a forward pass; as many as in one of training need no more memory.
-    Returns the scalars to log: loss/val, perplexity/val, bits_per_byte/val. Raises Interrupted.
+    processes: those that share the batches, if there are several. Returns the scalars to log:
+    loss/val, perplexity/val, bits_per_byte/val, the same in each process. Raises Interrupted in all
+    where one of them has got a signal.
     """
     device = next(loss_module.parameters()).device
-    total, targets = 0.0, 0
+    processes = processes or Processes()
+    found: list[float] = []  # of each batch its loss, summed over its targets, and their number
     loss_module.eval()
-    for batch in evaluation_batches(examples, batch_size, limit):
+    for batch in evaluation_batches(examples, batch_size, limit, processes.index, processes.count):
         if stop.signal:
-            raise Interrupted
+            break
         with precision.autocast(device):
-            total += loss_module(*to_device(batch.inputs, device)).item()
-        targets += len(batch.targets)
+            loss = loss_module(*to_device(batch.inputs, device)).item()
+        found += loss, len(batch.targets)
     loss_module.train()
+    if processes.largest(stop.signal):
+        raise Interrupted
+    most = processes.largest(len(found))
+    by_process = processes.gather(found + [0.0] * (most - len(found)))
+    # batch after batch, as one process adds them, whoever has computed them
+    total = sum(row[i] for i in range(0, most, 2) for row in by_process)
+    targets = sum(row[i] for i in range(1, most, 2) for row in by_process)
     loss = total / targets
     return {
         "loss/val": loss,

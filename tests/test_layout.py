@@ -103,7 +103,7 @@ def test_every_init_is_empty(folder):
 
 def test_tests_mirror_the_folders():
     """Each folder of tests but these is named after the folder that it tests."""
-    others = {"faults", "golden", "parity", "fixtures", "cuda"}
+    others = {"faults", "golden", "parity", "fixtures", "cuda", "distributed"}
     folders = {f.name for f in (ROOT / "tests").iterdir() if f.is_dir() and f.name[0] not in "._"}
     assert folders - others <= LEVEL.keys()
     for folder in folders - others:

@@ -12,26 +12,30 @@ from typing import Annotated
 
 import tyro
 
-from checkpoint.reader import Checkpoint
+from checkpoint.reader import Checkpoint, list_steps, newest_run
 from common import cli
 from common.errors import UserError
 from common.files import refuse_url, user_path
+from common.processes import Processes
 from data.readers import is_plain
 from model.config import read_model_config
 from training.config import FREE_CHANGES, Config, load, to_toml
 from training.resume import (
     RunSpec,
     find_resume,
+    from_json,
     is_finished,
     keep_resolved,
     load_weights_of,
     locate_data,
     plan_resume,
     stored_config,
+    to_json,
 )
-from training.run_folder import name_run
+from training.run_folder import check_run_name, name_run
 
 DESCRIPTION = "Trains a transformer decoder. Flags override the configuration file, in any order."
+AUTO = "auto"  # --resume's
 DEFAULT = Path(__file__).parent.parent / "configs" / "default.toml"
 
 
@@ -47,13 +51,28 @@ class Arguments:
     runs_dir: str = "runs"
     """Folder of the runs."""
     resume: Annotated[tuple[str, ...] | None, tyro.conf.arg(metavar="[PATH]")] = None
-    """Continue the newest run (or that of --name), or the run or checkpoint at PATH."""
+    """Continue the newest run (or that of --name), or the run or checkpoint at PATH; "auto": the
+    newest run (or that of --name) if there is one that has saved, else a new run."""
     init_from: str = ""
     """Start a new run from the weights of a run or checkpoint, on the same or other data."""
     extend: bool = False
     """With --resume: allow --max_steps to move the end of the learning-rate schedule."""
     print_config: bool = False
     """Print the resolved settings as TOML and exit."""
+
+
+def read_for_all(processes: Processes, log) -> RunSpec | None:
+    """What train.py is to do, as the first process reads it, in all of them."""
+    own: list[RunSpec | None] = []
+
+    def read() -> dict | None:
+        own.append(read_command_line(log))
+        if own[0] is not None:
+            own[0].config.train.share_of(processes.count)  # refuses what cannot be shared out
+        return to_json(own[0])
+
+    told = processes.decide(read)
+    return own[0] if own else from_json(told)
 
 
 def read_command_line(log, argv: list[str] | None = None) -> RunSpec | None:
@@ -73,13 +92,15 @@ def read_command_line(log, argv: list[str] | None = None) -> RunSpec | None:
     if early.resume is not None and early.init_from:
         raise UserError("--resume continues a run, --init_from starts one; give only one of them")
 
-    if early.resume is None and "--extend" in argv:
+    if early.resume is None and "--extend" in argv:  # with auto, it is for when there is a run
         raise UserError("--extend: only for a run that is resumed; add --resume, or leave it out")
     found = weights = None
     if early.resume is not None:
         path = early.resume[0] if early.resume else None
         refuse_url(path or "", f"--resume {path}")
-        found = find_resume(user_path(early.runs_dir), path, early.name, log)
+        runs_dir = user_path(early.runs_dir)
+        if path != AUTO or has_saved(runs_dir, early.name):
+            found = find_resume(runs_dir, None if path == AUTO else path, early.name, log)
     stored = stored_config(found[1]) if found else None
     settings = stored if stored and not early.config else load(user_path(early.config or DEFAULT))
     if early.init_from:
@@ -97,6 +118,14 @@ def read_command_line(log, argv: list[str] | None = None) -> RunSpec | None:
     if spec is not None:
         log(describe(arguments, spec))
     return spec
+
+
+def has_saved(runs_dir: Path, name: str) -> bool:
+    """Whether the run called `name`, or any where it is "", has a checkpoint to resume."""
+    if not name:
+        return newest_run(runs_dir) is not None
+    check_run_name(name)
+    return bool(list_steps(runs_dir / name))
 
 
 def kind_of_own(given: Config, settings: Config, argv: list[str]) -> Config:

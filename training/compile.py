@@ -49,6 +49,7 @@ def compile_loss(
     batch = micro_batches[0]
     if shape is not None and batch.ids.shape != shape:  # the last one of an epoch
         batch = state.batches.examples.batch(np.arange(shape[0]))
+    reason, compiled = "", state.loss_module
     try:
         compiled = CompiledLoss(state.loss_module, shape)
         with state.precision.autocast(state.device):
@@ -56,17 +57,19 @@ def compile_loss(
             assert ids is not None  # no batch lacks them
             loss = compiled(ids, *targets_and_indices)
             (loss / targets).backward()
-        return compiled
     except Exception as error:  # whatever the compiler's many parts raise
         if is_out_of_memory(error):
             raise
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:100]
-        log(f"compile: torch.compile failed ({reason}); continuing without it")
-        torch._dynamo.reset()
-        state.loss_module.softmax_loss = softmax_loss
-        return state.loss_module
     finally:
         state.model.zero_grad(set_to_none=True)
+    if not state.processes.largest(bool(reason)):
+        return compiled
+    reason = reason or "in another process"
+    log(f"compile: torch.compile failed ({reason}); continuing without it")
+    torch._dynamo.reset()
+    state.loss_module.softmax_loss = softmax_loss
+    return state.loss_module
 
 
 def full_shape(state: TrainState) -> tuple[int, int] | None:

@@ -79,7 +79,7 @@ class TrainConfig:
     batch_size: int = 32
     """Examples per optimizer step, over all its micro-batches."""
     accumulation_steps: int = 1
-    """Micro-batches per optimizer step (gradient accumulation), to save memory."""
+    """Micro-batches per optimizer step (gradient accumulation), over all processes."""
     checkpoint_activations: bool = False
     """Activation checkpointing: less memory, more time, the same numbers."""
     eval_interval: int = 250
@@ -95,17 +95,20 @@ class TrainConfig:
     histogram_interval: int = 0
     """Steps between histograms of weights and gradients; 0: none."""
     threads: int = 0
-    """CPU threads; 0: as many as PyTorch chooses."""
+    """CPU threads of each process; 0: as many as PyTorch chooses."""
     deterministic: bool = False
     """On CUDA: use only deterministic algorithms."""
     cuda_graphs: bool = False
     """On CUDA, for one long text: replay steps as CUDA graphs; faster where the model is small."""
+    collective_timeout: int = 600
+    """Seconds that a process waits for the others before the run ends."""
     profile_steps: str = ""
     """Steps A:B, both included, to record with torch.profiler in the run's folder; empty: none."""
 
     def __post_init__(self):
         refuse(
             at_least(self, 1, "batch_size", "accumulation_steps", "keep", "log_interval")
+            + at_least(self, 1, "collective_timeout")
             + at_least(self, 0, "eval_interval", "eval_examples", "save_interval")
             + at_least(self, 0, "histogram_interval", "threads")
             + ([f"threads = {self.threads} must be at most 1024"] if self.threads > 1024 else [])
@@ -129,6 +132,26 @@ class TrainConfig:
         """The first and the last step of profile_steps, counted from 1; (0, 0): none."""
         first, _, last = self.profile_steps.partition(":")
         return (int(first), int(last)) if last else (0, 0)
+
+    def share_of(self, processes: int) -> int:
+        """How many of a step's micro-batches each process takes: a power of two.
+
+        Then each adds up a whole branch of the tree of training/gradient_sum.py. Raises UserError,
+        which names the nearest numbers of micro-batches that can be shared so.
+        """
+        micro_batches = self.accumulation_steps
+        if processes == 1:
+            return micro_batches
+        share, rest = divmod(micro_batches, processes)
+        if share and rest == 0 and share & (share - 1) == 0:
+            return share
+        below = processes << max(0, share.bit_length() - 1)
+        near = [below] if below > micro_batches else [below, 2 * below]
+        raise UserError(
+            f"train.accumulation_steps = {micro_batches}: {processes} processes share the "
+            "micro-batches of a step, and each must have 1, 2, 4 or another power of two; set it "
+            f"to {' or '.join(map(str, near))}"
+        )
 
     @property
     def micro_batch_size(self) -> int:

@@ -21,6 +21,7 @@ from training.state import TrainState
 from training.step import (
     Loss,
     StepResult,
+    count_parts,
     finish_step,
     forward_backward,
     micro_step,
@@ -128,20 +129,21 @@ class GraphedStep:
         self, micro_batches: Sequence[Batch], targets: int, step: int, timer: StepTimer
     ) -> StepResult:
         self.zero_gradients()
+        first = self.state.processes.index * self.state.share
         whole = all(b.ids.shape == self.shape and b.target_indices is None for b in micro_batches)
         if whole and self.warm_up_left == 0 and self.replay_update is None:
             self.capture_step(targets)
         if whole and self.replay_update and targets == self.targets:
-            self.replay(micro_batches, step, timer)
+            self.replay(micro_batches, step, first, timer)
         else:
             if whole and self.warm_up_left > 0:
                 self.warm_up_left -= 1
-            for micro, batch in enumerate(micro_batches):
+            for micro, batch in enumerate(micro_batches, first):
                 self.sum.begin(self.total)
                 self.total += micro_step(
                     self.state, self.loss_module, batch, targets, step, micro, timer.part
                 )
-            self.sum.finish(self.total)
+            self.finish_sum(step, timer)
             with timer.part("optimizer"):
                 self.result.copy_(update(self.state, self.total))
         loss, norm = self.result.tolist()
@@ -154,10 +156,17 @@ class GraphedStep:
         if gradients:
             torch._foreach_zero_(gradients)
 
-    def replay(self, micro_batches: Sequence[Batch], step: int, timer: StepTimer):
-        """A step by its two graphs."""
+    def finish_sum(self, step: int, timer: StepTimer):
+        """Adds up all micro-batches, those of the other processes too."""
+        self.sum.finish(self.total)
+        if self.state.exchange:
+            with timer.part("exchange"):
+                self.state.exchange.add_up(self.total, count_parts(self.state, step))
+
+    def replay(self, micro_batches: Sequence[Batch], step: int, first: int, timer: StepTimer):
+        """A step by its two graphs. first: the number of this process's first micro-batch."""
         assert self.replay_micro_step and self.replay_update
-        for micro, batch in enumerate(micro_batches):
+        for micro, batch in enumerate(micro_batches, first):
             self.sum.begin(self.total)
             with timer.part("data"):
                 ids, wanted, _ = to_device(batch.inputs, self.state.device)
@@ -167,7 +176,7 @@ class GraphedStep:
             torch.manual_seed(derive_seed("dropout", self.state.config.seed, step, micro, 0))
             with timer.part("forward_backward"):
                 self.replay_micro_step()
-        self.sum.finish(self.total)
+        self.finish_sum(step, timer)
         with timer.part("optimizer"):
             self.replay_update()
 

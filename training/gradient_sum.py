@@ -66,4 +66,8 @@ class PairwiseSum:
         for other in self.waiting:  # the small sums first: what a larger one would have waited for
             if other is not None:
                 torch._foreach_add_(node, other)
+        self.reset()
+
+    def reset(self):
+        """Makes it ready for the next step."""
         self.waiting, self.count = [], 0

@@ -144,6 +144,7 @@ class Recorder:
             settings.eval_examples,
             state.precision,
             self.stop,
+            state.processes,
         )
         loss, step = values["loss/val"], state.progress.step
         best_step, best = state.progress.best_step, state.progress.best_val_loss

@@ -3,7 +3,7 @@
 import contextlib
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from checkpoint.reader import (
@@ -42,6 +42,41 @@ class RunSpec:
     def continued(self) -> Checkpoint | None:
         """The checkpoint from which the run that has this folder goes on; None for a new run."""
         return None if self.is_new else self.resume
+
+
+def to_json(spec: RunSpec | None) -> dict | None:
+    """What the first of several processes tells the others of what is to be done."""
+    if spec is None:
+        return None
+    steps = list_steps(spec.run) if spec.run.is_dir() else []
+    return {
+        "run": str(spec.run),
+        "config": asdict(spec.config),
+        "resume": spec.resume and str(spec.resume.path),
+        "weights": spec.weights and str(spec.weights.path),
+        "is_new": spec.is_new,
+        "steps": [path.name for path in steps],
+    }
+
+
+def from_json(told: dict | None) -> RunSpec | None:
+    """The same in another process, which must see the same files. Raises UserError."""
+    if told is None:
+        return None
+    run = Path(told["run"])
+    seen = [path.name for path in list_steps(run)] if run.is_dir() else []
+    fix = "give a --runs_dir that all hosts share"
+    if more := [name for name in seen if name not in told["steps"]]:
+        raise UserError(f"{run}: has {more[-1]} here, which the first process does not see; {fix}")
+    sources = {}
+    for name in ("resume", "weights"):
+        path = told[name]
+        try:
+            sources[name] = Checkpoint(path).verify() if path else None
+        except CheckpointError as error:
+            raise UserError(f"{error.problem}, but is whole in the first process; {fix}") from None
+    config = configuration.check(told["config"], "the settings of the first process")
+    return RunSpec(run, config, sources["resume"], sources["weights"], is_new=told["is_new"])
 
 
 def find_resume(

@@ -4,15 +4,17 @@ import os
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
+from datetime import timedelta
 from functools import partial
 
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from common.device import check_precision, choose_device, processor
+from common.device import PRECISIONS, check_precision, choose_device, processor
 from common.errors import UserError
 from common.files import refuse_no_file, user_path
 from common.memory import keep_freed_memory
+from common.processes import Processes
 from common.signals import defer_interrupts
 from data.batches import Batches, Examples
 from data.dataset import Dataset, prepare
@@ -29,28 +31,50 @@ from training.resume import RunSpec
 from training.state import Progress, TrainState, restore_progress, restore_scaler
 
 Log = Callable[[str], object]
+print_line = partial(print, flush=True)
 
 
-def build(spec: RunSpec, log: Log) -> TrainState:
-    """Makes or restores every part of the run that `spec` describes."""
-    config = spec.config
-    device = choose_device(config.device)
+def build(spec: RunSpec, log: Log, processes: Processes | None = None) -> TrainState:
+    """Makes or restores every part of the run that `spec` describes.
+
+    processes: those that train it together, which are connected here; None: this one alone.
+    """
+    config, processes = spec.config, processes or Processes()
+    device = choose_device(config.device, processes.local_index if processes.count > 1 else None)
+    processes.connect(device, timedelta(seconds=config.train.collective_timeout))
+    threads = processes.decide(lambda: config.train.threads or torch.get_num_threads())
+    if processes.count > 1:  # whatever a host has chosen
+        config = replace(config, train=replace(config.train, threads=threads))
     configure_torch(config.train, device)  # cuBLAS reads its settings when it first computes
     check_precision(config.precision, device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
-    log(f"device: {name}, {torch.get_num_threads()} CPU threads")
+    each = f" in each of {processes.count} processes" if processes.count > 1 else ""
+    log(f"device: {name}, {torch.get_num_threads()} CPU threads{each}")
 
-    dataset = prepare(config.data, log, tokenizer=given_tokenizer(spec))
+    first = processes.local_index == 0
+    tell = print_line if first and not processes.is_first else log  # of this host
+    dataset = processes.first_on_host(
+        lambda: prepare(config.data, tell, tokenizer=given_tokenizer(spec))
+    )
     check_data(spec, dataset)
-    config = resolve(config, device, dataset)
+    check_same_data(dataset, processes)
+    config = resolve(config, device, dataset, processes)
     batches, val = open_batches(dataset, config, log)
     work = Work.of(batches.examples, config.train.micro_batch_size)
-    precision, why = choose_precision(config.precision, config.model, work, device)
+
+    def choose() -> tuple[str, str]:  # by the first, while the others wait and do not disturb it
+        precision, why = choose_precision(config.precision, config.model, work, device)
+        return precision.name, why
+
+    precision_name, why = processes.decide(choose)
+    precision = PRECISIONS[precision_name]
     config = replace(config, precision=precision.name)
     log(f"precision: {precision.name} ({why})")
     versions = spec.resume.state.get("versions") if spec.resume else None
     before = versions.get("processor") if isinstance(versions, dict) else None
-    if before and before != processor():  # earlier checkpoints do not name theirs
+    if (
+        before and before != processor() and processes.is_first
+    ):  # earlier checkpoints do not name theirs
         note_faster(precision, config.model, work, device, log)
 
     source = spec.resume or spec.weights
@@ -79,6 +103,10 @@ def build(spec: RunSpec, log: Log) -> TrainState:
         restore_scaler(scaler, spec.resume)
     # earlier versions added micro-batches one after the other, and do not say so
     in_pairs = not spec.resume or spec.resume.state.get("micro_batches_in_pairs") is True
+    if not in_pairs and processes.count > 1:
+        in_pairs = True
+        if config.train.accumulation_steps > 3:  # up to three, both orders are one
+            log("note: from here on, micro-batches are added in another order than before")
     shape = config.model
     log(
         f"model: {model.num_parameters():,} parameters: {shape.n_layers} layers, "
@@ -96,7 +124,8 @@ def build(spec: RunSpec, log: Log) -> TrainState:
         optimizers,
         scaler,
         progress,
-        in_pairs,
+        processes=processes,
+        in_pairs=in_pairs,
     )
 
 
@@ -180,7 +209,17 @@ def given_tokenizer(spec: RunSpec) -> Tokenizer | None:
         raise UserError(f"data.tokenizer_path: {error}") from None
 
 
-def resolve(config: Config, device: torch.device, dataset: Dataset) -> Config:
+def check_same_data(dataset: Dataset, processes: Processes):
+    """Raises UserError in a process that has other data than the first."""
+    own = [dataset.fingerprint, dataset.tokenizer.fingerprint]
+    if processes.decide(lambda: own) != own:
+        raise UserError(
+            f"data.path: the data or its tokenizer differs from that of rank 0 ({dataset.name}); "
+            "give all hosts the same files, or a data.cache_dir that they share"
+        )
+
+
+def resolve(config: Config, device: torch.device, dataset: Dataset, processes: Processes) -> Config:
     """The configuration with all settled that was left to be found, but for the precision."""
     vocab_size = dataset.tokenizer.vocab_size
     if config.model.vocab_size not in (0, vocab_size):
@@ -190,7 +229,7 @@ def resolve(config: Config, device: torch.device, dataset: Dataset) -> Config:
         )
     return replace(
         config,
-        device=str(device),
+        device=str(device) if processes.count == 1 else device.type,  # each has an index of its own
         model=replace(config.model, vocab_size=vocab_size),
         data=replace(config.data, kind=dataset.kind),
         train=replace(config.train, threads=torch.get_num_threads()),

@@ -4,6 +4,7 @@ import json
 import os
 import platform
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -13,11 +14,13 @@ from checkpoint.safetensors_python import write_arrays
 from common import cuda
 from common.device import Precision, processor
 from common.errors import UserError
+from common.processes import Processes
 from data.batches import Batches, Examples
 from data.dataset import Dataset
 from model.loss import LossModule
 from model.transformer_full import TransformerDecoder
 from training.config import Config
+from training.gradient_exchange import GradientExchange
 from training.optimizer import state_tensors
 from training.resume import RunSpec
 
@@ -48,7 +51,20 @@ class TrainState:
     scaler: torch.amp.GradScaler
     progress: Progress
     cwd: str = field(default_factory=os.getcwd)  # from where the paths of `config` are found
+    processes: Processes = field(default_factory=Processes)
     in_pairs: bool = True  # how micro-batches are added up; a run that began otherwise goes on so
+
+    @cached_property
+    def exchange(self) -> GradientExchange | None:
+        """What adds up gradients over processes; None where there is one."""
+        if self.processes.count == 1:
+            return None
+        return GradientExchange(self.model.parameters(), self.processes)
+
+    @property
+    def share(self) -> int:
+        """How many micro-batches of a step are this process's."""
+        return self.config.train.share_of(self.processes.count)
 
     @property
     def model(self) -> TransformerDecoder:

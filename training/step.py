@@ -63,21 +63,38 @@ def train_step(
 ) -> StepResult:
     """Moves the weights by one step. `loss_module` is state.loss_module, or that compiled.
 
-    The loss is the mean over all `targets` tokens of the step, however it is cut into
-    micro-batches, which are added up in pairs (training/gradient_sum.py). Raises NonFiniteError; in fp16 a non-finite gradient under a finite loss only
-    skips the update, of every optimizer, and halves the scale, until that falls below 1.
+    micro_batches: this process's share of the step's, which may be none. The loss is the mean over
+    all `targets` tokens of the step, however it is cut into micro-batches, which are added up in
+    pairs, whoever computes them (gradient_sum.py, gradient_exchange.py). Raises NonFiniteError; in
+    fp16 a non-finite gradient under a finite loss only skips the update, of every optimizer, and
+    halves the scale, until that falls below 1.
     """
     for optimizer in state.optimizers:
         optimizer.zero_grad(set_to_none=True)
     total = torch.zeros((), dtype=state.precision.weights, device=state.device)
     summed = PairwiseSum(state.model.parameters(), pairs=state.in_pairs)
-    for micro, batch in enumerate(micro_batches):
+    first, parts = state.processes.index * state.share, count_parts(state, step)
+    for micro, batch in enumerate(micro_batches, first):
         summed.begin(total)
+        if state.exchange and batch is micro_batches[-1]:
+            state.exchange.begin(summed, parts)
         total += micro_step(state, loss_module, batch, targets, step, micro, timer.part)
-    summed.finish(total)
+    if state.exchange:
+        with timer.part("exchange"):
+            state.exchange.finish(summed, total, parts)
+    else:
+        summed.finish(total)
     with timer.part("optimizer"):
         loss, norm = update(state, total).tolist()  # the only time that a GPU is waited for
     return finish_step(state, micro_batches, step, loss, norm)
+
+
+def count_parts(state: TrainState, step: int) -> int:
+    """How many processes, the first ones, have micro-batches in this step."""
+    if state.processes.count == 1:
+        return 1
+    accumulation = state.config.train.accumulation_steps
+    return math.ceil(state.batches.count_micro_batches(step, accumulation) / state.share)
 
 
 def update(state: TrainState, total: torch.Tensor) -> torch.Tensor:
@@ -101,16 +118,16 @@ def finish_step(
     state: TrainState, micro_batches: Sequence[Batch], step: int, loss: float, norm: float
 ) -> StepResult:
     """What comes after the update: whether there was one, and the scale of the next."""
-    check_finite(state, loss, norm, step)
+    check_finite(state, loss, norm, step)  # the same numbers in all processes
     state.scaler.update()
-    return StepResult(
-        loss,
-        norm,
-        tokens=sum(batch.tokens for batch in micro_batches),
-        padded_tokens=sum(batch.ids.size for batch in micro_batches),
-        flops=step_flops(state, micro_batches),
-        updated=math.isfinite(norm),
+    work = (
+        sum(batch.tokens for batch in micro_batches),
+        sum(batch.ids.size for batch in micro_batches),
+        step_flops(state, micro_batches),
     )
+    columns = zip(*state.processes.gather(work), strict=True)
+    tokens, padded_tokens, flops = (int(sum(column)) for column in columns)
+    return StepResult(loss, norm, tokens, padded_tokens, flops, updated=math.isfinite(norm))
 
 
 def micro_step(

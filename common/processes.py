@@ -1,0 +1,263 @@
+"""Several processes that work on one run, as torchrun starts them. No torch where there is one.
+
+    with join("train.py") as processes:
+        settings = processes.decide(read_settings)   # by the first, for all
+        processes.connect(device, timeout)           # from here on they can send tensors
+        everyone = processes.gather([loss, tokens])
+
+torchrun puts who a process is into its environment: RANK of WORLD_SIZE processes, LOCAL_RANK on its
+host, and MASTER_ADDR and MASTER_PORT of a store, a dictionary that all share. Decisions go through
+that store, which waits as long as it takes; tensors through torch.distributed: NCCL between GPUs,
+Gloo between CPUs. A process alone does all of this by doing nothing.
+
+What goes wrong in one of them is told once, with its rank. The others end without a word: all they
+see is that somebody has gone.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from typing import TYPE_CHECKING, TypeVar
+
+from common import cli
+from common.errors import UserError
+from common.signals import defer_interrupts
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch import device as Device
+    from torch.distributed import Store, Work
+
+T = TypeVar("T")
+POLL = 0.02  # seconds between looks into the store
+GRACE = 1.0  # seconds in which all who miss somebody say so
+
+
+class ProcessLostError(RuntimeError):
+    """Another process has failed, as the store says."""
+
+
+class Processes:
+    """This process and the others.
+
+    index: its rank, from 0. count: how many there are. local_index: its rank on this host.
+    step: where it is, which is told if it loses another. program: whose errors it tells.
+    """
+
+    def __init__(self, index: int = 0, count: int = 1, local_index: int = 0, program: str = ""):
+        self.index, self.count, self.local_index = index, count, local_index
+        self.program, self.step, self.timeout = program, 0, timedelta(0)
+        self.decisions = 0
+        self._store: Store | None = None
+
+    @property
+    def is_first(self) -> bool:
+        """Whether it is the one that writes and speaks."""
+        return self.index == 0
+
+    # Decisions, through the store -----------------------------------------------------------------
+
+    @property
+    def store(self) -> Store:
+        """What all processes of this start, and of no earlier one, share."""
+        if self._store is None:
+            from torch.distributed import rendezvous
+
+            store, _, _ = next(rendezvous("env://"))
+            self._store = meet(store, self.index, self.count)
+        return self._store
+
+    def decide(self, make: Callable[[], T]) -> T:
+        """What make() returns in the first process, in all of them: something that JSON can hold.
+
+        Called by all, as often by each.
+        """
+        if self.count == 1:
+            return make()
+        key = f"decided/{self.decisions}"
+        if self.is_first:
+            result = make()
+            self.store.set(key, json.dumps(result))
+        else:
+            result = json.loads(self.wait_for(key))
+        self.decisions += 1
+        return result
+
+    def first_on_host(self, make: Callable[[], T]) -> T:
+        """make() in each process, in the first of each host before the others."""
+        key = f"ready/{self.index - self.local_index}"
+        if self.local_index:
+            self.wait_for(key)
+        result = make()
+        if self.count > 1 and not self.local_index:
+            self.store.set(key, "")
+        return result
+
+    def wait_for(self, key: str) -> bytes:
+        """The value of a key of the store, once it is there. Raises ProcessLostError."""
+        while not self.store.check([key]):
+            if self.store.check(["failed"]):
+                raise ProcessLostError("another process has failed")
+            time.sleep(POLL)
+        return self.store.get(key)
+
+    # Numbers, through torch.distributed -----------------------------------------------------------
+
+    def connect(self, device: Device, timeout: timedelta):
+        """Makes the processes ready to send each other what lies on `device`, or on a CPU.
+
+        timeout: how long one waits for the others before it gives up. Once is enough.
+        """
+        if self.count == 1:
+            return
+        import torch.distributed as dist
+
+        if dist.is_initialized():
+            return
+        self.timeout = timeout
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+            store=self.store,
+            rank=self.index,
+            world_size=self.count,
+            timeout=timeout,
+        )
+
+    def gather(self, values: Sequence[float]) -> list[list[float]]:
+        """The numbers of each process, as many from each, in the order of processes."""
+        if self.count == 1:
+            return [list(values)]
+        import torch
+
+        own = torch.tensor(values, dtype=torch.float64)
+        found = own.new_empty(self.count * len(values))
+        all_gather(found, own)
+        return found.view(self.count, -1).tolist()
+
+    def largest(self, value: int) -> int:
+        """The largest of the whole numbers of all processes, each below 2^53."""
+        return value if self.count == 1 else int(max(row[0] for row in self.gather([value])))
+
+    # The end --------------------------------------------------------------------------------------
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error: BaseException | None, trace):
+        if self.count == 1:
+            return
+        if error is None:
+            import torch.distributed as dist
+
+            if dist.is_initialized():
+                dist.destroy_process_group()
+        elif not isinstance(error, KeyboardInterrupt | SystemExit):
+            with defer_interrupts():  # which the launcher sends as soon as one has ended
+                self.fail(error)
+
+    def fail(self, error: BaseException):
+        """Tells what is wrong, if nobody else has; a bug is raised as it is."""
+        lost, missing, is_told = is_loss(error), "", False
+        try:
+            missing = self.find_missing(error) if lost else ""
+            is_told = self.store.add("failures", 1) > 1
+            self.store.set("failed", "")
+        except RuntimeError:  # the host of the store may be what has gone
+            missing = "the host of the store has gone"
+        if lost:
+            if not is_told:
+                fix = "continue from the last checkpoint with --resume"
+                print(f"{self.program}: {missing}, at step {self.step:,}; {fix}", file=sys.stderr)
+            raise SystemExit(1)
+        reason = error if isinstance(error, UserError) else cli.explain_error(error, self.program)
+        if reason and is_told:
+            raise SystemExit(2)
+        if reason and self.decisions:  # before, the first one alone has read the settings
+            raise UserError(f"rank {self.index} of {self.count}: {reason or error}") from None
+
+    def find_missing(self, error: BaseException) -> str:
+        """Who has gone or does not answer: all others say within a second that they miss it."""
+        late = "imed out" in str(error) or "imeout" in str(error)
+        self.store.set(f"misses/{self.index}", "late" if late else "")
+        time.sleep(GRACE)
+        said = {}
+        for rank in range(self.count):
+            if self.store.check([f"misses/{rank}"]):
+                said[rank] = self.store.get(f"misses/{rank}")
+        silent = [str(rank) for rank in range(self.count) if rank not in said]
+        ranks = f"rank {', '.join(silent[:8])}" if silent else "a process"
+        if b"late" in said.values():
+            return (
+                f"{ranks} of {self.count} has not answered for {self.timeout.total_seconds():g} s"
+            )
+        return f"{ranks} of {self.count} has gone"
+
+
+def all_gather(output: Tensor, own: Tensor, async_op: bool = False) -> Work:
+    """Puts each process's tensor into `output`, one after another."""
+    import torch.distributed as dist
+
+    # which PyTorch 2.13 renames
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    return gather(output, own, async_op=async_op)
+
+
+def is_loss(error: BaseException) -> bool:
+    """Whether it says that another process has gone or does not answer."""
+    if not isinstance(error, RuntimeError) or cli.is_out_of_memory(error):
+        return False
+    import torch.distributed as dist
+
+    said = str(error)
+    return isinstance(error, ProcessLostError | dist.DistError) or "gloo" in said or "NCCL" in said
+
+
+def meet(store: Store, index: int, count: int) -> Store:
+    """A part of `store` for the processes that are there now.
+
+    A launcher that restarts processes keeps its store, and what their predecessors wrote. Each of
+    the others calls itself by a name that nobody had, and the first answers each with its own.
+    """
+    from torch.distributed import PrefixStore
+
+    name = uuid.uuid4().hex
+    if index:
+        store.set(f"here/{index}", name)
+        while not store.check([f"meet/{name}"]):
+            time.sleep(POLL)
+        name = store.get(f"meet/{name}").decode()
+        store.set(f"{name}/met/{index}", "")
+    missing = set(range(1, count)) if index == 0 else set()
+    while missing:
+        for other in sorted(missing):
+            if store.check([f"{name}/met/{other}"]):
+                missing.discard(other)
+            elif store.check([f"here/{other}"]):  # perhaps of a predecessor, whom it does no harm
+                store.set(f"meet/{store.get(f'here/{other}').decode()}", name)
+        time.sleep(POLL / 4)
+    return PrefixStore(name, store)
+
+
+def join(program: str) -> Processes:
+    """This process among those that a launcher has started; alone where there was none.
+
+    Raises UserError where the environment says only half of it.
+    """
+    values = {}
+    for key, default in (("WORLD_SIZE", "1"), ("RANK", ""), ("LOCAL_RANK", "")):
+        try:
+            values[key] = int(os.environ.get(key, default))
+        except ValueError:
+            found = os.environ.get(key)
+            raise UserError(
+                f"{key} = {found!r:.40}: must be a whole number; start the processes with torchrun"
+            ) from None
+        if values["WORLD_SIZE"] == 1:
+            return Processes(program=program)
+    return Processes(values["RANK"], values["WORLD_SIZE"], values["LOCAL_RANK"], program)

@@ -1,0 +1,71 @@
+"""What stands for the recorder and the checkpointer in the processes that record and save nothing.
+
+The first of several processes writes and speaks for all. The others do what all must do: compute
+their share of an evaluation, and stop with the rest.
+"""
+
+from common.signals import StopRequest
+from evaluation.validation import Interrupted, evaluate
+from training.checkpointer import Checkpointer
+from training.state import TrainState
+from training.step import StepResult
+from training.timing import StepTimer
+
+
+class FollowingCheckpointer(Checkpointer):
+    """One that leaves all of it to the first process."""
+
+    def __init__(self):
+        self.failure = ""
+
+    def due(self, step: int) -> bool:
+        return False
+
+    def save(self):
+        pass
+
+
+class FollowingRecorder:
+    """A Recorder that shows nothing, and evaluates its share."""
+
+    def __init__(self, state: TrainState, stop: StopRequest):
+        self.state, self.stop = state, stop
+        self.timer = StepTimer(state.device)
+        self.timer.on = False
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def log(self, text: str):
+        pass
+
+    def evaluate(self, checkpointer: Checkpointer) -> bool:
+        """False if a signal came meanwhile, to whichever process."""
+        state, settings = self.state, self.state.config.train
+        if state.val is None:
+            return True
+        try:
+            evaluate(
+                state.loss_module,
+                state.val,
+                settings.micro_batch_size,
+                settings.eval_examples,
+                state.precision,
+                self.stop,
+                state.processes,
+            )
+        except Interrupted:
+            return False
+        return True
+
+    def begin_step(self):
+        pass
+
+    def end_step(self, result: StepResult, lr: float):
+        pass
+
+    def finish(self, checkpointer: Checkpointer):
+        pass
