@@ -89,21 +89,20 @@ def read_command_line(log, argv: list[str] | None = None) -> RunSpec | None:
         refuse_url(getattr(early, flag), f"--{flag} {getattr(early, flag)}")
     if early.resume is not None and len(early.resume) > 1:
         raise UserError(f"--resume: {len(early.resume)} paths; give one")
-    if early.resume is not None and early.init_from:
+    path = early.resume[0] if early.resume else None
+    if early.resume is not None and early.init_from and path != AUTO:
         raise UserError("--resume continues a run, --init_from starts one; give only one of them")
-
-    if early.resume is None and "--extend" in argv:  # with auto, it is for when there is a run
+    if early.resume is None and "--extend" in argv:
         raise UserError("--extend: only for a run that is resumed; add --resume, or leave it out")
-    found = weights = None
-    if early.resume is not None:
-        path = early.resume[0] if early.resume else None
-        refuse_url(path or "", f"--resume {path}")
-        runs_dir = user_path(early.runs_dir)
-        if path != AUTO or has_saved(runs_dir, early.name):
-            found = find_resume(runs_dir, None if path == AUTO else path, early.name, log)
+    refuse_url(path or "", f"--resume {path}")
+    runs_dir, found, weights = user_path(early.runs_dir), None, None
+    if path == AUTO and has_saved(runs_dir, early.name):
+        found = find_resume(runs_dir, None, early.name, log)
+    elif early.resume is not None and path != AUTO:
+        found = find_resume(runs_dir, path, early.name, log)
     stored = stored_config(found[1]) if found else None
     settings = stored if stored and not early.config else load(user_path(early.config or DEFAULT))
-    if early.init_from:
+    if early.init_from and not found:
         weights = load_weights_of(early.init_from)
         shape = read_model_config(weights)
         kept = {k: getattr(settings.model, k) for k in ("dropout", "attention_dropout")}

@@ -11,7 +11,7 @@ from common.errors import UserError
 from data.config import DataConfig
 from data.dataset import prepare
 from data.tokenizer import CharTokenizer
-from tests.helpers import ROOT, TEXT
+from tests.helpers import ROOT, TEXT, run, write_config
 from tests.test_generate import TOKENIZERS, save_run
 from training.command_line import read_command_line
 from training.config import load
@@ -91,3 +91,34 @@ def test_nothing_else_expands_a_path():
 def test_a_flag_without_its_value_is_one_line():
     with pytest.raises(UserError, match=r"^--name: expected one argument$"):
         read_command_line(lambda line: None, ["--name", "-x"])
+
+
+def test_resume_auto_continues_what_there_is_or_begins(tmp_path, monkeypatch):
+    """What a launcher that restarts processes needs: one command for both."""
+    monkeypatch.chdir(tmp_path)
+    tiny = str(write_config(tmp_path))
+
+    def spec(*flags) -> RunSpec | None:
+        return read_command_line(lambda _: None, ["--config", tiny, "--resume", "auto", *flags])
+
+    new = spec("--name", "big")
+    assert new is not None and new.is_new and new.resume is None and new.run == Path("runs/big")
+    for steps in ("10", "20"):
+        run("train.py", "--config", tiny, "--name", "big", "--resume", "auto",
+            "--max_steps", steps, "--optimizer.schedule_steps", "40", cwd=tmp_path)  # fmt: skip
+    more = ("--max_steps", "40", "--optimizer.schedule_steps", "40")
+    going = spec("--name", "big", *more)
+    assert going is not None and not going.is_new and going.resume and going.resume.step == 20
+    # without a name it is the newest run; a run of another name begins
+    newest, other = spec(*more), spec("--name", "other")
+    assert newest is not None and newest.resume and newest.resume.step == 20
+    assert other is not None and other.is_new
+    # weights to start from are for the start alone
+    begun = spec("--name", "third", "--init_from", "runs/big")
+    assert begun is not None and begun.weights and begun.weights.step == 20
+    going = spec("--name", "big", "--init_from", "nowhere", *more)
+    assert going is not None and going.weights is None and going.resume
+    # a folder of this name is given as a path
+    (tmp_path / "auto").mkdir()
+    with pytest.raises(UserError, match="auto/MANIFEST.json: no such file"):
+        read_command_line(lambda _: None, ["--config", tiny, "--resume", "./auto"])
