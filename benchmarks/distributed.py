@@ -42,7 +42,7 @@ from training.state import TrainState
 from training.step import train_step
 from training.timing import StepTimer
 
-ROWS, LENGTH = 4, 128  # of a micro-batch
+LENGTH = 128  # tokens of an example
 SHARES = (1, 4)  # micro-batches of each process in a step
 STEPS = 6  # of a side's turn, of which the first is not timed
 SIDES = ("ours", "ddp", "all-reduce")
@@ -51,7 +51,7 @@ TEXT = (ROOT / "tests" / "text.txt").read_text("utf-8")
 Step = Callable[[int], float]  # the number of a step -> its loss
 
 
-def settings(folder: Path, d_model: int, layers: int, micro_batches: int) -> Config:
+def settings(folder: Path, d_model: int, layers: int, rows: int, micro_batches: int) -> Config:
     """A decoder of so many micro-batches a step, on a text made of the tests' one."""
     text = folder / "text.txt"
     if not text.exists():
@@ -60,12 +60,17 @@ def settings(folder: Path, d_model: int, layers: int, micro_batches: int) -> Con
         device="cpu",
         precision="fp32",
         model=ModelConfig(
-            d_model=d_model, n_heads=8, n_layers=layers, d_ff=4 * d_model, max_len=LENGTH
+            d_model=d_model,
+            n_heads=8,
+            n_layers=layers,
+            d_ff=4 * d_model,
+            max_len=LENGTH,
+            dropout=0.0,  # which is drawn otherwise by each side
         ),
         data=DataConfig(path=str(text), tokenizer="char", cache_dir=str(folder)),
         optimizer=OptimizerConfig(warmup_steps=1),
         train=TrainConfig(
-            batch_size=ROWS * micro_batches, accumulation_steps=micro_batches, threads=1
+            batch_size=rows * micro_batches, accumulation_steps=micro_batches, threads=1
         ),
     )
 
@@ -122,12 +127,12 @@ def usual(state: TrainState, ddp: bool) -> Step:
     return step
 
 
-def measure(folder: Path, d_model: int, layers: int, rounds: int) -> list[dict]:
+def measure(folder: Path, d_model: int, layers: int, rows: int, rounds: int) -> list[dict]:
     """Milliseconds of a step of each side, round by round, for each of SHARES."""
     found = []
     with join("benchmarks.distributed") as processes:
         for share in SHARES:
-            config = settings(folder, d_model, layers, share * processes.count)
+            config = settings(folder, d_model, layers, rows, share * processes.count)
             # connected once: what is built after it is of processes that are
             state = build(RunSpec(folder, config), lambda _: None, processes)
             sides = {"ours": ours(state), "ddp": usual(state, True)}
@@ -142,7 +147,7 @@ def measure(folder: Path, d_model: int, layers: int, rounds: int) -> list[dict]:
                     taken = []
                     for number in first:
                         began = time.perf_counter()
-                        losses[side] = step(number)
+                        losses[side] = step(number)  # of the last step, the same for all
                         taken.append(1e3 * (time.perf_counter() - began))
                     ms[side].append(median(taken[1:]))
             parameters = state.model.num_parameters()
@@ -176,16 +181,22 @@ def main():
     options.add_argument("--processes", type=int, default=2)
     options.add_argument("--d_model", type=int, default=512)
     options.add_argument("--layers", type=int, default=6)
+    options.add_argument("--examples", type=int, default=4, help="of a micro-batch")
     arguments = options.parse_args()
     if arguments.side:
         found = measure(
-            Path(arguments.side[0]), arguments.d_model, arguments.layers, arguments.rounds
+            Path(arguments.side[0]),
+            arguments.d_model,
+            arguments.layers,
+            arguments.examples,
+            arguments.rounds,
         )
         print(json.dumps(found))
         return
     with tempfile.TemporaryDirectory() as folder:
         flags = ["--side", folder, "--rounds", str(arguments.rounds)]
         flags += ["--d_model", str(arguments.d_model), "--layers", str(arguments.layers)]
+        flags += ["--examples", str(arguments.examples)]
         found = start(arguments.processes, flags)
     result = Result("distributed", "Several processes")
     rows = []
@@ -198,8 +209,8 @@ def main():
         bar = 1.15 if run["share"] == 1 else 1.05
         result.claim(f"a step over DistributedDataParallel's, {each}", ratio, bar, at_most=True)
     result.table(
-        f"{found[0]['parameters']:,} parameters, micro-batches of {ROWS} x {LENGTH}, fp32, "
-        f"{arguments.processes} processes of one thread, Gloo",
+        f"{found[0]['parameters']:,} parameters, micro-batches of {arguments.examples} x {LENGTH}, "
+        f"fp32, {arguments.processes} processes of one thread, Gloo",
         ["", "ms a step", "DistributedDataParallel", "bare all-reduce", "over the first peer"],
         rows,
     )

@@ -15,6 +15,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from torch.distributed.run import get_args_parser
 
 from tests.helpers import ROOT
 
@@ -150,6 +151,12 @@ def wrong_command(words: list[str], helps: dict[str, str]) -> list[str]:
         return wrong_pip(words)
     if words[0] == "bash":
         return [] if len(words) == 2 and (ROOT / words[1]).is_file() else ["no such script"]
+    if words[0] == "torchrun":
+        try:
+            launched = get_args_parser().parse_args(words[1:])
+        except SystemExit:
+            return ["torchrun does not take it"]
+        words = ["python", launched.training_script, *launched.training_script_args]
     if words[0] != "python":
         known = any(re.fullmatch(form, " ".join(words)) for form in KNOWN)
         return [] if known else ["not a command that is known here"]
@@ -355,6 +362,8 @@ def test_right_commands_pass(line, helps):
         ("pip install -e '.[none]'", "no extra none"),
         ("pip install -q -c none.txt -e '.[dev]'", "no file none.txt"),
         ("bash none.sh", "no such script"),
+        ("torchrun --nprocs=2 train.py", "torchrun does not take it"),
+        ("torchrun --nproc_per_node=2 train.py --model.d 256", "no flag --model.d"),
         ("rm -rf runs", "not a command that is known here"),
         ("python generate.py --prompt 'a", "No closing quotation"),
     ],

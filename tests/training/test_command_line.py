@@ -120,5 +120,5 @@ def test_resume_auto_continues_what_there_is_or_begins(tmp_path, monkeypatch):
     assert going is not None and going.weights is None and going.resume
     # a folder of this name is given as a path
     (tmp_path / "auto").mkdir()
-    with pytest.raises(UserError, match="auto/MANIFEST.json: no such file"):
+    with pytest.raises(UserError, match=r"auto/MANIFEST\.json: no such file"):
         read_command_line(lambda _: None, ["--config", tiny, "--resume", "./auto"])
