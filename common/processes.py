@@ -99,13 +99,13 @@ class Processes:
             self.store.set(key, "")
         return result
 
-    def wait_for(self, key: str) -> bytes:
-        """The value of a key of the store, once it is there. Raises ProcessLostError."""
-        while not self.store.check([key]):
+    def wait_for(self, *keys: str) -> bytes:
+        """The value of a key of the store, once all are there. Raises ProcessLostError."""
+        while not self.store.check(list(keys)):
             if self.store.check(["failed"]):
                 raise ProcessLostError("another process has failed")
             time.sleep(POLL)
-        return self.store.get(key)
+        return self.store.get(keys[0])
 
     # Numbers, through torch.distributed -----------------------------------------------------------
 
@@ -121,6 +121,9 @@ class Processes:
         if dist.is_initialized():
             return
         self.timeout = timeout
+        # who fails before has said so in the store, for which nothing else would wait
+        self.store.set(f"connects/{self.index}", "")
+        self.wait_for(*(f"connects/{index}" for index in range(self.count)))
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
             store=self.store,

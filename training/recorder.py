@@ -59,8 +59,9 @@ class Recorder:
         tokenizer = state.dataset.tokenizer
         if note := unread(self.sampler.prompts, tokenizer, config.model.max_len):
             self.log(f"samples: {note}")
-        self.peak_flops = matmul_flops(state.device, state.precision)
-        self.datasheet_flops = datasheet_flops(state.device, state.precision)
+        count = state.processes.count  # each has such a device
+        self.peak_flops = matmul_flops(state.device, state.precision) * count
+        self.datasheet_flops = datasheet_flops(state.device, state.precision) * count
         forget_peak(state.device)
         machine = as_markdown([f"{key}: {value}" for key, value in versions(state.device).items()])
         # TensorBoard unfolds two groups of texts: this one and the samples

@@ -74,7 +74,9 @@ def from_json(told: dict | None) -> RunSpec | None:
         try:
             sources[name] = Checkpoint(path).verify() if path else None
         except CheckpointError as error:
-            raise UserError(f"{error.problem}, but is whole in the first process; {fix}") from None
+            raise UserError(
+                f"{path}: not whole here, but for the first process ({error.problem}); {fix}"
+            ) from None
     config = configuration.check(told["config"], "the settings of the first process")
     return RunSpec(run, config, sources["resume"], sources["weights"], is_new=told["is_new"])
 

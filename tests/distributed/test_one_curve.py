@@ -37,30 +37,37 @@ def home(tmp_path_factory):
     return folder
 
 
-def start(folder: Path, processes: int, runs: list[list[str]]) -> str:
-    """Runs command lines of train.py on several processes. Returns what they print."""
+def launch(folders: list[Path], runs: list[list[str]]) -> list[str]:
+    """Runs command lines of train.py on several processes. Returns what each prints.
+
+    folders: where each process runs; those in another than the first's are of another host.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    together = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    together |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    arguments = [sys.executable, "-m", "tests.distributed.worker", json.dumps(runs)]
-    started = [
-        subprocess.Popen(
-            arguments,
+    together = {"WORLD_SIZE": str(len(folders)), "MASTER_ADDR": "127.0.0.1"}
+    together |= {"MASTER_PORT": str(port), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    started = []
+    for rank, folder in enumerate(folders):
+        who = {"RANK": str(rank), "LOCAL_RANK": str(rank - folders.index(folder))}
+        process = subprocess.Popen(
+            [sys.executable, "-m", "tests.distributed.worker", json.dumps(runs)],
             cwd=folder,
-            env={**os.environ, **together, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            env={**os.environ, **together, **who},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             encoding="utf-8",
         )
-        for rank in range(processes)
-    ]
-    said = [process.communicate(timeout=240)[0] for process in started]
+        started.append(process)
+    return [process.communicate(timeout=240)[0] for process in started]
+
+
+def start(folder: Path, processes: int, runs: list[list[str]]):
+    """The same where all goes well."""
+    said = launch([folder] * processes, runs)
     for rank, text in enumerate(said):
         assert f"statuses: {json.dumps([0] * len(runs))}" in text, f"rank {rank}: {text}"
         assert rank == 0 or len(text.splitlines()) == 1, f"rank {rank} speaks: {text}"
-    return said[0]
 
 
 def flags(name: str, *more: str) -> list[str]:
@@ -120,3 +127,34 @@ def test_resumed_on_other_numbers_of_processes(runs):
     ends = [Checkpoint(list_steps(runs / name)[-1]) for name in ("stream-1", "moved")]
     for file in FILES:
         assert ends[0].read(file) == ends[1].read(file), file
+
+
+def test_another_hosts_files_must_be_the_same(runs, home, tmp_path):
+    """Its data, and the run that is continued."""
+    for name in ("pairs.jsonl", "lines.txt"):
+        (tmp_path / name).write_bytes((home / name).read_bytes())
+    write_config(tmp_path, Path("pairs.jsonl"))
+    pairs = home / "here" / "pairs.jsonl"
+    pairs.parent.mkdir()
+    write_config(pairs.parent, Path("pairs.jsonl"))
+    pairs.write_text(
+        (home / "pairs.jsonl").read_text("utf-8") + '\n{"prompt": "a", "completion": "b"}'
+    )
+    told = "".join(launch([pairs.parent, tmp_path], [flags("differs")]))
+    assert told.count("train.py: ") == 1, told
+    assert "train.py: rank 1 of 2: data.path: the data or its tokenizer differs" in told
+
+    longer = ["--resume", "runs/moved", "--extend", "--max_steps", "50"]
+    told = "".join(launch([home, tmp_path], [longer]))
+    assert told.count("train.py: ") == 1, told
+    assert "train.py: rank 1 of 2: runs/moved/checkpoints/step_00000040: not whole here" in told
+
+
+def test_a_loss_that_is_not_finite_stops_all(home):
+    """The dump has the micro-batches of all processes."""
+    more = ["--optimizer.lr", "1e30", "--optimizer.grad_clip", "0", "--optimizer.warmup_steps", "0"]
+    said = launch([home] * 2, [flags("nan", *more)])
+    assert all("statuses: [1]" in text for text in said), said
+    assert "".join(said).count("stopped before the update") == 1
+    (dump,) = (home / "runs/nan").glob("nonfinite_step_*")
+    assert "7/ids" in Checkpoint(dump).verify().tensors("batch.safetensors")
