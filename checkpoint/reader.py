@@ -15,10 +15,11 @@ import json
 import os
 import re
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
 
+from checkpoint.shards import INDEX, belongs_to
 from common.errors import MISSING, UnreadableError, UserError
 from common.files import read_checksummed_json, user_path
 from data.prompt_format import are_pairs
@@ -136,37 +137,78 @@ class Checkpoint:
         return content
 
     def tensors(self, name: str) -> dict:
-        """A verified safetensors file as NumPy arrays by name."""
-        from checkpoint.safetensors_python import read_arrays  # here: settings need no NumPy
-
-        content = self.read(name)
-        try:
-            return read_arrays(content)
-        except ValueError as error:
-            raise CheckpointError(
-                f"{self.path / name}: not a safetensors file: {error}; use another checkpoint"
-            ) from None
+        """The tensors of `name`, one file or its shards, as NumPy arrays by name; verified."""
+        return {key: array for part in self.parts(name) for key, array in part.items()}
 
     def lists(self, name: str) -> dict:
         """The same as nested lists of Python numbers, with the standard library alone."""
-        from checkpoint.safetensors_python import read
+        from checkpoint.safetensors_python import read_lists
 
-        content = self.read(name)
+        return {key: value for part in self.parts(name, read_lists) for key, value in part.items()}
+
+    def parts(self, name: str, read: Callable[[bytes], dict] | None = None) -> Iterator[dict]:
+        """What `tensors` gives, file by file, so that memory need not hold more than one of them.
+
+        read: makes the tensors of a file's bytes; None: NumPy arrays. Raises CheckpointError.
+        """
+        if read is None:
+            from checkpoint.safetensors_python import read_arrays as read  # settings need no NumPy
+
+        for file, expected in self.tensors_by_file(name).items():
+            yield self.part(file, read, expected)
+
+    def part(self, file: str, read: Callable[[bytes], dict], expected: set[str] | None) -> dict:
+        """The tensors of one file, which have to be the `expected` ones; None: any."""
+        content = self.read(file)
         try:
-            return {key: tensor.tolist() for key, tensor in read(content).items()}
+            tensors = read(content)
         except ValueError as error:
             raise CheckpointError(
-                f"{self.path / name}: not a safetensors file: {error}; use another checkpoint"
+                f"{self.path / file}: not a safetensors file: {error}; use another checkpoint"
             ) from None
+        if expected is not None and tensors.keys() != expected:
+            wrong = min(tensors.keys() ^ expected)
+            has, says = ("has", "does not") if wrong in tensors else ("lacks", "does")
+            raise CheckpointError(
+                f"{self.path / file}: {has} the tensor {wrong!r:.80}, which the index of the "
+                f"shards {says} list for it; use another checkpoint"
+            )
+        return tensors
+
+    def tensors_by_file(self, name: str) -> dict[str, set[str] | None]:
+        """The files that hold the tensors of `name`, and which each has to hold; None: any."""
+        index = name + INDEX
+        if name in self.manifest["files"] or index not in self.manifest["files"]:
+            return {name: None}
+        weight_map, wrong = self.json(index).get("weight_map"), "not an object"
+        shards = [file for file in self.files_of(name) if file != index]
+        if isinstance(weight_map, dict):
+            stray = [item for item in weight_map.items() if item[1] not in shards]
+            if not stray:
+                return {f: {key for key, file in weight_map.items() if file == f} for f in shards}
+            wrong = f"{stray[0][0]!r:.80} in {stray[0][1]!r:.80}"
+        raise CheckpointError(
+            f"{self.path / index}: weight_map: must give the file of each tensor, a shard of this "
+            f"checkpoint (found {wrong}); use another checkpoint"
+        )
+
+    def files_of(self, name: str) -> list[str]:
+        """The files of this checkpoint that `name` stands for: itself, or its shards and index."""
+        return [file for file in self.manifest["files"] if belongs_to(file, name)]
+
+    def size_of(self, name: str) -> int:
+        """The bytes of `files_of`; 0 if there are none."""
+        return sum(self.manifest["files"][file]["bytes"] for file in self.files_of(name))
 
     def verify(self, without: tuple[str, ...] = ()) -> "Checkpoint":
         """Reads every file but `without`; raises CheckpointError at the first that is not whole.
 
-        Raises UnreadableError at one of which nobody knows.
+        Raises UnreadableError at one of which nobody knows. A name stands for its shards, too.
         """
-        for name in self.manifest["files"]:
-            if name not in without:
-                self.read(name)
+        skipped = {file for name in without for file in self.files_of(name)}
+        for file in self.manifest["files"]:
+            if file not in skipped:
+                self.read(file)
         return self
 
     @classmethod

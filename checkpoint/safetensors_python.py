@@ -16,12 +16,15 @@ import json
 import math
 import struct
 import sys
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import numpy as np
+
+    Kind = tuple[np.dtype, tuple[int, ...]]  # dtype and shape of an array
 
 MAX_HEADER = 100_000_000  # bytes
 MAX_DEPTH = 127  # lists and objects within each other
@@ -104,6 +107,11 @@ def read(content: bytes) -> dict[str, Tensor]:
     if end != len(data):
         raise ValueError(f"{len(data) - end} bytes after the last tensor")
     return tensors
+
+
+def read_lists(content: bytes) -> dict:
+    """The tensors of a file as nested lists of numbers by name. Raises ValueError."""
+    return {name: tensor.tolist() for name, tensor in read(content).items()}
 
 
 # The header ---------------------------------------------------------------------------------------
@@ -195,17 +203,17 @@ def write(arrays: dict) -> bytes:
             flat = [x for row in flat for x in row]
         parts.append(struct.pack(f"<{len(flat)}d", *flat))
         header[name] = {"dtype": "F64", "shape": shape}
-    return join(header, parts, [len(part) for part in parts])
+    return b"".join([head(header, [len(part) for part in parts]), *parts])
 
 
-def join(header: dict[str, dict], parts: list, sizes: list[int]) -> bytes:
-    """A file of tensors: dtype and shape by name, their numbers, and of these the bytes."""
+def head(header: dict[str, dict], sizes: Sequence[int]) -> bytes:
+    """What stands before the numbers, for dtype and shape by name, and the bytes of each."""
     ends = list(accumulate(sizes))
     for info, end, size in zip(header.values(), ends, sizes, strict=True):
         info["data_offsets"] = [end - size, end]
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # the numbers begin at a multiple of their size
-    return b"".join([struct.pack("<Q", len(text)), text, *parts])
+    return struct.pack("<Q", len(text)) + text
 
 
 # With NumPy ---------------------------------------------------------------------------------------
@@ -228,16 +236,35 @@ def read_arrays(content: bytes) -> "dict[str, np.ndarray]":
 
 def write_arrays(arrays: "dict[str, np.ndarray]") -> bytes:
     """A file of arrays by name; the only large block that it takes is the file. MemoryError."""
+    kinds = {name: (array.dtype, array.shape) for name, array in arrays.items()}
+    return b"".join(pieces(kinds, (arrays[name] for name in in_file_order(kinds))))
+
+
+def in_file_order(kinds: "dict[str, Kind]") -> list[str]:
+    """The names as a file has them: the widest numbers first, so that each begins at a multiple of
+    its size. So a file of some of them has them in the same order."""
+    return sorted(kinds, key=lambda name: (-kinds[name][0].itemsize, name))
+
+
+def pieces(
+    kinds: "dict[str, Kind]", arrays: "Iterable[np.ndarray]"
+) -> Iterator[bytes | memoryview]:
+    """A file in pieces, which are views of bytes: its head, then each array's numbers.
+
+    kinds: dtype and shape of each tensor. arrays: these tensors in the order of `in_file_order`;
+    one is asked for when its turn comes, so that only one at a time need be in memory.
+    """
     import numpy as np
 
-    # the widest numbers first, so that each begins at a multiple of its size
-    ordered = dict(sorted(arrays.items(), key=lambda item: (-item[1].itemsize, item[0])))
+    ordered = {name: kinds[name] for name in in_file_order(kinds)}
     header = {
-        name: {"dtype": dtype_name(array.dtype), "shape": list(array.shape)}
-        for name, array in ordered.items()
+        name: {"dtype": dtype_name(dtype), "shape": list(shape)}
+        for name, (dtype, shape) in ordered.items()
     }
-    parts = [np.ascontiguousarray(array) for array in ordered.values()]
-    return join(header, parts, [array.nbytes for array in parts])
+    yield head(header, [math.prod(shape) * dtype.itemsize for dtype, shape in ordered.values()])
+    for kind, array in zip(ordered.values(), arrays, strict=True):
+        assert (array.dtype, array.shape) == kind
+        yield np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
 
 
 def dtype_name(dtype: "np.dtype") -> str:

@@ -5,10 +5,9 @@ sizes and hashes comes last; the directory is fsynced, renamed to `step_N`, and 
 Only then is the step a checkpoint. Whatever interrupts this leaves the older ones as they were.
 """
 
-import hashlib
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from checkpoint.reader import (
@@ -25,45 +24,79 @@ from common.files import (
     replace_synced,
     set_aside,
     sync_directory,
+    write_hashed,
     write_synced,
 )
 
+Content = bytes | Iterable[bytes | memoryview]  # of a file: all of it, or in pieces, made in turn
 
-def save(run: Path, step: int, files: dict[str, bytes]) -> Path:
+
+def pieces_of(content: Content) -> Iterable[bytes | memoryview]:
+    """A file's content in pieces, in either form."""
+    return [content] if isinstance(content, bytes) else content
+
+
+def save(run: Path, step: int, files: Mapping[str, Content]) -> Path:
     """Publishes `files` as the checkpoint of `step`. Raises OSError when anything fails."""
     target = step_path(run, step)
-    if target.exists():
-        try:
-            return Checkpoint(target).verify().path  # a resumed run has come to a step it has
-        except CheckpointError:
-            set_aside(target)
-    return publish(target, files)
+    return target if is_saved(target) else publish(target, files)
 
 
-def publish(target: Path, files: dict[str, bytes]) -> Path:
+def is_saved(target: Path) -> bool:
+    """Whether a resumed run has come to a step that it has; one that is damaged is set aside."""
+    if not target.exists():
+        return False
+    try:
+        Checkpoint(target).verify()
+    except CheckpointError:
+        set_aside(target)
+        return False
+    return True
+
+
+def publish(target: Path, files: Mapping[str, Content]) -> Path:
     """Makes `target` a directory of `files` with their manifest. Raises OSError; then it is not."""
+    hidden = begin(target)
+    try:
+        return finish(hidden, write_files(hidden, files))
+    except BaseException:
+        shutil.rmtree(hidden, ignore_errors=True)
+        raise
+
+
+# The steps of it, for several processes: one begins, then all write files of their own, then one
+# finishes with the entries of them all; where one fails, the hidden directory is removed.
+
+
+def begin(target: Path) -> Path:
+    """Makes the hidden, empty directory that is to be `target`. Raises OSError."""
     hidden = target.with_name(f".{target.name}")
     shutil.rmtree(hidden, ignore_errors=True)  # of a save that was interrupted
     if hidden.is_file():
         hidden.unlink()
     hidden.mkdir(parents=True)
+    return hidden
+
+
+def write_files(hidden: Path, files: Mapping[str, Content]) -> dict[str, dict]:
+    """Writes files, each fsynced; returns what the manifest says of each. Raises OSError."""
+    entries = {}
+    for name, content in files.items():
+        size, sha256 = write_hashed(hidden / name, pieces_of(content))
+        entries[name] = {"bytes": size, "sha256": sha256}
+    return entries
+
+
+def finish(hidden: Path, entries: dict[str, dict]) -> Path:
+    """Writes the manifest of all files that were written and publishes them. Raises OSError."""
+    target = hidden.with_name(hidden.name.removeprefix("."))
+    write_synced(hidden / MANIFEST, checksummed_json({"format": FORMAT, "files": entries}))
+    sync_directory(hidden)
+    os.rename(hidden, target)
     try:
-        for name, content in files.items():
-            write_synced(hidden / name, content)
-        entries = {
-            name: {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-            for name, content in files.items()
-        }
-        write_synced(hidden / MANIFEST, checksummed_json({"format": FORMAT, "files": entries}))
-        sync_directory(hidden)
-        os.rename(hidden, target)
-        try:
-            sync_directory(target.parent)
-        except OSError:
-            os.rename(target, hidden)  # a save that may not last is none
-            raise
-    except BaseException:
-        shutil.rmtree(hidden, ignore_errors=True)
+        sync_directory(target.parent)
+    except OSError:
+        os.rename(target, hidden)  # a save that may not last is none
         raise
     return target
 

@@ -11,6 +11,7 @@ import json
 import os
 import re
 import stat
+from collections.abc import Iterable
 from pathlib import Path
 
 from common.errors import UserError
@@ -60,13 +61,23 @@ def hash_file(path: Path) -> str:
 
 def write_synced(path: Path, content: bytes):
     """Writes a file and waits until the disk has it. Raises OSError that names it."""
+    write_hashed(path, [content])
+
+
+def write_hashed(path: Path, pieces: Iterable[bytes | memoryview]) -> tuple[int, str]:
+    """The same for pieces that are made while it is written; returns its size and its sha256."""
+    size, digest = 0, hashlib.sha256()
     try:
         with open(path, "wb", opener=no_follow) as file:
-            file.write(content)
+            for piece in pieces:
+                file.write(piece)
+                digest.update(piece)
+                size += len(piece)
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:  # a failed write does not say which file it was
         raise OSError(error.errno, error.strerror, str(path)) from None
+    return size, digest.hexdigest()
 
 
 def no_follow(path: str, flags: int) -> int:

@@ -127,7 +127,7 @@ def read_model_config(checkpoint: Checkpoint) -> ModelConfig:
         config = ModelConfig(**values)
     except (UserError, TypeError) as error:
         raise CheckpointError(f"{file}: model.{error}; use another checkpoint") from None
-    size = checkpoint.manifest["files"].get("model.safetensors", {"bytes": 0})["bytes"]
+    size = checkpoint.size_of("model.safetensors")
     if config.num_parameters() > size:  # said before memory is taken for it
         raise CheckpointError(
             f"{file}: model: describes {config.num_parameters()} parameters, which do not fit "

@@ -10,7 +10,9 @@ import numpy as np
 from safetensors.numpy import save as to_safetensors
 
 from checkpoint.reader import Checkpoint
-from checkpoint.writer import save
+from checkpoint.safetensors_python import in_file_order, pieces, read_arrays
+from checkpoint.shards import INDEX, deal_out, index_json, shard_names
+from checkpoint.writer import Content, save
 
 ROOT = Path(__file__).parent.parent
 TEXT = ROOT / "tests" / "text.txt"
@@ -118,3 +120,19 @@ def rewrite(checkpoint: Checkpoint, run_folder: Path, weights=None, state=None) 
         state(values)
         files["state.json"] = json.dumps(values).encode()
     return save(run_folder, checkpoint.step, files)
+
+
+def in_shards(files: dict[str, bytes], count: int) -> list[dict[str, Content]]:
+    """The files of a checkpoint with its tensors in `count` shards, as so many processes write
+    them; the first has all other files."""
+    shares = [{name: c for name, c in files.items() if not name.endswith(".safetensors")}]
+    shares += [{} for _ in range(count - 1)]
+    for name in files.keys() - shares[0].keys():
+        arrays = read_arrays(files[name])
+        sizes = {tensor: array.nbytes for tensor, array in arrays.items()}
+        dealt = deal_out(sizes, count)
+        for share, shard, tensors in zip(shares, shard_names(name, dealt), dealt, strict=False):
+            kinds = {tensor: (arrays[tensor].dtype, arrays[tensor].shape) for tensor in tensors}
+            share[shard] = pieces(kinds, [arrays[tensor] for tensor in in_file_order(kinds)])
+        shares[0][name + INDEX] = index_json(name, dealt, sizes)
+    return shares

@@ -18,6 +18,7 @@ from functools import partial
 
 import numpy as np
 
+from checkpoint.writer import pieces_of
 from common import cli
 from common.errors import UserError
 from common.files import user_path
@@ -222,7 +223,8 @@ def show_first_loss(state, spec, measured) -> Remarks:
 
 def show_disk(state, spec) -> Remarks:
     """What the checkpoints take at most, and what there is."""
-    size, number = sum(map(len, state.checkpoint_files().values())), state.config.train.keep + 2
+    files, number = state.checkpoint_files().values(), state.config.train.keep + 2
+    size = sum(len(piece) for content in files for piece in pieces_of(content))
     runs, cache = spec.run.parent, user_path(state.config.data.cache_dir or DEFAULT_CACHE_DIR)
     free = shutil.disk_usage(runs).free
     log("disk")

@@ -72,11 +72,11 @@ def set_lr(optimizers: list[torch.optim.Optimizer], factor: float) -> float:
     return lr
 
 
-def state_tensors(model: nn.Module, optimizers) -> dict[str, np.ndarray]:
-    """The optimizers' state as arrays named `exp_avg/<parameter>` and so on."""
+def state_tensors(model: nn.Module, optimizers) -> dict[str, torch.Tensor]:
+    """The optimizers' state, where it is, named `exp_avg/<parameter>` and so on."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     return {
-        f"{key}/{names[id(parameter)]}": value.detach().cpu().numpy()
+        f"{key}/{names[id(parameter)]}": value
         for optimizer in optimizers
         for parameter, state in optimizer.state.items()
         for key, value in state.items()

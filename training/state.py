@@ -10,7 +10,8 @@ import numpy as np
 import torch
 
 from checkpoint.reader import Checkpoint, read_best
-from checkpoint.safetensors_python import write_arrays
+from checkpoint.safetensors_python import in_file_order, pieces
+from checkpoint.writer import Content
 from common import cuda
 from common.device import Precision, processor
 from common.errors import UserError
@@ -75,9 +76,11 @@ class TrainState:
         """The resolved configuration, as a run and each of its checkpoints keep it."""
         return json.dumps(asdict(self.config), indent=1).encode()
 
-    def checkpoint_files(self) -> dict[str, bytes]:
-        """Everything that going on needs, as the files of a checkpoint."""
-        weights = {n: p.detach().cpu().numpy() for n, p in self.model.named_parameters()}
+    def checkpoint_files(self) -> dict[str, Content]:
+        """Everything that going on needs, as the files of a checkpoint.
+
+        Tensors are read when their turn comes to be written, and one at a time is on the host.
+        """
         state = {
             **asdict(self.progress),
             "scaler": self.scaler.state_dict(),
@@ -91,12 +94,22 @@ class TrainState:
             "versions": versions(self.device),
         }
         return {
-            "model.safetensors": write_arrays(weights),
-            "optimizer.safetensors": write_arrays(state_tensors(self.model, self.optimizers)),
+            "model.safetensors": tensor_file(dict(self.model.named_parameters())),
+            "optimizer.safetensors": tensor_file(state_tensors(self.model, self.optimizers)),
             "state.json": json.dumps(state, indent=1).encode(),
             "config.json": self.config_json(),
             **self.dataset.tokenizer.files(),
         }
+
+
+def tensor_file(tensors: dict[str, torch.Tensor]) -> Content:
+    """A safetensors file of tensors by name."""
+    kinds = {
+        name: (torch.empty(0, dtype=tensor.dtype).numpy().dtype, tuple(tensor.shape))
+        for name, tensor in tensors.items()
+    }
+    names = in_file_order(kinds)
+    return pieces(kinds, (tensors[name].detach().cpu().numpy() for name in names))
 
 
 def versions(device: torch.device) -> dict[str, str]:

@@ -13,6 +13,7 @@ from safetensors.numpy import save
 
 import generate
 from checkpoint.reader import FORMAT, MANIFEST, Checkpoint, CheckpointError, read_best
+from checkpoint.shards import INDEX, index_json, shard_names
 from common.errors import UserError
 from common.files import checksummed_json
 from common.jsonl import read_records
@@ -101,6 +102,26 @@ def both(folder: Path) -> Callable:
             raise max(refused, key=lambda error: len(str(error)))
 
     return feed
+
+
+@target("indexes of shards")
+def indexes(folder: Path) -> Target:
+    arrays = {name: np.arange(6.0) for name in "abc"}
+    dealt = [["a"], ["b", "c"]]
+    shards = shard_names("model.safetensors", dealt)
+    files = {
+        shard: save({name: arrays[name] for name in names})
+        for shard, names in zip(shards, dealt, strict=True)
+    }
+    valid = index_json("model.safetensors", dealt, dict.fromkeys(arrays, 48))
+
+    def feed(name: str, content: bytes):
+        checkpoint = publish(folder, files | {name: content})
+        found = checkpoint.tensors("model.safetensors")
+        assert found.keys() == arrays.keys(), "other names"
+
+    index = "model.safetensors" + INDEX
+    return Target(like(valid, index), feed)
 
 
 @target("manifests")

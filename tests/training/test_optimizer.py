@@ -67,7 +67,7 @@ def test_the_state_comes_back_bit_for_bit(name):
     straight = decoder()
     optimizers = create_optimizers(straight, config)
     steps(straight, optimizers, range(3))
-    arrays = {n: a.copy() for n, a in state_tensors(straight, optimizers).items()}
+    arrays = {n: t.numpy().copy() for n, t in state_tensors(straight, optimizers).items()}
     weights = {n: p.detach().numpy().copy() for n, p in straight.named_parameters()}
     steps(straight, optimizers, range(3, 6))
 
