@@ -75,6 +75,7 @@ def train(spec: "RunSpec", processes: Processes) -> int:
         take_step = choose_step(state, loss_module, recorder.log)
         try:
             for step in range(progress.step, config.max_steps + 1):
+                checkpointer.poll()
                 processes.step = step
                 # once: a later signal waits for the next step
                 stopping = processes.largest(stop.signal) > 0
@@ -95,7 +96,7 @@ def train(spec: "RunSpec", processes: Processes) -> int:
                 progress.skipped += not result.updated
                 recorder.end_step(result, lr)
         except NonFiniteError as error:
-            if isinstance(recorder, Recorder) and isinstance(checkpointer, Checkpointer):
+            if isinstance(recorder, Recorder):
                 recorder.bar.close()
                 everything = state.batches(progress.step, accumulation)  # of all processes
                 targets = state.batches.target_count(progress.step)
@@ -105,6 +106,7 @@ def train(spec: "RunSpec", processes: Processes) -> int:
             return 1
         finally:
             batches.close()
+            checkpointer.wait()
         if not stop.signal:
             recorder.finish(checkpointer)
     if checkpointer.failure:

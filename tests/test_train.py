@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from checkpoint.reader import Checkpoint, list_steps, read_best
+from checkpoint.reader import Checkpoint, list_steps, read_best, step_path
 from common.files import checksummed_json, hash_file, read_checksummed_json
 from data.dataset import LAYOUT
 from tests.helpers import ROOT, command, losses, metrics, refused, run, write_config
@@ -541,11 +541,13 @@ def test_a_signal_during_an_evaluation_is_answered_in_it_and_it_is_done_again(ho
         command("train.py", *flags, "--train.accumulation_steps", "1"), cwd=home,
         stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
     )  # fmt: skip
-    while "step_00000002" not in process.stdout.readline():
+    while not step_path(home / "runs" / "evaluating", 2).exists():  # it is told when it is over
         assert process.poll() is None
+        time.sleep(0.001)
     process.send_signal(signal.SIGINT)
-    process.communicate(timeout=20)
+    output, _ = process.communicate(timeout=20)
     assert process.returncode == 130
+    assert "saved runs/evaluating/checkpoints/step_00000002\n" in output
     assert Checkpoint(list_steps(home / "runs" / "evaluating")[-1]).step == 2
     assert ("loss/val", 2) not in losses(home / "runs" / "evaluating")
     result = run("train.py", "--resume", "--name", "evaluating", cwd=home)

@@ -1,12 +1,19 @@
-"""The checkpoints of a run: saving and pruning them, and which one is the best."""
+"""The checkpoints of a run: saving and pruning them, and which one is the best.
+
+A save copies the state to the host's memory; a thread writes the copy while training goes on. There
+is one such save at a time, and nothing is said to be saved, or the best, before it is on disk.
+"""
 
 import contextlib
 import math
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
 
 from checkpoint.reader import list_steps, read_best, step_of, step_path
-from checkpoint.writer import prune, save, set_best
+from checkpoint.writer import Content, prune, save, set_best
 from common import cli
 from common.errors import UnreadableError
 from common.files import set_aside
@@ -17,6 +24,20 @@ from training.state import TrainState
 
 # what a save may end with that is no bug; of RuntimeErrors, PyTorch's when memory is full
 SAVE_FAILURES = (OSError, MemoryError, RuntimeError, UnreadableError)
+
+
+def in_background(call: Callable[[], Path]) -> Future[Path]:
+    """What a thread of its own makes of a call. Raises RuntimeError if none can be started."""
+    future = Future()
+
+    def work():
+        try:
+            future.set_result(call())
+        except BaseException as error:  # for whoever asks for the result
+            future.set_exception(error)
+
+    threading.Thread(target=work).start()
+    return future
 
 
 def explain_failure(error: Exception) -> str:
@@ -45,7 +66,8 @@ class Checkpointer:
     ):
         self.state, self.folder, self.log = state, folder, log
         self.before_save = before_save
-        self.failure = ""  # why the last save failed
+        self.failure = ""  # why the last save that has ended failed
+        self.pending: tuple[int, Future[Path]] | None = None  # the step that is being written
         self.first_step = state.progress.step if spec.is_new else None
         self.set_aside_damaged()
 
@@ -76,21 +98,61 @@ class Checkpointer:
         return step == self.first_step or save_due(self.state.config, step)
 
     def save(self):
-        """Publishes a checkpoint of this step, and removes those that are no longer kept."""
-        step = self.state.progress.step
+        """Copies the state of this step, and has it published while training goes on.
+
+        Where memory is too full for a copy, training waits for the publication.
+        """
+        self.wait()
+        step, path = self.state.progress.step, None
         try:
             self.follow()
             self.before_save(self.run)
-            path = save(self.run, step, self.state.checkpoint_files())
-            self.failure = ""
+            publish = partial(self.publish, self.run, step)
+            try:
+                files = self.state.checkpoint_files(copied=True)
+                self.pending = step, in_background(partial(publish, files))
+            except (MemoryError, RuntimeError):  # PyTorch's, or a thread's; a bug comes again
+                files = {}
+                path = publish(self.state.checkpoint_files())
         except SAVE_FAILURES as error:
-            self.failure = f"step {step} could not be saved: {explain_failure(error)}"
-            self.log(f"{self.failure}; training continues, older checkpoints are unaffected")
-            return
+            self.tell_failed(step, error)
+        if path:
+            self.tell_saved(path)
+
+    def publish(self, run: Path, step: int, files: Mapping[str, Content]) -> Path:
+        """Publishes a checkpoint, and removes those that are no longer kept."""
+        path = save(run, step, files)
         # Windows: somebody reads in an old one
         with contextlib.suppress(OSError, MemoryError, UnreadableError):
-            prune(self.run, self.state.config.train.keep)
+            prune(run, self.state.config.train.keep)
+        return path
+
+    def poll(self):
+        """Tells of the pending save if it has ended."""
+        if self.pending and self.pending[1].done():
+            self.wait()
+
+    def wait(self):
+        """Waits until no save is pending, and tells how it has ended."""
+        if not self.pending:
+            return
+        step, saving = self.pending
+        try:
+            path = saving.result()
+        except SAVE_FAILURES as error:
+            self.tell_failed(step, error)
+        else:
+            self.tell_saved(path)
+        finally:
+            self.pending = None
+
+    def tell_saved(self, path: Path):
+        self.failure = ""
         self.log(f"saved {path}")
+
+    def tell_failed(self, step: int, error: Exception):
+        self.failure = f"step {step} could not be saved: {explain_failure(error)}"
+        self.log(f"{self.failure}; training continues, older checkpoints are unaffected")
 
     def follow(self):
         """Finds the run's folder again where somebody has renamed or removed it meanwhile."""
@@ -104,8 +166,11 @@ class Checkpointer:
     def update_best(self, val_loss: float) -> bool:
         """Points best.json at this step if its validation loss is strictly the lowest so far."""
         progress, best = self.state.progress, self.state.progress.best_val_loss
-        if self.failure or not math.isfinite(val_loss) or (best is not None and val_loss >= best):
-            return False  # a step that could not be saved is never the best
+        if not math.isfinite(val_loss) or (best is not None and val_loss >= best):
+            return False
+        self.wait()
+        if self.failure:  # a step that could not be saved is never the best
+            return False
         try:
             set_best(self.run, progress.step, val_loss)
         except (OSError, MemoryError) as error:

@@ -24,6 +24,12 @@ class FollowingCheckpointer(Checkpointer):
     def save(self):
         pass
 
+    def poll(self):
+        pass
+
+    def wait(self):
+        pass
+
 
 class FollowingRecorder:
     """A Recorder that shows nothing, and evaluates its share."""

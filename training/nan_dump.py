@@ -71,6 +71,7 @@ def explain_stop(
     checkpointer: Checkpointer, micro_batches: Sequence[Batch], targets: int, reason: str
 ) -> str:
     """Writes the dump, and returns what to tell the user in one line."""
+    checkpointer.wait()
     try:
         checkpointer.follow()
         state, run = checkpointer.state, checkpointer.run

@@ -76,10 +76,11 @@ class TrainState:
         """The resolved configuration, as a run and each of its checkpoints keep it."""
         return json.dumps(asdict(self.config), indent=1).encode()
 
-    def checkpoint_files(self) -> dict[str, Content]:
+    def checkpoint_files(self, copied: bool = False) -> dict[str, Content]:
         """Everything that going on needs, as the files of a checkpoint.
 
-        Tensors are read when their turn comes to be written, and one at a time is on the host.
+        copied: as it is now, in the host's memory, whatever becomes of the tensors; else each of
+        them is read when its turn comes to be written, and no more than one need be on the host.
         """
         state = {
             **asdict(self.progress),
@@ -94,22 +95,25 @@ class TrainState:
             "versions": versions(self.device),
         }
         return {
-            "model.safetensors": tensor_file(dict(self.model.named_parameters())),
-            "optimizer.safetensors": tensor_file(state_tensors(self.model, self.optimizers)),
+            "model.safetensors": tensor_file(dict(self.model.named_parameters()), copied),
+            "optimizer.safetensors": tensor_file(
+                state_tensors(self.model, self.optimizers), copied
+            ),
             "state.json": json.dumps(state, indent=1).encode(),
             "config.json": self.config_json(),
             **self.dataset.tokenizer.files(),
         }
 
 
-def tensor_file(tensors: dict[str, torch.Tensor]) -> Content:
-    """A safetensors file of tensors by name."""
+def tensor_file(tensors: dict[str, torch.Tensor], copied: bool) -> Content:
+    """A safetensors file of tensors by name; `copied` as in `TrainState.checkpoint_files`."""
     kinds = {
         name: (torch.empty(0, dtype=tensor.dtype).numpy().dtype, tuple(tensor.shape))
         for name, tensor in tensors.items()
     }
-    names = in_file_order(kinds)
-    return pieces(kinds, (tensors[name].detach().cpu().numpy() for name in names))
+    ordered = (tensors[name].detach() for name in in_file_order(kinds))
+    content = pieces(kinds, (tensor.to("cpu", copy=copied).numpy() for tensor in ordered))
+    return list(content) if copied else content
 
 
 def versions(device: torch.device) -> dict[str, str]:
