@@ -65,6 +65,28 @@ def command(script: str, *arguments) -> list[str]:
     return [sys.executable, str(ROOT / script), *map(str, arguments)]
 
 
+def torchrun(processes: int, script: str, *arguments, restarts: int = 0) -> list[str]:
+    """The command that runs a script of the project in several processes of this machine."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    launcher += [f"--nproc_per_node={processes}", f"--max-restarts={restarts}"]
+    return [*launcher, *command(script, *arguments)[1:]]
+
+
+def workers(launcher: int) -> dict[int, int]:
+    """The processes that a torchrun has running: process IDs by rank. Linux only."""
+    found = {}
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            parent = int(status.read_text().rpartition(")")[2].split()[1])
+            lines = (
+                status.with_name("environ").read_bytes().split(b"\0") if parent == launcher else ()
+            )
+        except OSError:  # it has ended meanwhile
+            continue
+        found |= {int(line[5:]): int(status.parent.name) for line in lines if line[:5] == b"RANK="}
+    return found
+
+
 def run(script: str, *arguments, cwd, timeout=120, **more) -> subprocess.CompletedProcess:
     """Runs a script to its end, in `cwd`, without anything to read on standard input."""
     environment = {**os.environ, "PYTHONPATH": "", "COLUMNS": "100"}
