@@ -1,6 +1,7 @@
 """Whether a resumed run is the same as one that was never stopped, for any configuration.
 
 python -m tools.verify_resume --steps 40 --config configs/mini.toml --model.dropout 0.2
+python -m tools.verify_resume --processes 4 --resume_processes 2 --train.accumulation_steps 4
 """
 
 import signal
@@ -10,6 +11,7 @@ if __name__ == "__main__":  # before what takes time: until cli.run() listens, C
 
 import argparse
 import contextlib
+import os
 import shutil
 import subprocess
 import sys
@@ -29,10 +31,14 @@ from training.command_line import read_command_line, underscored
 PROGRAM = "python -m tools.verify_resume"
 DESCRIPTION = """Checks that a resumed run equals one that was never stopped: trains a few steps,
 trains them again with a SIGKILL in the middle and a resume, compares every loss, tensor and
-counter bit for bit, and names the first difference. All other flags go to train.py (see its
---help). Both runs are removed unless something differs or fails. Exit status: 0 equal, 1
-different, else that of the train.py that failed."""
+counter bit for bit, and names the first difference. With --processes the runs are torchrun's, and
+the SIGKILL goes to all of it. All other flags go to train.py (see its --help). Both runs are
+removed unless something differs or fails. Exit status: 0 equal, 1 different, else that of the
+train.py that failed."""
 SCRIPT = Path(__file__).parent.parent / "train.py"
+# torchrun gives each worker a session of its own, so that each leaves its process ID before it
+# becomes train.py; of $$$$ torchrun makes $$
+NAMED = ["sh", "-c", 'echo $$$$ >> "$0" && exec "$@"']
 EXACT = ("lr", "loss/train", "grad_norm", "loss/val")  # of a step, what comes first first
 
 
@@ -75,7 +81,8 @@ def main() -> int:
         print(f"NOT equal; first difference: {found.difference}\nboth runs are kept in: {folder}")
         return 1
     print(
-        f"{options.steps} steps, stopped after {options.stop_at} and resumed: "
+        f"{options.steps} steps{on(options.processes)}, stopped after {options.stop_at} and "
+        f"resumed{on(options.resume_processes, options.processes)}: "
         f"{found.losses} training losses, {found.validations} validation losses, "
         f"{found.tensors} tensors: the same bit for bit"
     )
@@ -89,9 +96,18 @@ def read_flags(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument(
         "--stop_at", type=int, default=0, help="steps before the kill (default: half of --steps)"
     )
+    parser.add_argument(
+        "--processes", type=int, default=1, help="of both runs, until the kill (default: 1)"
+    )
+    parser.add_argument(
+        "--resume_processes", type=int, default=1, help="of the resume (default: 1)"
+    )
     options, flags = parser.parse_known_args([underscored(flag) for flag in argv])
     if options.steps < 2:
         raise UserError(f"--steps {options.steps} must be at least 2")
+    for name in ("processes", "resume_processes"):
+        if (number := getattr(options, name)) < 1:
+            raise UserError(f"--{name} {number} must be at least 1")
     options.stop_at = options.stop_at or options.steps // 2
     if not 0 < options.stop_at < options.steps:
         raise UserError(f"--stop_at {options.stop_at} must be from 1 to {options.steps - 1}")
@@ -111,6 +127,8 @@ def flags_of_both(flags: list[str], options, folder: Path) -> list[str] | None:
     plan = read_command_line(lambda line: None, flags)
     if plan is None:
         return None
+    for processes in (options.processes, options.resume_processes):
+        plan.config.train.share_of(processes)  # refuses what cannot be shared out
     if not plan.config.train.deterministic and is_cuda(plan.config.device):
         print("on CUDA both runs get --train.deterministic: else the order of sums is free")
         flags.append("--train.deterministic")
@@ -133,18 +151,24 @@ def is_cuda(device: str) -> bool:
 
 
 def train_all(flags: list[str], options, folder: Path):
-    """The run that is not stopped, and the one that is, each start of train.py in a process."""
+    """The run that is not stopped, and the one that is, each start of train.py in processes."""
     steps, stop_at, stopped = options.steps, options.stop_at, folder / "stopped"
-    middle = step_path(stopped, stop_at)
-    with progress(f"straight: {steps} steps"):
-        train([*flags, "--name", "straight"], folder)
+    middle, first, then = step_path(stopped, stop_at), options.processes, options.resume_processes
+    with progress(f"straight: {steps} steps{on(first)}"):
+        train([*flags, "--name", "straight"], folder, first)
     with progress(f"stopped: killed after the checkpoint of step {stop_at}"):
-        train([*flags, "--name", "stopped"], folder, kill_at=middle)
+        train([*flags, "--name", "stopped"], folder, first, kill_at=middle)
     for path in list_steps(stopped):  # steps made while the signal was on its way
         if path > middle:
             shutil.rmtree(path)
-    with progress(f"resumed: {steps - stop_at} steps"):
-        train(["--resume", str(middle), "--runs_dir", str(folder)], folder)  # its own settings
+    with progress(f"resumed: {steps - stop_at} steps{on(then, first)}"):  # with its own settings
+        train(["--resume", str(middle), "--runs_dir", str(folder)], folder, then)
+
+
+def on(processes: int, usual: int = 1) -> str:
+    """ " on 2 processes", where they are not as many as usual."""
+    ending = "" if processes == 1 else "es"
+    return "" if processes == usual else f" on {processes} process{ending}"
 
 
 @contextlib.contextmanager
@@ -160,11 +184,17 @@ def progress(what: str):
     print(f"{time.perf_counter() - began:.0f} s", flush=True)
 
 
-def train(flags: list[str], folder: Path, kill_at: Path | None = None):
-    """One process of train.py; killed as soon as it says that it has saved `kill_at`."""
+def train(flags: list[str], folder: Path, processes: int, kill_at: Path | None = None):
+    """One start of train.py; killed, all of it, as soon as it says that it has saved `kill_at`."""
+    command, workers = [sys.executable, str(SCRIPT), *flags], folder / "workers.txt"
+    if processes > 1:
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        launcher += [f"--nproc_per_node={processes}", "--no_python"]
+        command = [*launcher, *NAMED, str(workers), *command]
+        workers.write_text("", encoding="ascii")
     with open(folder / "stderr.txt", "w+", encoding="utf-8", errors="replace") as errors:
         process = subprocess.Popen(  # noqa: S603, our own program
-            [sys.executable, str(SCRIPT), *flags], stdin=subprocess.DEVNULL, stderr=errors,
+            command, stdin=subprocess.DEVNULL, stderr=errors,
             stdout=subprocess.PIPE, text=True, encoding="utf-8", errors="replace",
         )  # fmt: skip
         assert process.stdout is not None  # a pipe
@@ -177,13 +207,26 @@ def train(flags: list[str], folder: Path, kill_at: Path | None = None):
         finally:
             if kill_at or sys.exc_info()[0]:
                 process.kill()
+                if processes > 1:
+                    kill_all(workers)
+                    process.stdout.read()  # which ends when the last of them has
             status = process.wait()
             process.stdout.close()
         errors.seek(0)
         said = errors.read().strip() or said
+    own = [line for line in said.splitlines() if line.startswith("train.py: ")]
+    if processes > 1 and own:  # torchrun tells of it, too, at length
+        said = "\n".join(own)
     if kill_at or status:
         status = 128 - status if status < 0 else status or 1  # below 0: minus a signal
         raise Failed(said or f"train.py: ended with exit status {status}", status)
+
+
+def kill_all(workers: Path):
+    """SIGKILL to the processes whose IDs are in a file, a line each."""
+    for number in workers.read_text(encoding="ascii").split():
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(int(number), signal.SIGKILL)
 
 
 # Comparing ----------------------------------------------------------------------------------------

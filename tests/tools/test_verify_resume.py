@@ -51,6 +51,18 @@ def test_a_resumed_run_is_the_same(home):
     assert not kept(home)
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a shell called sh")
+def test_on_several_processes_the_kill_goes_to_all(home):
+    result = verify(home, "--steps", 8, "--stop_at", 3, "--processes", 2)
+    assert result.returncode == 0, result.stdout + result.stderr
+    lines = result.stdout.splitlines()
+    assert lines[0].startswith("straight: 8 steps on 2 processes ... ")
+    assert lines[2].startswith("resumed: 5 steps on 1 process ... ")
+    assert lines[-1].startswith("8 steps on 2 processes, stopped after 3 and resumed on 1 process:")
+    assert lines[-1].endswith("tensors: the same bit for bit")
+    assert not kept(home)
+
+
 def test_a_compiled_run_of_one_long_text_is_the_same_too(home):
     result = verify(home, "--steps", 14, "--stop_at", 10, "--compile")  # an epoch has 8 steps
     assert result.returncode == 0, result.stdout + result.stderr
@@ -82,6 +94,8 @@ def test_dropout_that_does_not_follow_the_step_is_noticed(home):
 def test_what_train_py_refuses_and_what_we_do(home):
     assert "--steps 1 must" in refused(verify(home, "--steps", 1))
     assert "--stop_at 40 must" in refused(verify(home, "--stop-at", 40))
+    assert "--resume_processes 0 must" in refused(verify(home, "--resume_processes", 0))
+    assert "train.accumulation_steps = 2: 3 pro" in refused(verify(home, "--processes", 3))
     assert "'many'" in refused(verify(home, "--steps", "many"))
     assert "--resume: this program starts both runs" in refused(verify(home, "--resume=x"))
     assert "nowhere.toml: no such file" in refused(verify(home, "--config", "nowhere.toml"))
