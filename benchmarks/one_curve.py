@@ -102,7 +102,7 @@ def train(folder: Path, count: int, flags: list[str], kill_after: str = "") -> P
 def kill_all(launcher: int):
     """SIGKILL for a launcher and the processes that it has started, as a machine's failure is."""
     command = ["ps", "-o", "pid=", "--ppid", str(launcher)]
-    listed = subprocess.run(command, capture_output=True, text=True, check=True)  # noqa: S603
+    listed = subprocess.run(command, capture_output=True, text=True, check=True)  # noqa: S603, ours
     for pid in [launcher, *map(int, listed.stdout.split())]:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)

@@ -168,7 +168,9 @@ def wrong_command(words: list[str], helps: dict[str, str]) -> list[str]:
     if not takes_flags(source):
         return [f"{program} takes no arguments"] if arguments else []
     text = helps[program]
-    if "python train.py --help" in text:  # it takes those, too
+    if re.search(
+        r"train\.py\s+\(see\s+its\s+--help|python train.py --help", text
+    ):  # it takes those
         text += helps["train.py"]
     if "Traceback" in text:
         return [f"{program} --help ends in an error: {text.strip().splitlines()[-1]}"]
