@@ -55,7 +55,7 @@ def train(spec: "RunSpec", processes: Processes) -> int:
         from training.setup import build
         from training.step import NonFiniteError
 
-    is_first, several = processes.is_first, processes.count > 1
+    is_first = processes.is_first
     state = build(spec, log if is_first else lambda _: None, processes)
     config, progress = state.config, state.progress
     accumulation = config.train.accumulation_steps
@@ -66,7 +66,7 @@ def train(spec: "RunSpec", processes: Processes) -> int:
         loss_module = compile_loss(state, first_micro_batch, 1, log)
     with (
         locked(spec.run, spec.continued) if is_first else nullcontext() as folder,
-        StopRequest(launched=several, silent=not is_first) as stop,
+        StopRequest(launched=processes.is_launched, silent=not is_first) as stop,
         Recorder(state, spec, stop) if is_first else FollowingRecorder(state, stop) as recorder,
     ):
         checkpointer = FollowingCheckpointer()
@@ -76,7 +76,7 @@ def train(spec: "RunSpec", processes: Processes) -> int:
         try:
             for step in range(progress.step, config.max_steps + 1):
                 checkpointer.poll()
-                processes.step = step
+                processes.begin_step(step)
                 # once: a later signal waits for the next step
                 stopping = processes.largest(stop.signal) > 0
                 if stopping or checkpointer.due(step):  # before the evaluation: nothing is lost

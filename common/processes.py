@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 POLL = 0.02  # seconds between looks into the store
-GRACE = 1.0  # seconds in which all who miss somebody say so
+GRACE = (1.0, 10.0)  # seconds, at least and at most, in which all who miss somebody say so
 
 
 class ProcessLostError(RuntimeError):
@@ -47,19 +47,27 @@ class Processes:
     """This process and the others.
 
     index: its rank, from 0. count: how many there are. local_index: its rank on this host.
-    step: where it is, which is told if it loses another. program: whose errors it tells.
+    step: where it is, which is told if it loses another; see `begin_step`. program: whose errors it
+    tells.
     """
 
     def __init__(self, index: int = 0, count: int = 1, local_index: int = 0, program: str = ""):
         self.index, self.count, self.local_index = index, count, local_index
+        self.is_launched = count > 1  # so that signals come from a launcher, perhaps twice
         self.program, self.step, self.timeout = program, 0, timedelta(0)
         self.decisions = 0
+        self.began, self.step_seconds = time.monotonic(), 0.0
         self._store: Store | None = None
 
     @property
     def is_first(self) -> bool:
         """Whether it is the one that writes and speaks."""
         return self.index == 0
+
+    def begin_step(self, step: int):
+        """Says where it is. How long a step takes is how late the others may notice something."""
+        now = time.monotonic()
+        self.step, self.step_seconds, self.began = step, now - self.began, now
 
     # Decisions, through the store -----------------------------------------------------------------
 
@@ -185,10 +193,10 @@ class Processes:
             raise UserError(f"rank {self.index} of {self.count}: {reason or error}") from None
 
     def find_missing(self, error: BaseException) -> str:
-        """Who has gone or does not answer: all others say within a second that they miss it."""
+        """Who has gone or does not answer: all others say, within two steps, that they miss it."""
         late = "imed out" in str(error) or "imeout" in str(error)
         self.store.set(f"misses/{self.index}", "late" if late else "")
-        time.sleep(GRACE)
+        time.sleep(min(max(GRACE[0], 2 * self.step_seconds), GRACE[1]))
         said = {}
         for rank in range(self.count):
             if self.store.check([f"misses/{rank}"]):
@@ -262,5 +270,7 @@ def join(program: str) -> Processes:
                 f"{key} = {found!r:.40}: must be a whole number; start the processes with torchrun"
             ) from None
         if values["WORLD_SIZE"] == 1:
-            return Processes(program=program)
+            alone = Processes(program=program)
+            alone.is_launched = "RANK" in os.environ
+            return alone
     return Processes(values["RANK"], values["WORLD_SIZE"], values["LOCAL_RANK"], program)
