@@ -107,15 +107,16 @@ def train(spec: "RunSpec", processes: Processes) -> int:
         finally:
             batches.close()
             checkpointer.wait()
-        if not stop.signal:
+        signal_number = processes.largest(stop.signal)
+        if not signal_number:
             recorder.finish(checkpointer)
     if checkpointer.failure:
         fix = "continue from the last checkpoint with --resume"
         print(f"train.py: {checkpointer.failure}; {fix}", file=sys.stderr)
-    if processes.largest(bool(checkpointer.failure)):
+    if processes.largest(bool(checkpointer.failure)):  # also waits for the first to finish
         return 1
-    signal = processes.largest(stop.signal)
-    return 128 + signal if signal else 0
+    signal_number = signal_number or stop.signal
+    return 128 + signal_number if signal_number else 0
 
 
 if __name__ == "__main__":
