@@ -56,20 +56,21 @@ def train(spec: "RunSpec", processes: Processes) -> int:
         from training.step import NonFiniteError
 
     is_first = processes.is_first
-    state = build(spec, log if is_first else lambda _: None, processes)
+    tell = log if is_first else lambda _: None
+    state = build(spec, tell, processes)
     config, progress = state.config, state.progress
     accumulation = config.train.accumulation_steps
     batches = Prefetch(state.batches, accumulation, processes.index, processes.count)
     loss_module = state.loss_module
     if config.compile:
         first_micro_batch = state.batches(progress.step, accumulation, 0, accumulation)
-        loss_module = compile_loss(state, first_micro_batch, 1, log)
+        loss_module = compile_loss(state, first_micro_batch, 1, tell)
     with (
         locked(spec.run, spec.continued) if is_first else nullcontext() as folder,
         StopRequest(launched=processes.is_launched, silent=not is_first) as stop,
         Recorder(state, spec, stop) if is_first else FollowingRecorder(state, stop) as recorder,
     ):
-        checkpointer = FollowingCheckpointer()
+        checkpointer = FollowingCheckpointer(state, spec)
         if isinstance(recorder, Recorder) and folder:
             checkpointer = Checkpointer(state, spec, folder, recorder.log, recorder.flush)
         take_step = choose_step(state, loss_module, recorder.log)
@@ -102,6 +103,8 @@ def train(spec: "RunSpec", processes: Processes) -> int:
                 targets = state.batches.target_count(progress.step)
                 told = explain_stop(checkpointer, everything, targets, str(error))
                 print(f"train.py: {told}", file=sys.stderr)
+            elif state.shards and not state.saves_together:
+                state.tensors()  # its part of the NaN dump
             processes.largest(1)  # a launcher ends all as soon as one has ended
             return 1
         finally:

@@ -40,6 +40,10 @@ class Batch:
         return self.ids, self.targets, self.target_indices
 
 
+# what a process computes that takes part in a forward pass and has nothing to add: a loss of 0
+NO_BATCH = Batch(*(np.zeros(shape, np.int64) for shape in ((1, 1), 0, 0)), tokens=0)
+
+
 class Examples:
     """The examples of a split, by number: windows of a stream, or documents that fit.
 

@@ -11,7 +11,7 @@ import torch
 from common.device import Precision, to_device
 from common.processes import Processes
 from common.signals import StopRequest
-from data.batches import Examples, evaluation_batches
+from data.batches import NO_BATCH, Examples, evaluation_batches
 from model.loss import LossModule
 
 
@@ -28,11 +28,13 @@ def evaluate(
     precision: Precision,
     stop: StopRequest,
     processes: Processes | None = None,
+    together: bool = False,
 ) -> dict[str, float]:
     """Loss in nats a token over the validation examples (`limit` of them, 0: all).
 
     batch_size: examples in a forward pass; as many as in one of training need no more memory.
-    processes: those that share the batches, if there are several. Returns the scalars to log:
+    processes: those that share the batches, if there are several. together: a forward pass takes
+    all of them, because each holds a part of the weights. Returns the scalars to log:
     loss/val, perplexity/val, bits_per_byte/val, the same in each process. Raises Interrupted in all
     where one of them has got a signal.
     """
@@ -40,9 +42,13 @@ def evaluate(
     processes = processes or Processes()
     found: list[float] = []  # of each batch its loss, summed over its targets, and their number
     loss_module.eval()
-    for batch in evaluation_batches(examples, batch_size, limit, processes.index, processes.count):
-        if stop.signal:
+    batches = evaluation_batches(examples, batch_size, limit, processes.index, processes.count)
+    agree = processes.largest if together else int
+    while True:
+        batch = next(batches, None)
+        if agree(2 if stop.signal else batch is not None) != 1:
             break
+        batch = batch or NO_BATCH
         with precision.autocast(device):
             loss = loss_module(*to_device(batch.inputs, device)).item()
         found += loss, len(batch.targets)

@@ -28,11 +28,15 @@ CUDNN_FIRST = [
 ]
 
 
-def use_cuda_attention(model: TransformerDecoder, cudnn: bool):
-    """Has the layers of a decoder attend this way. cudnn: by cuDNN where it can."""
+def use_cuda_attention(model: TransformerDecoder, cudnn: bool, merged: bool = True):
+    """Has the layers of a decoder attend this way. cudnn: by cuDNN where it can.
+
+    merged: Q, K and V in one product. Its weights, side by side, are a copy that the backward pass
+    keeps, which weights that are gathered layer by layer must not leave behind.
+    """
     for layer in model.layers:
         attention = cast(MultiHeadAttention, layer.get_submodule("self_attn"))
-        attention.forward = partial(forward, attention, cudnn)
+        attention.forward = partial(forward, attention, cudnn, merged)
 
 
 def prefers_cudnn(device: torch.device, fixed_shapes: bool) -> bool:
@@ -46,16 +50,19 @@ def prefers_cudnn(device: torch.device, fixed_shapes: bool) -> bool:
     )
 
 
-def forward(attention: MultiHeadAttention, cudnn: bool, x, mask=None, cache=None):
+def forward(attention: MultiHeadAttention, cudnn: bool, merged: bool, x, mask=None, cache=None):
     """`MultiHeadAttention.forward` of `attention`: (B, T, C) -> (B, T, C)."""
     B, T, C = x.shape
     linears = attention.W_q, attention.W_k, attention.W_v
-    weight = torch.cat([linear.weight for linear in linears])  # (3 C, C)
-    bias = None
-    if linears[0].bias is not None:
-        bias = torch.cat([linear.bias for linear in linears])
-    QKV = F.linear(x, weight, bias).view(B, T, 3, attention.n_heads, -1)
-    Q, K, V = QKV.permute(2, 0, 3, 1, 4).unbind()  # (B, H, T, D)
+    if merged:
+        weight = torch.cat([linear.weight for linear in linears])  # (3 C, C)
+        bias = None
+        if linears[0].bias is not None:
+            bias = torch.cat([linear.bias for linear in linears])
+        QKV = F.linear(x, weight, bias).view(B, T, 3, attention.n_heads, -1)
+        Q, K, V = QKV.permute(2, 0, 3, 1, 4).unbind()  # (B, H, T, D)
+    else:
+        Q, K, V = (W(x).view(B, T, attention.n_heads, -1).transpose(1, 2) for W in linears)
     if cache is not None:
         K, V = cache.extend(K, V)  # (B, H, S, D)
     dropout = attention.dropout if attention.training else 0.0

@@ -13,13 +13,14 @@ from functools import partial
 from pathlib import Path
 
 from checkpoint.reader import list_steps, read_best, step_of, step_path
-from checkpoint.writer import Content, prune, save, set_best
+from checkpoint.writer import Content, begin, is_saved, prune, save, set_best
 from common import cli
 from common.errors import UnreadableError
 from common.files import set_aside
 from training.resume import RunSpec
 from training.run_folder import RunFolder
 from training.schedule import save_due
+from training.shared_save import save_together
 from training.state import TrainState
 
 # what a save may end with that is no bug; of RuntimeErrors, PyTorch's when memory is full
@@ -102,30 +103,56 @@ class Checkpointer:
 
         Where memory is too full for a copy, training waits for the publication.
         """
+        if self.state.saves_together:
+            self.save_together()
+            return
         self.wait()
         step, path = self.state.progress.step, None
         try:
+            tensors = self.state.tensors()  # before what may fail here alone
             self.follow()
             self.before_save(self.run)
             publish = partial(self.publish, self.run, step)
             try:
-                files = self.state.checkpoint_files(copied=True)
+                files = self.state.checkpoint_files(tensors, copied=True)
                 self.pending = step, in_background(partial(publish, files))
             except (MemoryError, RuntimeError):  # PyTorch's, or a thread's; a bug comes again
                 files = {}
-                path = publish(self.state.checkpoint_files())
+                path = publish(self.state.checkpoint_files(tensors))
         except SAVE_FAILURES as error:
             self.tell_failed(step, error)
         if path:
             self.tell_saved(path)
 
+    def save_together(self):
+        """Has all processes write a checkpoint of this step, and waits until it is published."""
+        step = self.state.progress.step
+
+        def begin_step() -> Path | None:
+            self.follow()
+            self.before_save(self.run)
+            target = step_path(self.run, step)
+            return None if is_saved(target) else begin(target)
+
+        try:
+            save_together(self.state, begin_step)
+        except SAVE_FAILURES as error:
+            self.tell_failed(step, error)
+        else:
+            self.prune(self.run)
+            self.tell_saved(step_path(self.run, step))
+
     def publish(self, run: Path, step: int, files: Mapping[str, Content]) -> Path:
         """Publishes a checkpoint, and removes those that are no longer kept."""
         path = save(run, step, files)
+        self.prune(run)
+        return path
+
+    def prune(self, run: Path):
+        """Removes the checkpoints that are no longer kept."""
         # Windows: somebody reads in an old one
         with contextlib.suppress(OSError, MemoryError, UnreadableError):
             prune(run, self.state.config.train.keep)
-        return path
 
     def poll(self):
         """Tells of the pending save if it has ended."""

@@ -100,6 +100,10 @@ class TrainConfig:
     """On CUDA: use only deterministic algorithms."""
     cuda_graphs: bool = False
     """On CUDA, for one long text: replay steps as CUDA graphs; faster where the model is small."""
+    shard: bool = False
+    """Each process holds a part of the weights and of the optimizer's state (FSDP2)."""
+    checkpoint_shards: bool = False
+    """With train.shard: each process writes files of its own into a checkpoint."""
     collective_timeout: int = 600
     """Seconds that a process waits for the others before the run ends."""
     profile_steps: str = ""

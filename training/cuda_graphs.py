@@ -54,6 +54,8 @@ def choose_step(state: TrainState, loss_module: Loss, log: Callable[[str], objec
 def find_obstacle(state: TrainState) -> str:
     """Why the steps of this run cannot be replayed; "" where they can."""
     config = state.config
+    if state.shards:
+        return "train.shard gathers the weights layer by layer"
     if state.precision.name == "fp16":
         return "fp16 looks at each step's gradient"
     if not full_shape(state):

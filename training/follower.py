@@ -7,22 +7,25 @@ their share of an evaluation, and stop with the rest.
 from common.signals import StopRequest
 from evaluation.validation import Interrupted, evaluate
 from training.checkpointer import Checkpointer
+from training.resume import RunSpec
+from training.shared_save import save_together
 from training.state import TrainState
 from training.step import StepResult
 from training.timing import StepTimer
 
 
 class FollowingCheckpointer(Checkpointer):
-    """One that leaves all of it to the first process."""
+    """One that leaves all of it to the first process, but for the parts that it holds itself."""
 
-    def __init__(self):
-        self.failure = ""
-
-    def due(self, step: int) -> bool:
-        return False
+    def __init__(self, state: TrainState, spec: RunSpec):
+        self.state, self.failure = state, ""
+        self.first_step = state.progress.step if spec.is_new else None
 
     def save(self):
-        pass
+        if self.state.saves_together:
+            save_together(self.state, lambda: None)  # the first process begins it
+        elif self.state.shards:
+            self.state.tensors()
 
     def poll(self):
         pass
@@ -51,20 +54,21 @@ class FollowingRecorder:
     def evaluate(self, checkpointer: Checkpointer) -> bool:
         """False if a signal came meanwhile, to whichever process."""
         state, settings = self.state, self.state.config.train
-        if state.val is None:
-            return True
         try:
-            evaluate(
-                state.loss_module,
-                state.val,
-                settings.micro_batch_size,
-                settings.eval_examples,
-                state.precision,
-                self.stop,
-                state.processes,
-            )
+            if state.val is not None:
+                evaluate(
+                    state.loss_module,
+                    state.val,
+                    settings.micro_batch_size,
+                    settings.eval_examples,
+                    state.precision,
+                    self.stop,
+                    state.processes,
+                    together=state.shards is not None,
+                )
         except Interrupted:
             return False
+        state.whole_model()
         return True
 
     def begin_step(self):

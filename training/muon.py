@@ -11,6 +11,9 @@ import math
 from collections import defaultdict
 
 import torch
+from torch.distributed.tensor import DTensor
+
+from training.sharding import on_whole_matrices
 
 
 class Muon(torch.optim.Muon):
@@ -45,6 +48,9 @@ class Muon(torch.optim.Muon):
         if self.found_inf is not None:
             skipped = self.found_inf != 0
             lr = torch.where(skipped, 0.0, lr)
+        if isinstance(parameters[0], DTensor):
+            self.update_parts(group, lr, skipped, parameters, gradients, momenta)
+            return
         by_shape = defaultdict(list)
         for entry in zip(parameters, gradients, momenta, strict=True):
             R, C = entry[0].shape
@@ -72,13 +78,77 @@ class Muon(torch.optim.Muon):
             G = torch.where(skipped, M, G)  # which leaves the momentum as it is
         M.lerp_(G, 1 - group["momentum"])
         update = G.lerp(M, group["momentum"]) if group["nesterov"] else M
-        update = orthogonalise(
-            update.to(self.products), group["ns_coefficients"], group["ns_steps"], group["eps"]
-        )
+        update = orthogonalise(update.to(self.products), *newton_schulz(group))
         update = update.to(G.dtype) * (-0.2 * math.sqrt(shape[1]) * lr)
         torch._foreach_copy_(momenta, turned(M, tall))
         torch._foreach_mul_(parameters, 1 - lr * group["weight_decay"])
         torch._foreach_add_(parameters, turned(update, tall))
+
+    def update_parts(
+        self,
+        group: dict,
+        lr: float | torch.Tensor,
+        skipped: torch.Tensor | None,
+        parameters: list[DTensor],
+        gradients: list[DTensor],
+        momenta: list[DTensor],
+    ):
+        """Moves parameters of which each process has some rows.
+
+        All but orthogonalising is number by number, and done on those rows. That takes whole
+        matrices, each of which one process gathers.
+        """
+        P, G, M = (
+            [tensor.to_local() for tensor in tensors]
+            for tensors in (parameters, gradients, momenta)
+        )
+        if skipped is not None:
+            G = [torch.where(skipped, m, g) for m, g in zip(M, G, strict=True)]
+        torch._foreach_lerp_(M, G, 1 - group["momentum"])
+        updates = torch._foreach_lerp(G, M, group["momentum"]) if group["nesterov"] else M
+
+        def orthogonalised(matrices: list[torch.Tensor]) -> list[torch.Tensor]:
+            return orthogonalise_each(matrices, *newton_schulz(group))
+
+        updates = on_whole_matrices(
+            orthogonalised,
+            [update.to(self.products) for update in updates],
+            parameters,
+            [min(p.shape) ** 2 * (2 * max(p.shape) + min(p.shape)) for p in parameters],
+        )
+        updates = [
+            update.to(p.dtype) * (-0.2 * math.sqrt(max(whole.shape)) * lr)
+            for update, p, whole in zip(updates, P, parameters, strict=True)
+        ]
+        torch._foreach_mul_(P, 1 - lr * group["weight_decay"])
+        torch._foreach_add_(P, updates)
+
+
+def newton_schulz(group: dict) -> tuple[tuple[float, float, float], int, float]:
+    """What `orthogonalise` takes besides a batch."""
+    return group["ns_coefficients"], group["ns_steps"], group["eps"]
+
+
+def orthogonalise_each(
+    matrices: list[torch.Tensor],
+    coefficients: tuple[float, float, float],
+    steps: int,
+    eps: float,
+) -> list[torch.Tensor]:
+    """`orthogonalise` of matrices of any shapes, those of one shape together."""
+    by_shape = defaultdict(list)
+    for place, matrix in enumerate(matrices):
+        by_shape[min(matrix.shape), max(matrix.shape)].append(place)
+    results = [*matrices]
+    for shape, places in by_shape.items():
+        tall = [matrices[i].shape != shape for i in places]
+        batch = torch.stack(
+            [matrices[i].T if t else matrices[i] for i, t in zip(places, tall, strict=True)]
+        )
+        batch = orthogonalise(batch, coefficients, steps, eps)
+        for place, matrix in zip(places, turned(batch, tall), strict=True):
+            results[place] = matrix
+    return results
 
 
 def turned(batch: torch.Tensor, tall: list[bool]) -> list[torch.Tensor]:

@@ -15,7 +15,7 @@ import torch
 
 from checkpoint.reader import NAN_DUMP_BATCH, Checkpoint, CheckpointError
 from checkpoint.safetensors_python import write_arrays
-from checkpoint.writer import publish
+from checkpoint.writer import Content, publish
 from common.cli import quoted
 from common.device import PRECISIONS, Precision, check_precision, choose_device
 from data.batches import Batch
@@ -49,9 +49,17 @@ class RestoredStep:
 
 
 def write_nan_dump(
-    state: TrainState, run: Path, micro_batches: Sequence[Batch], targets: int, reason: str
+    state: TrainState,
+    saved: dict[str, Content],
+    run: Path,
+    micro_batches: Sequence[Batch],
+    targets: int,
+    reason: str,
 ) -> Path:
-    """Writes the dump of the step that has just failed. Returns its folder. Raises OSError."""
+    """Writes the dump of the step that has just failed. Returns its folder. Raises OSError.
+
+    saved: the files of a checkpoint of `state`.
+    """
     step = state.progress.step
     note = {"step": step, "targets": targets, "why": reason, "seed": state.config.seed}
     arrays = {}
@@ -64,7 +72,7 @@ def write_nan_dump(
         earlier += 1
         path = run / f"nonfinite_step_{step + 1}_{earlier}"
     files = {NOTE: json.dumps(note, indent=1).encode(), NAN_DUMP_BATCH: write_arrays(arrays)}
-    return publish(path, {**state.checkpoint_files(), **files})
+    return publish(path, {**saved, **files})
 
 
 def explain_stop(
@@ -73,9 +81,13 @@ def explain_stop(
     """Writes the dump, and returns what to tell the user in one line."""
     checkpointer.wait()
     try:
+        if checkpointer.state.saves_together:
+            raise OSError("no host has memory for it, as train.checkpoint_shards says")
+        tensors = checkpointer.state.tensors()  # before what may fail here alone
         checkpointer.follow()
         state, run = checkpointer.state, checkpointer.run
-        path = write_nan_dump(state, run, micro_batches, targets, reason)
+        saved = state.checkpoint_files(tensors)
+        path = write_nan_dump(state, saved, run, micro_batches, targets, reason)
         where = f"python -m tools.replay {quoted(path)} shows where it started"
     except SAVE_FAILURES as failure:
         where = f"no NaN dump could be written: {explain_failure(failure)}"

@@ -8,6 +8,7 @@ from common.device import PRECISIONS, Precision
 from common.errors import UserError
 from training.config import OptimizerConfig
 from training.muon import Muon
+from training.sharding import part_like
 
 
 def create_optimizers(
@@ -98,4 +99,6 @@ def load_state_tensors(model: nn.Module, optimizers, arrays: dict[str, np.ndarra
             )
         # fused optimizers keep even their step count on the device
         dtype = parameter.dtype if value.dim() else value.dtype  # the run may go on in float64
-        owner[id(parameter)].state[parameter][key] = value.to(parameter.device, dtype)
+        value = value.to(parameter.device, dtype)
+        value = part_like(value, parameter) if value.dim() else value
+        owner[id(parameter)].state[parameter][key] = value

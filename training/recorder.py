@@ -67,7 +67,10 @@ class Recorder:
         # TensorBoard unfolds two groups of texts: this one and the samples
         text = summary.text("configuration/machine", machine)
         self.metrics.events.add(text, resumed_at or 0)
-        if not resumed_at:  # also where a resume at step 0 hides what stood there
+        table_is_whole = not (state.shards and config.model.positions == "learned")
+        if (
+            not resumed_at and table_is_whole
+        ):  # also where a resume at step 0 hides what stood there
             self.add_image("positional encoding", positions_image(state.model), 0)
         self.profiler = StepProfiler(config, state.device, spec.run, self.log)
         self.timer = StepTimer(state.device)
@@ -118,15 +121,17 @@ class Recorder:
                 values = self.validate(checkpointer)
             except Interrupted:
                 return False
+            model = state.whole_model()
+            assert model is not None  # this is the first process
             try:
-                self.texts = self.sampler(state.model)
+                self.texts = self.sampler(model)
             except UserError as error:  # logits that are not finite: the next step will tell more
                 self.texts = []
                 self.log(f"no sample: {error}")
             shown = self.sampler.lines(self.texts)
             self.metrics.events.add(summary.text("samples", as_markdown(shown)), step)
             if state.val is not None:
-                image = attention_image(state.model, state.val, state.device)
+                image = attention_image(model, state.val)
                 self.add_image("attention", image, step)
             if shown:
                 self.log(f"sample: {shown[0].strip()}")
@@ -146,6 +151,7 @@ class Recorder:
             state.precision,
             self.stop,
             state.processes,
+            together=state.shards is not None,
         )
         loss, step = values["loss/val"], state.progress.step
         best_step, best = state.progress.best_step, state.progress.best_val_loss
@@ -180,7 +186,8 @@ class Recorder:
         if not result.updated:
             scale = state.scaler.get_scale()
             self.log(f"step {step}: gradient not finite, update skipped; loss scale {scale:g}")
-        if due(step, state.config.train.histogram_interval) and result.updated:
+        histograms_due = due(step, state.config.train.histogram_interval) and not state.shards
+        if histograms_due and result.updated:
             with self.timer.pause():
                 self.metrics.histograms(step, state.model)
         if not log_due(state.config, step):

@@ -28,6 +28,7 @@ from training.config import Config, TrainConfig
 from training.optimizer import create_optimizers, load_state_tensors
 from training.precision import Work, choose_precision, note_faster
 from training.resume import RunSpec
+from training.sharding import Shards
 from training.state import Progress, TrainState, restore_progress, restore_scaler
 
 Log = Callable[[str], object]
@@ -77,28 +78,39 @@ def build(spec: RunSpec, log: Log, processes: Processes | None = None) -> TrainS
     ):  # earlier checkpoints do not name theirs
         note_faster(precision, config.model, work, device, log)
 
+    sharded = config.train.shard and processes.count > 1
+    if sharded:
+        check_shard(config, log)
+    elif config.train.shard:
+        log("note: train.shard: one process has nobody to share with")
+    elif config.train.checkpoint_shards:
+        log("note: train.checkpoint_shards: takes train.shard; checkpoints are written whole")
+    home = torch.device("cpu") if sharded else device  # whole, it may be too large for the device
     source = spec.resume or spec.weights
     if source:
         weights = source.tensors("model.safetensors")
-        model = TransformerDecoder.from_weights(config.model, weights, precision.weights, device)
+        model = TransformerDecoder.from_weights(config.model, weights, precision.weights, home)
     else:
         torch.manual_seed(derive_seed("init", config.seed))
-        model = TransformerDecoder.from_config(config.model, precision.weights).to(device)
+        model = TransformerDecoder.from_config(config.model, precision.weights).to(home)
     if device.type == "cuda":
         cudnn = prefers_cudnn(device, fixed_shapes=dataset.train.starts is None)
-        use_cuda_attention(model, cudnn)
+        use_cuda_attention(model, cudnn, merged=not sharded)
         if cudnn and precision.name in ("bf16", "fp16"):
             log("attention: cuDNN's, the faster one on this GPU")
     elif device.type == "cpu":
         use_cpu_layers(model)
     if config.train.checkpoint_activations:
         recompute_layers(model)
+    loss_module = LossModule(model)
+    shards = Shards(loss_module, device, precision, processes) if sharded else None
     with defer_interrupts():  # the first optimizer makes PyTorch load its compiler
         optimizers = create_optimizers(model, config.optimizer, precision)
     scaler = torch.amp.GradScaler(device.type, enabled=precision.name == "fp16")
     progress = Progress()
     if spec.resume:
-        load_state_tensors(model, optimizers, spec.resume.tensors("optimizer.safetensors"))
+        for part in spec.resume.parts("optimizer.safetensors"):  # a file at a time
+            load_state_tensors(model, optimizers, part)
         progress = restore_progress(spec)
         restore_scaler(scaler, spec.resume)
     # earlier versions added micro-batches one after the other, and do not say so
@@ -120,13 +132,25 @@ def build(spec: RunSpec, log: Log, processes: Processes | None = None) -> TrainS
         dataset,
         batches,
         val,
-        LossModule(model),
+        loss_module,
         optimizers,
         scaler,
         progress,
         processes=processes,
+        shards=shards,
         in_pairs=in_pairs,
     )
+
+
+def check_shard(config: Config, log: Log):
+    """What cannot be had where each process holds a part of the weights. Raises UserError."""
+    if config.precision == "fp16":
+        raise UserError(
+            "train.shard: does not scale the loss, which precision = fp16 needs; use --precision "
+            "bf16 or fp32"
+        )
+    if config.train.histogram_interval:
+        log("note: train.histogram_interval: none with train.shard, which has no whole gradient")
 
 
 def open_batches(dataset: Dataset, config: Config, log: Log) -> tuple[Batches, Examples | None]:

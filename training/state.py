@@ -24,6 +24,7 @@ from training.config import Config
 from training.gradient_exchange import GradientExchange
 from training.optimizer import state_tensors
 from training.resume import RunSpec
+from training.sharding import Shards
 
 
 @dataclass
@@ -53,12 +54,13 @@ class TrainState:
     progress: Progress
     cwd: str = field(default_factory=os.getcwd)  # from where the paths of `config` are found
     processes: Processes = field(default_factory=Processes)
+    shards: Shards | None = None  # where each process holds a part of the weights
     in_pairs: bool = True  # how micro-batches are added up; a run that began otherwise goes on so
 
     @cached_property
     def exchange(self) -> GradientExchange | None:
-        """What adds up gradients over processes; None where there is one."""
-        if self.processes.count == 1:
+        """What adds up gradients over processes; None where there is one, or FSDP2 adds them up."""
+        if self.processes.count == 1 or self.shards:
             return None
         return GradientExchange(self.model.parameters(), self.processes)
 
@@ -76,12 +78,47 @@ class TrainState:
         """The resolved configuration, as a run and each of its checkpoints keep it."""
         return json.dumps(asdict(self.config), indent=1).encode()
 
-    def checkpoint_files(self, copied: bool = False) -> dict[str, Content]:
-        """Everything that going on needs, as the files of a checkpoint.
+    @property
+    def saves_together(self) -> bool:
+        """Whether each process writes its own files of a checkpoint."""
+        return self.shards is not None and self.config.train.checkpoint_shards
+
+    def parts(self) -> dict[str, dict[str, torch.Tensor]]:
+        """The tensors of a checkpoint by file and name; of some, a process may hold a part."""
+        if self.shards:
+            self.shards.cut()
+        return {
+            "model.safetensors": {**dict(self.model.named_parameters())},
+            "optimizer.safetensors": state_tensors(self.model, self.optimizers),
+        }
+
+    def tensors(self) -> dict[str, dict[str, torch.Tensor]]:
+        """The whole tensors of a checkpoint by file and name.
+
+        Called by all processes where each holds a part; all but the first get none of them.
+        """
+        parts = self.parts()
+        if self.shards is None:
+            return parts
+        return {name: self.shards.gather(tensors) for name, tensors in parts.items()}
+
+    def whole_model(self) -> TransformerDecoder | None:
+        """The decoder for samples and pictures, which the first process makes.
+
+        Called by all processes where each holds a part of it; None in all but the first.
+        """
+        return self.shards.whole_model() if self.shards else self.model
+
+    def checkpoint_files(
+        self, tensors: dict[str, dict[str, torch.Tensor]] | None = None, copied: bool = False
+    ) -> dict[str, Content]:
+        """Everything that going on needs, as the files of a checkpoint. tensors: `tensors()`.
 
         copied: as it is now, in the host's memory, whatever becomes of the tensors; else each of
         them is read when its turn comes to be written, and no more than one need be on the host.
         """
+        tensors = self.tensors() if tensors is None else tensors
+        copied = copied and not self.shards  # which have put them together there
         state = {
             **asdict(self.progress),
             "scaler": self.scaler.state_dict(),
@@ -95,10 +132,7 @@ class TrainState:
             "versions": versions(self.device),
         }
         return {
-            "model.safetensors": tensor_file(dict(self.model.named_parameters()), copied),
-            "optimizer.safetensors": tensor_file(
-                state_tensors(self.model, self.optimizers), copied
-            ),
+            **{name: tensor_file(values, copied) for name, values in tensors.items()},
             "state.json": json.dumps(state, indent=1).encode(),
             "config.json": self.config_json(),
             **self.dataset.tokenizer.files(),

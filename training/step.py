@@ -9,10 +9,11 @@ from typing import Protocol
 import torch
 
 from common.device import Precision, to_device
-from data.batches import Batch
+from data.batches import NO_BATCH, Batch
 from data.rng import derive_seed
 from training.config import Config
 from training.gradient_sum import PairwiseSum
+from training.sharding import whole
 from training.state import TrainState
 from training.timing import StepTimer
 
@@ -72,9 +73,10 @@ def train_step(
     for optimizer in state.optimizers:
         optimizer.zero_grad(set_to_none=True)
     total = torch.zeros((), dtype=state.precision.weights, device=state.device)
-    summed = PairwiseSum(state.model.parameters(), pairs=state.in_pairs)
+    in_pairs = state.in_pairs and not state.shards  # which are added up after each micro-batch
+    summed = PairwiseSum(state.model.parameters(), pairs=in_pairs)
     first, parts = state.processes.index * state.share, count_parts(state, step)
-    for micro, batch in enumerate(micro_batches, first):
+    for micro, batch in enumerate(share_passes(state, micro_batches, step), first):
         summed.begin(total)
         if state.exchange and batch is micro_batches[-1]:
             state.exchange.begin(summed, parts)
@@ -84,9 +86,21 @@ def train_step(
             state.exchange.finish(summed, total, parts)
     else:
         summed.finish(total)
+    if state.shards:
+        total = state.shards.add_up(total)
     with timer.part("optimizer"):
         loss, norm = update(state, total).tolist()  # the only time that a GPU is waited for
     return finish_step(state, micro_batches, step, loss, norm)
+
+
+def share_passes(state: TrainState, micro_batches: Sequence[Batch], step: int) -> Sequence[Batch]:
+    """What this process runs forward and backward. Where it holds a part of the weights, that is as
+    often as the first process: the others need its part also in an epoch's short last batch."""
+    if not state.shards:
+        return micro_batches
+    accumulation = state.config.train.accumulation_steps
+    most = min(state.share, state.batches.count_micro_batches(step, accumulation))
+    return [*micro_batches, *[NO_BATCH] * (most - len(micro_batches))]
 
 
 def count_parts(state: TrainState, step: int) -> int:
@@ -105,7 +119,10 @@ def update(state: TrainState, total: torch.Tensor) -> torch.Tensor:
     for optimizer in state.optimizers:
         state.scaler.unscale_(optimizer)
     clip = state.config.optimizer.grad_clip or math.inf
-    norm = torch.nn.utils.clip_grad_norm_(state.model.parameters(), clip)
+    parameters = list(state.model.parameters())
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    norm = whole(torch.nn.utils.get_total_norm(gradients))
+    torch.nn.utils.clip_grads_with_norm_(parameters, clip, norm)
     result = torch.stack([total.to(norm.dtype), norm])
     found_inf = 1 - result.isfinite().all().float()
     for optimizer in state.optimizers:

@@ -53,11 +53,9 @@ def as_markdown(texts: list[str]) -> str:
     return "\n\n".join("\n".join(f"    {line}" for line in t.splitlines()) for t in texts)
 
 
-def attention_image(
-    model: TransformerDecoder, examples: Examples, device: torch.device
-) -> np.ndarray:
+def attention_image(model: TransformerDecoder, examples: Examples) -> np.ndarray:
     """Attention maps of a validation example: a row a layer, a column a head. (h, w, 3) bytes."""
-    ids = torch.from_numpy(example_ids(examples)).to(device)
+    ids = torch.from_numpy(example_ids(examples)).to(model.embed.weight.device)
     model.eval()
     maps = attention_maps(model, ids)
     model.train()
