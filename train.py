@@ -77,7 +77,7 @@ def train(spec: "RunSpec", processes: Processes) -> int:
         try:
             for step in range(progress.step, config.max_steps + 1):
                 checkpointer.poll()
-                processes.begin_step(step)
+                processes.step = step
                 # once: a later signal waits for the next step
                 stopping = processes.largest(stop.signal) > 0
                 if stopping or checkpointer.due(step):  # before the evaluation: nothing is lost

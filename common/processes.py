@@ -16,9 +16,11 @@ see is that somebody has gone.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
+import threading
 import time
 import uuid
 from collections.abc import Callable, Sequence
@@ -36,7 +38,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 POLL = 0.02  # seconds between looks into the store
-GRACE = (1.0, 10.0)  # seconds, at least and at most, in which all who miss somebody say so
+LOOK = 0.3  # seconds between looks whether somebody asks who is there
+GRACE, ROUNDS = 1.0, 5  # seconds in which all say so who are there; as often, while several do not
 
 
 class ProcessLostError(RuntimeError):
@@ -47,8 +50,7 @@ class Processes:
     """This process and the others.
 
     index: its rank, from 0. count: how many there are. local_index: its rank on this host.
-    step: where it is, which is told if it loses another; see `begin_step`. program: whose errors it
-    tells.
+    step: where it is, which is told if it loses another. program: whose errors it tells.
     """
 
     def __init__(self, index: int = 0, count: int = 1, local_index: int = 0, program: str = ""):
@@ -56,18 +58,14 @@ class Processes:
         self.is_launched = count > 1  # so that signals come from a launcher, perhaps twice
         self.program, self.step, self.timeout = program, 0, timedelta(0)
         self.decisions = 0
-        self.began, self.step_seconds = time.monotonic(), 0.0
         self._store: Store | None = None
+        self.asked, self.leaving = False, threading.Event()
+        self.watcher: threading.Thread | None = None
 
     @property
     def is_first(self) -> bool:
         """Whether it is the one that writes and speaks."""
         return self.index == 0
-
-    def begin_step(self, step: int):
-        """Says where it is. How long a step takes is how late the others may notice something."""
-        now = time.monotonic()
-        self.step, self.step_seconds, self.began = step, now - self.began, now
 
     # Decisions, through the store -----------------------------------------------------------------
 
@@ -79,6 +77,10 @@ class Processes:
 
             store, _, _ = next(rendezvous("env://"))
             self._store = meet(store, self.index, self.count)
+            # with a connection of its own: one that waits keeps others from using it
+            own = self._store.clone()  # pyrefly: ignore[missing-attribute], its stub lacks it
+            self.watcher = threading.Thread(target=self.answer, args=[own])
+            self.watcher.start()
         return self._store
 
     def decide(self, make: Callable[[], T]) -> T:
@@ -163,14 +165,22 @@ class Processes:
     def __exit__(self, kind, error: BaseException | None, trace):
         if self.count == 1:
             return
-        if error is None:
-            import torch.distributed as dist
+        # the launcher's signal, sent as soon as one has ended, may cut what the loss had begun
+        cut = error.__context__ if isinstance(error, KeyboardInterrupt) else None
+        error = cut if cut and is_loss(cut) else error
+        try:
+            if error is None:
+                import torch.distributed as dist
 
-            if dist.is_initialized():
-                dist.destroy_process_group()
-        elif not isinstance(error, KeyboardInterrupt | SystemExit):
-            with defer_interrupts():  # which the launcher sends as soon as one has ended
-                self.fail(error)
+                if dist.is_initialized():
+                    dist.destroy_process_group()
+            elif not isinstance(error, KeyboardInterrupt | SystemExit):
+                with defer_interrupts():
+                    self.fail(error)
+        finally:
+            self.leaving.set()
+            if self.watcher:
+                self.watcher.join()
 
     def fail(self, error: BaseException):
         """Tells what is wrong, if nobody else has; a bug is raised as it is."""
@@ -180,7 +190,8 @@ class Processes:
             is_told = self.store.add("failures", 1) > 1
             self.store.set("failed", "")
         except RuntimeError:  # the host of the store may be what has gone
-            missing = "the host of the store has gone"
+            # or, if somebody has asked who is there, and told it, has left
+            missing, is_told = "the host of the store has gone", self.asked
         if lost:
             if not is_told:
                 fix = "continue from the last checkpoint with --resume"
@@ -192,18 +203,38 @@ class Processes:
         if reason and self.decisions:  # before, the first one alone has read the settings
             raise UserError(f"rank {self.index} of {self.count}: {reason or error}") from None
 
+    def answer(self, store: Store):
+        """In a thread: says that this process is there, whatever it does, when somebody asks."""
+        with contextlib.suppress(RuntimeError):  # the host of the store may have gone
+            while not self.leaving.wait(LOOK):
+                if store.check(["asked"]):
+                    self.asked = True
+                    store.set(f"present/{self.index}", "")
+                    return
+
     def find_missing(self, error: BaseException) -> str:
-        """Who has gone or does not answer: all others say, within two steps, that they miss it."""
+        """Who has gone, or does not answer.
+
+        Of one that has gone only its neighbours know at once: the rest compute, or wait for these.
+        So all that are still there are asked. If it only does not answer, all wait in vain as long.
+        """
         late = "imed out" in str(error) or "imeout" in str(error)
-        self.store.set(f"misses/{self.index}", "late" if late else "")
-        time.sleep(min(max(GRACE[0], 2 * self.step_seconds), GRACE[1]))
-        said = {}
-        for rank in range(self.count):
-            if self.store.check([f"misses/{rank}"]):
-                said[rank] = self.store.get(f"misses/{rank}")
-        silent = [str(rank) for rank in range(self.count) if rank not in said]
+        self.store.set(f"late/{self.index}" if late else f"misses/{self.index}", "")
+        self.store.set("asked", "")
+        everybody, silent = range(self.count), []
+        for _ in range(ROUNDS):
+            time.sleep(GRACE)
+            late = late or any(self.store.check([f"late/{rank}"]) for rank in everybody)
+            said = ("late", "misses") if late else ("present",)
+            silent = [
+                str(rank)
+                for rank in everybody
+                if not any(self.store.check([f"{key}/{rank}"]) for key in said)
+            ]
+            if len(silent) < 2:
+                break
         ranks = f"rank {', '.join(silent[:8])}" if silent else "a process"
-        if b"late" in said.values():
+        if late:
             return (
                 f"{ranks} of {self.count} has not answered for {self.timeout.total_seconds():g} s"
             )

@@ -43,6 +43,10 @@ def main():
             torch.empty(10**15)
         if fault == "killed" and last:
             os.kill(os.getpid(), 9)
+        if fault == "busy" and last:
+            os.kill(os.getpid(), 9)
+        if fault == "busy" and processes.index == 1:
+            time.sleep(3)
         if fault == "hangs" and last:
             time.sleep(9)
             os._exit(0)
@@ -93,6 +97,8 @@ def test_they_decide_and_gather(tmp_path):
         ("error", "rank 2 of 3: data.path = x: no such file; give another"),
         ("memory", "rank 2 of 3: out of memory"),
         ("killed", "rank 2 of 3 has gone, at step 7; continue from the last checkpoint"),
+        # one that computes meanwhile, and cannot know, is not missing
+        ("busy", "rank 2 of 3 has gone, at step 7; continue from the last checkpoint"),
         ("hangs", "rank 2 of 3 has not answered for 3 s, at step 7; continue from"),
     ],
 )
