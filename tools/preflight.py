@@ -2,6 +2,7 @@
 
 python -m tools.preflight --config configs/full.toml --train.batch_size 64
 python -m tools.preflight --resume runs/my-run --price 2.5
+torchrun --standalone --nproc_per_node=4 -m tools.preflight --train.accumulation_steps 4
 """
 
 import signal
@@ -9,7 +10,9 @@ import signal
 if __name__ == "__main__":  # before what takes time: until cli.run() listens, Ctrl-C is silent
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
+import contextlib
 import math
+import os
 import shutil
 import statistics
 import sys
@@ -22,13 +25,15 @@ from checkpoint.writer import pieces_of
 from common import cli
 from common.errors import UserError
 from common.files import user_path
+from common.processes import Processes, join
 from data.config import DEFAULT_CACHE_DIR
-from training.command_line import read_command_line
+from training.command_line import read_for_all
 from training.config import OptimizerConfig
 from training.schedule import lr_factor, schedule_faults
 
 PROGRAM = "python -m tools.preflight"
 WIDTH, HEIGHT = 60, 8  # characters of the plot
+LARGEST = 1024  # processes that are estimated for
 Remarks = list[tuple[str, bool, str]]  # "wrong" (stops or spoils the run) or "note"; if; what
 
 log = partial(print, flush=True)
@@ -38,36 +43,51 @@ def main() -> int:
     parser = cli.Parser(prog=PROGRAM, add_help=False, allow_abbrev=False)
     parser.add_argument("--price", type=float, default=0.0)
     options, flags = parser.parse_known_args()
-    if not 0 <= options.price < math.inf:
-        raise UserError(f"--price {options.price} must be at least 0: what an hour costs")
+    with join(PROGRAM) as processes, contextlib.ExitStack() as stack:
+        if not processes.is_first:  # which computes, and leaves the speaking to the first
+            nobody = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
+            stack.enter_context(contextlib.redirect_stdout(nobody))
+        if not 0 <= options.price < math.inf:
+            raise UserError(f"--price {options.price} must be at least 0: what an hour costs")
+        return estimate(options.price, flags, processes)
+
+
+def estimate(price: float, flags: list[str], processes: Processes) -> int:
+    """Tries the run and prints what it found. Returns the exit status, the same in each process."""
     if {"-h", "--help"} & set(flags):
         log(f"{PROGRAM}: {__doc__.splitlines()[0]} The flags are those of train.py, and")
         log("--price FLOAT: what an hour of this machine costs; the run's cost is printed.")
     lines: list[str] = []
-    spec = read_command_line(lines.append, flags)
+    spec = read_for_all(processes, lines.append, flags)
     if spec is None:
         print(*lines, sep="\n")
         return 0
-    lines[-1] = "preflight: trying a few steps, nothing is saved"  # for where the run is begun
+    # for where the run is begun
+    lines[-1:] = ["preflight: trying a few steps, nothing is saved"]
     log(*lines, sep="\n")
     from tools.trial import step_sizes, try_run  # here, because PyTorch takes its time
     from training.setup import build
 
-    state = build(spec, lambda line: log(f"  {cli.visible(line)}"))
+    state = build(spec, lambda line: log(f"  {cli.visible(line)}"), processes)
     show_parameters(state)
     remarks = show_data(state, step_sizes(state)) + show_learning_rate(state)
     measured, failure = try_run(state, log)
     if measured:
         if failure:
             log(f"with train.accumulation_steps = {state.config.train.accumulation_steps}")
-        remarks += show_memory(state, measured.memory) + show_time(state, measured, options.price)
-        remarks += show_first_loss(state, spec, measured) + show_disk(state, spec)
+        remarks += show_memory(state, measured.memory)
+        if processes.count > 1:
+            show_communication(state, measured)
+        if processes.is_first:
+            remarks += show_time(state, measured, price)
+            remarks += show_first_loss(state, spec, measured) + show_disk(state, spec)
     remarks.append(("wrong", bool(failure), failure))
     remarks = [(kind, text) for kind, applies, text in remarks if applies]
     log("remarks" if remarks else "no remarks")
     for kind, text in sorted(remarks, reverse=True):
         log(f"  {kind}: {text}")
-    return int(any(kind == "wrong" for kind, _ in remarks))
+    wrong = int(any(kind == "wrong" for kind, _ in remarks))
+    return processes.largest(wrong)
 
 
 def row(name: str, value: str, remark: str = ""):
@@ -171,7 +191,11 @@ def show_memory(state, memory) -> Remarks:
         row("activations", megabytes(memory.activations), "and what else the longest step takes")
         row("peak of a step", megabytes(memory.step), "all of these")
         row("of an evaluation", megabytes(memory.evaluation), "with its samples")
-        row("peak memory", megabytes(memory.peak), "measured")
+        several = state.processes.count > 1
+        row("peak memory", megabytes(memory.peak), "measured" + ", in rank 0" * several)
+        largest = state.processes.largest(memory.peak)
+        if several:
+            row("of the largest rank", megabytes(largest))
     if memory.reserved:
         row("reserved", megabytes(memory.reserved), "what PyTorch took of the GPU for it")
     if memory.available:
@@ -206,6 +230,39 @@ def show_time(state, measured, price: float) -> Remarks:
         work = Work.of(state.batches.examples, config.train.micro_batch_size)
         other, why = choose_precision("auto", config.model, work, state.device)
     return [("note", other.name != own, f"--precision {other.name} may be faster ({why})")]
+
+
+def show_communication(state, measured):
+    """What the processes send, what it takes, and what a step would take with other numbers."""
+    from tools.communication import measure_transport  # here, because PyTorch takes its time
+
+    transport = measure_transport(state.processes, state.device)
+    count, train, exchange = state.processes.count, state.config.train, state.exchange
+    size, buckets = sum(bucket.flat.nbytes for bucket in exchange.buckets), len(exchange.buckets)
+    whole, tokens = sum(measured.steps), measured.tokens / len(measured.steps)
+    waited, update = measured.parts["exchange"], measured.parts["optimizer"] / len(measured.steps)
+    log("communication")
+    row(
+        "processes", f"{count:,}", f"{state.share} of {train.accumulation_steps} micro-batches each"
+    )
+    row("sent by each", megabytes(2 * (count - 1) / count * size), f"a step, in {buckets} buckets")
+    row("waiting for it", f"{waited / whole:.1%}", "of a step, for the slowest process, too")
+    row("latency", f"{1e6 * transport.latency:,.0f} µs", "a message, fitted to 4 sizes sent here")
+    row("bandwidth", f"{transport.bandwidth / 1e6:,.0f} MB/s", "a process, the same")
+    # a step's work is the same however it is cut, so a micro-batch's time tells that of all
+    work = (statistics.median(measured.steps) - waited / len(measured.steps) - update) * count
+    log("other numbers of processes: a model, not measured: devices and network like those tried")
+    log("here, sending never hidden behind computing, nothing of hosts, switches and stragglers")
+    log(f"  {'processes':>9}{'a step':>14}{'of it sending':>15}{'tokens/s':>14}{'times one':>11}")
+    number = 1
+    while number <= min(LARGEST, train.batch_size):
+        sending = transport.seconds(number, buckets, size)
+        step = update + work / number + sending
+        figures = f"{1000 * step:>11,.1f} ms{sending / step:>15.1%}{tokens / step:>14,.0f}"
+        log(f"  {number:>9,}{figures}{(update + work) / step:>11.1f}")
+        number *= 2
+    if number <= LARGEST:
+        log(f"  {number:>9,} and more: a step has {train.batch_size} examples (train.batch_size)")
 
 
 def show_first_loss(state, spec, measured) -> Remarks:

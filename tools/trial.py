@@ -68,14 +68,21 @@ class Measured:
     steps: list[float]
     tokens: int
     evaluation: float  # one, samples included
+    parts: dict[str, float]  # of all steps timed; of a GPU only what it is waited for
 
 
 def try_run(state: TrainState, log: Log) -> tuple[Measured | None, str]:
     """Measures the run's first steps, its longest and an evaluation; or says why that cannot be.
 
     Where they do not fit into memory, says with how many accumulation steps they do, which
-    `state` has afterwards; what is measured is then of those.
+    `state` has afterwards; what is measured is then of those. Of several processes, one that has
+    too little memory ends all with an error that says so.
     """
+    if state.processes.count > 1:
+        try:
+            return measure(state, memory_available(state.device), log), ""
+        except NonFiniteError as error:  # the same in all
+            return None, str(error)
     available, failure = memory_available(state.device), ""
     with bounded_memory(state.device, available):
         while True:
@@ -151,12 +158,16 @@ def measure(state: TrainState, available: int, log: Log) -> Measured:
         reserved=torch.cuda.max_memory_reserved(device) if device.type == "cuda" else 0,
     )
     first, _ = timed_step(state, loss_module, begin)
-    seconds, tokens = [], 0
-    while len(seconds) < 3 or (len(seconds) < STEPS and sum(seconds) < SECONDS):
-        result, took = timed_step(state, loss_module, begin + 1 + len(seconds))
+    seconds, tokens, timer = [], 0, StepTimer(device)
+
+    def enough() -> bool:
+        return len(seconds) >= 3 and (len(seconds) >= STEPS or sum(seconds) >= SECONDS)
+
+    while not state.processes.largest(enough()):
+        result, took = timed_step(state, loss_module, begin + 1 + len(seconds), timer=timer)
         seconds.append(took)
         tokens += result.tokens
-    return Measured(first.loss, memory, seconds, tokens, evaluation)
+    return Measured(first.loss, memory, seconds, tokens, evaluation, timer.seconds)
 
 
 def kept(state: TrainState) -> tuple[int, int, int]:
@@ -185,16 +196,25 @@ def step_sizes(state: TrainState) -> list[tuple[int, int]]:
 
 
 def timed_step(
-    state: TrainState, loss_module: Loss, step: int, still: bool = False
+    state: TrainState,
+    loss_module: Loss,
+    step: int,
+    still: bool = False,
+    timer: StepTimer | None = None,
 ) -> tuple[StepResult, float]:
-    """One step as train.py makes it, and its seconds; `still` moves no weights."""
+    """One step as train.py makes it, and its seconds; `still` moves no weights.
+
+    timer: gets the seconds of its parts.
+    """
     factor = 0 if still else lr_factor(state.config.optimizer, step, state.config.horizon)
     set_lr(state.optimizers, factor)
-    micro_batches = state.batches(step, state.config.train.accumulation_steps)
+    accumulation, processes = state.config.train.accumulation_steps, state.processes
+    micro_batches = state.batches(step, accumulation, processes.index, processes.count)
     targets = state.batches.target_count(step)
     synchronize(state.device)
     began = time.perf_counter()  # without the batch: a thread makes it meanwhile
-    result = train_step(state, loss_module, micro_batches, targets, step, StepTimer(state.device))
+    timer = timer or StepTimer(state.device)
+    result = train_step(state, loss_module, micro_batches, targets, step, timer)
     synchronize(state.device)
     return result, time.perf_counter() - began
 
@@ -216,10 +236,12 @@ def timed_evaluation(state: TrainState) -> float:
                 limit,
                 state.precision,
                 StopRequest(),
+                state.processes,
             )
             validation = (time.perf_counter() - began) * count / part
     began = time.perf_counter()
-    Sampler(state.dataset, state.config.sample, state.config.seed)(state.model)
+    if state.processes.is_first:
+        Sampler(state.dataset, state.config.sample, state.config.seed)(state.model)
     return validation + time.perf_counter() - began
 
 

@@ -61,12 +61,12 @@ class Arguments:
     """Print the resolved settings as TOML and exit."""
 
 
-def read_for_all(processes: Processes, log) -> RunSpec | None:
+def read_for_all(processes: Processes, log, argv: list[str] | None = None) -> RunSpec | None:
     """What train.py is to do, as the first process reads it, in all of them."""
     own: list[RunSpec | None] = []
 
     def read() -> dict | None:
-        own.append(read_command_line(log))
+        own.append(read_command_line(log, argv))
         if own[0] is not None:
             own[0].config.train.share_of(processes.count)  # refuses what cannot be shared out
         return to_json(own[0])

@@ -76,6 +76,26 @@ def test_what_it_shows(home):
     assert [path.name for path in (home / "runs").iterdir()] == ["one"]
 
 
+def test_under_torchrun_it_measures_what_sending_takes(home):
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    result = subprocess.run(
+        [sys.executable, *launcher, "-m", "tools.preflight", "--config", home / "tiny.toml",
+         "--runs_dir", home / "runs"], timeout=120, stdin=subprocess.DEVNULL,
+        cwd=ROOT, env={**os.environ, "PYTHONPATH": "", "OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert result.stdout.count("communication\n") == 1  # the first speaks for both
+    assert result.stdout.index("communication\n") < result.stdout.index("no remarks")
+    sent = float(re.search(r"sent by each +([\d.]+) MB", result.stdout)[1])
+    weights = float(re.search(r"weights +([\d.]+) MB", result.stdout)[1])
+    assert sent == pytest.approx(weights, abs=0.1)  # 2 (W - 1) / W of them
+    rows = re.findall(r"^ +(\d+) +[\d.]+ ms +([\d.]+)% ", result.stdout, re.M)
+    assert [number for number, _ in rows] == ["1", "2", "4", "8"]
+    assert float(rows[0][1]) == 0 < float(rows[1][1]) < 100
+    assert "16 and more: a step has 8 examples" in result.stdout
+
+
 def test_settings_that_spoil_a_run(home):
     flags = "--optimizer.lr 0 --optimizer.warmup_steps 70 --max_steps 60 --data.val_fraction 0"
     flags += " --train.batch_size 500 --train.keep 1000000000"
