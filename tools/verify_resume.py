@@ -105,9 +105,10 @@ def read_flags(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     options, flags = parser.parse_known_args([underscored(flag) for flag in argv])
     if options.steps < 2:
         raise UserError(f"--steps {options.steps} must be at least 2")
-    for name in ("processes", "resume_processes"):
-        if (number := getattr(options, name)) < 1:
-            raise UserError(f"--{name} {number} must be at least 1")
+    if options.processes < 1:
+        raise UserError(f"--processes {options.processes} must be at least 1")
+    if options.resume_processes < 1:
+        raise UserError(f"--resume_processes {options.resume_processes} must be at least 1")
     options.stop_at = options.stop_at or options.steps // 2
     if not 0 < options.stop_at < options.steps:
         raise UserError(f"--stop_at {options.stop_at} must be from 1 to {options.steps - 1}")
