@@ -5,8 +5,11 @@ import pytest
 import torch
 
 from checkpoint.reader import Checkpoint, list_steps, step_path
+from common.errors import UserError
 from tests.distributed.test_one_curve import BOTH, FILES, curve, home, start  # noqa: F401
 from tests.helpers import run
+from training.config import Config
+from training.setup import check_shard
 from training.sharding import choose_owners, rows_of_each
 
 ROWS = {  # 4 micro-batches a step, dropout everywhere; each has a short last batch in its epochs
@@ -115,3 +118,8 @@ def test_owners_have_equal_work():
     owners = choose_owners([4.0, 1.0, 1.0, 1.0, 1.0, 4.0], 3)
     assert owners == [0, 2, 2, 2, 2, 1]
     assert choose_owners([], 2) == []
+
+
+def test_fp16_is_refused():
+    with pytest.raises(UserError, match=r"^train\.shard: .*; use --precision bf16 or fp32$"):
+        check_shard(Config(precision="fp16"), print)
