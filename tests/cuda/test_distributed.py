@@ -10,11 +10,15 @@ import torch.distributed as dist
 
 from checkpoint.reader import Checkpoint, list_steps
 from common.processes import Processes, all_gather
+from model.cuda_attention import use_cuda_attention
+from model.loss import LossModule
+from model.transformer_full import TransformerDecoder
 from tests.cuda.test_training import make_in
 from tests.distributed.test_one_curve import curve
 from tests.helpers import ROOT, run, write_config
 from training.gradient_exchange import GradientExchange
 from training.gradient_sum import PairwiseSum
+from training.sharding import Shards, whole
 from training.step import micro_step
 
 
@@ -69,6 +73,26 @@ def test_numbers_are_gathered_on_both_devices(nccl):
         found = torch.empty_like(own)
         all_gather(found, own)
         assert torch.equal(own, found)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_through_nccl_a_model_in_parts_has_the_same_gradients(nccl, tmp_path, precision):
+    """FSDP2, with one process: its hooks, its dtypes and its sums."""
+    state = make_in(tmp_path, precision=precision, dropout=0.0)
+    cut = LossModule(TransformerDecoder.from_config(state.config.model, torch.float32).cuda())
+    cut.model.load_state_dict(state.model.state_dict())
+    use_cuda_attention(cut.model, False, merged=False)
+    Shards(cut, state.device, state.precision, nccl)
+    batch, targets = state.batches(0)[0], state.batches.target_count(0)
+    losses = [
+        micro_step(state, module, batch, targets, 0, 0) for module in (state.loss_module, cut)
+    ]
+    torch.testing.assert_close(*losses, rtol=1e-5 if precision == "fp32" else 1e-2, atol=0)
+    own, parts = (
+        torch.cat([whole(p.grad).flatten() for p in module.parameters() if p.grad is not None])
+        for module in (state.loss_module, cut)
+    )
+    assert (own - parts).norm() / own.norm() < (1e-5 if precision == "fp32" else 1e-2)
 
 
 @pytest.mark.parametrize("count", [1, 2, 4])
