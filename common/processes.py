@@ -131,16 +131,17 @@ class Processes:
         if dist.is_initialized():
             return
         self.timeout = timeout
-        # who fails before has said so in the store, for which nothing else would wait
-        self.store.set(f"connects/{self.index}", "")
-        self.wait_for(*(f"connects/{index}" for index in range(self.count)))
-        dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-            store=self.store,
-            rank=self.index,
-            world_size=self.count,
-            timeout=timeout,
-        )
+        with defer_interrupts():  # who has said that it connects does so: the others wait for it
+            # who fails before has said so in the store, for which nothing else would wait
+            self.store.set(f"connects/{self.index}", "")
+            self.wait_for(*(f"connects/{index}" for index in range(self.count)))
+            dist.init_process_group(
+                "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+                store=self.store,
+                rank=self.index,
+                world_size=self.count,
+                timeout=timeout,
+            )
 
     def gather(self, values: Sequence[float]) -> list[list[float]]:
         """The numbers of each process, as many from each, in the order of processes."""
@@ -177,6 +178,10 @@ class Processes:
             elif not isinstance(error, KeyboardInterrupt | SystemExit):
                 with defer_interrupts():
                     self.fail(error)
+            elif isinstance(error, KeyboardInterrupt) and self._store:
+                with contextlib.suppress(RuntimeError):  # else who waits would wait for ever
+                    self.store.add("failures", 1)
+                    self.store.set("failed", "")
         finally:
             self.leaving.set()
             if self.watcher:

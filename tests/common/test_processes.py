@@ -29,6 +29,8 @@ def main():
                 file.write(f"{processes.index} ")
             return processes.index
         found["own"] = processes.first_on_host(turn)
+        if sys.argv[2] == "interrupted" and processes.index == processes.count - 1:
+            raise KeyboardInterrupt
         processes.connect(torch.device("cpu"), timedelta(seconds=3))
         found["gathered"] = processes.gather([processes.index, 0.1 * processes.index])
         found["largest"] = processes.largest(10 - processes.index)
@@ -109,6 +111,12 @@ def test_a_failure_is_told_once_with_its_rank(tmp_path, fault, line):
     assert told.count("program: ") == 1, told
     assert "Traceback" not in told
     assert all(status for status, _, _ in done[:2])
+
+
+def test_one_that_is_interrupted_while_all_start_ends_all_in_silence(tmp_path):
+    done = start(3, [str(tmp_path / "order"), "interrupted"])
+    assert all(status for status, _, _ in done), done
+    assert "program: " not in "".join(error for _, _, error in done)
 
 
 def test_what_is_wrong_in_all_is_told_once(tmp_path):
