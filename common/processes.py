@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from common import cli
 from common.errors import UserError
-from common.signals import defer_interrupts
+from common.signals import INTERRUPT, defer_interrupts
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -309,4 +309,5 @@ def join(program: str) -> Processes:
             alone = Processes(program=program)
             alone.is_launched = "RANK" in os.environ
             return alone
+    INTERRUPT.launched = True
     return Processes(values["RANK"], values["WORLD_SIZE"], values["LOCAL_RANK"], program)

@@ -30,15 +30,18 @@ def listen(handler: Callable[[int, FrameType | None], object] | signal.Handlers)
 
 
 class Interrupt:
-    """The handler that raises KeyboardInterrupt, at once or at the end of a deferred section."""
+    """The handler that raises KeyboardInterrupt, at once or at the end of a deferred section.
+
+    launched: as StopRequest has it; what others wait for is not cut by a second signal.
+    """
 
     def __init__(self):
         self.received: list[int] = []
-        self.deferred = False
+        self.deferred = self.launched = False
 
     def __call__(self, number: int, _frame: FrameType | None):
         self.received.append(number)
-        for each in INSISTENT:  # a second one quits at once
+        for each in () if self.launched else INSISTENT:  # a second one quits at once
             signal.signal(each, signal.SIG_DFL)
         if len(self.received) == 1 and not self.deferred:
             raise KeyboardInterrupt
