@@ -73,7 +73,8 @@ class Processes:
     def store(self) -> Store:
         """What all processes of this start, and of no earlier one, share."""
         if self._store is None:
-            from torch.distributed import rendezvous
+            with defer_interrupts():
+                from torch.distributed import rendezvous
 
             store, _, _ = next(rendezvous("env://"))
             self._store = meet(store, self.index, self.count)

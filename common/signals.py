@@ -64,13 +64,13 @@ def handle_interrupts() -> Generator[Interrupt]:
 
 @contextlib.contextmanager
 def defer_interrupts() -> Generator[None]:
-    """The block is not interrupted, but at its end: PyTorch aborts if its loading is."""
-    INTERRUPT.deferred = True
+    """The block is interrupted at its end only: PyTorch aborts if its loading is, or goes on."""
+    before, INTERRUPT.deferred = INTERRUPT.deferred, True
     try:
         yield
     finally:
-        INTERRUPT.deferred = False
-    if INTERRUPT.received:
+        INTERRUPT.deferred = before
+    if INTERRUPT.received and not before:
         raise KeyboardInterrupt
 
 
