@@ -66,7 +66,10 @@ def read_for_all(processes: Processes, log, argv: list[str] | None = None) -> Ru
     own: list[RunSpec | None] = []
 
     def read() -> dict | None:
-        own.append(read_command_line(log, argv))
+        try:
+            own.append(read_command_line(log, argv))
+        except SystemExit:  # --help, of which the others are to hear that nothing is to be done
+            own.append(None)
         if own[0] is not None:
             own[0].config.train.share_of(processes.count)  # refuses what cannot be shared out
         return to_json(own[0])

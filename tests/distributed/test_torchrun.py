@@ -53,3 +53,12 @@ def test_a_signal_to_the_launcher_saves_once_and_ends_all(home):
     assert after.count("saved ") == 1, said()
     assert "train.py: " not in said()  # nobody misses anybody
     assert step_of(list_steps(folder)[-1]) >= max(record["step"] for record in metrics(folder))
+
+
+@pytest.mark.parametrize("flag", ["--help", "--print_config"])
+def test_what_the_first_one_answers_alone_ends_all(home, flag):
+    # as on hosts that may join again: the first process has the store
+    own = {**os.environ, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    with launched(home, 2, *FLAGS, flag, environment=own) as (torchrun, said):
+        assert torchrun.wait(60) == 0, said()
+    assert said().count("max_steps") and "train.py: " not in said()
