@@ -23,7 +23,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from common.cli import explain_error, is_out_of_memory
 from common.device import Precision
+from common.errors import UserError
 from common.processes import Processes, all_gather
 from model.loss import LossModule
 from model.transformer_full import TransformerDecoder
@@ -85,13 +87,20 @@ class Shards:
 
         owners: processes by tensor; None: the first owns all. Called by all with the same names.
         Each has one whole tensor on its device at a time. Raises MemoryError where the host has no
-        more, but only at the end: the others count on this process.
+        more, but only at the end: the others count on this process. Raises UserError where the
+        device has not: nobody can go on then.
         """
         found: dict[str, torch.Tensor] = {}
         failure = None
         for name, tensor in tensors.items():
             part = tensor.detach()
-            gathered = whole(part)
+            try:
+                gathered = whole(part)
+            except (MemoryError, RuntimeError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                # no save that fails, after which training goes on: the others wait for this part
+                raise UserError(f"{name}: {explain_error(error, 'train.py')}") from None
             owner = owners[name] if owners else 0
             if owner == self.processes.index and not failure:
                 try:

@@ -13,24 +13,27 @@ from pathlib import Path
 
 from checkpoint.shards import INDEX, deal_out, index_json, shard_names
 from checkpoint.writer import Content, finish, write_files
+from common.errors import UnreadableError
 from training.state import TrainState, tensor_file
+
+Failures = list[OSError | MemoryError | UnreadableError]  # what costs a save, and no more
 
 
 def save_together(state: TrainState, begin: Callable[[], Path | None]):
     """Publishes a checkpoint of `state`, of which each process holds a part. Called by all.
 
     begin: called in the first alone; makes the empty directory to write to (checkpoint/writer.py);
-    None: there is nothing to write. Training waits until all is on disk. Raises OSError or
-    MemoryError in the first process, whoever could not write.
+    None: there is nothing to write. Training waits until all is on disk. Raises OSError,
+    MemoryError or UnreadableError in the first process, whoever could not write.
     """
     assert state.shards is not None
     processes = state.processes
-    failures: list[OSError | MemoryError] = []
+    failures: Failures = []
 
     def begin_or_fail() -> str:
         try:
             hidden = begin()
-        except (OSError, MemoryError) as error:  # the others wait to be told
+        except (OSError, MemoryError, UnreadableError) as error:  # the others wait to be told
             failures.append(error)
             return ""
         return str(hidden.absolute()) if hidden else ""
@@ -50,7 +53,7 @@ def save_together(state: TrainState, begin: Callable[[], Path | None]):
 
 
 def share_of_files(
-    state: TrainState, failures: list[OSError | MemoryError]
+    state: TrainState, failures: Failures
 ) -> tuple[list[list[str]], dict[str, Content]]:
     """The files of tensors that each process writes, by process; and all of this one's files."""
     assert state.shards is not None
@@ -81,7 +84,7 @@ def exchange(
     state: TrainState,
     names: list[list[str]],
     entries: dict[str, dict],
-    failures: list[OSError | MemoryError],
+    failures: Failures,
 ) -> dict[str, dict]:
     """What the manifest says of the files of all processes; notes which of them failed.
 
@@ -104,7 +107,7 @@ def exchange(
     return found
 
 
-def publish(hidden: Path, entries: dict[str, dict], failures: list[OSError | MemoryError]):
+def publish(hidden: Path, entries: dict[str, dict], failures: Failures):
     """Publishes the directory that all have written to, or removes it where one of them failed."""
     if not failures:
         try:

@@ -1,16 +1,21 @@
 """A run of which each process holds a part: within rounding of one whose processes hold it all."""
 
+import errno
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 
 from checkpoint.reader import Checkpoint, list_steps, step_path
-from common.errors import UserError
+from common.errors import UnreadableError, UserError
+from common.processes import Processes
 from tests.distributed.test_one_curve import BOTH, FILES, curve, home, start  # noqa: F401
 from tests.helpers import run
 from training.config import Config
 from training.setup import check_shard
-from training.sharding import choose_owners, rows_of_each
+from training.sharding import Shards, choose_owners, rows_of_each
+from training.shared_save import save_together
 
 ROWS = {  # 4 micro-batches a step, dropout everywhere; each has a short last batch in its epochs
     "stream": [],
@@ -123,3 +128,26 @@ def test_owners_have_equal_work():
 def test_fp16_is_refused():
     with pytest.raises(UserError, match=r"^train\.shard: .*; use --precision bf16 or fp32$"):
         check_shard(Config(precision="fp16"), print)
+
+
+def test_where_a_step_cannot_be_read_the_others_are_told():
+    processes, told = Processes(), []
+    processes.decide = lambda make: told.append(make())
+    state = SimpleNamespace(shards=True, processes=processes)
+
+    def begin():
+        raise UnreadableError(OSError(errno.EIO, "Input/output error"), "step_00000004")
+
+    with pytest.raises(UnreadableError):
+        save_together(state, begin)
+    assert told == [""]
+
+
+def test_a_device_too_full_for_a_whole_tensor_ends_all(monkeypatch):
+    def full(tensor):
+        raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr("training.sharding.whole", full)
+    shards = Shards.__new__(Shards)
+    with pytest.raises(UserError, match=r"^output\.weight: out of memory"):
+        shards.gather({"output.weight": torch.zeros(2)})
