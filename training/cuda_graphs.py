@@ -132,7 +132,9 @@ class GraphedStep:
     ) -> StepResult:
         self.zero_gradients()
         first = self.state.processes.index * self.state.share
-        whole = all(b.ids.shape == self.shape and b.target_indices is None for b in micro_batches)
+        whole = bool(micro_batches) and all(  # none: a short batch has not reached this process
+            b.ids.shape == self.shape and b.target_indices is None for b in micro_batches
+        )
         if whole and self.warm_up_left == 0 and self.replay_update is None:
             self.capture_step(targets)
         if whole and self.replay_update and targets == self.targets:

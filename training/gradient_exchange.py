@@ -149,9 +149,10 @@ class GradientExchange:
             if gradient is not None:  # a process without a micro-batch has none
                 self.put(index, gradient)
         self.exchange(loss, parts)
-        for gradient, (bucket, entry) in zip(gradients, self.place, strict=True):
-            if gradient is not None:
-                gradient.copy_(bucket.views[entry])
+        for parameter, (bucket, entry) in zip(self.parameters, self.place, strict=True):
+            if parameter.grad is None:  # all take the same step
+                parameter.grad = torch.empty_like(parameter)
+            parameter.grad.copy_(bucket.views[entry])
 
     def exchange(self, loss: torch.Tensor, parts: int):
         """Sends what has not been sent, and waits for all sums."""

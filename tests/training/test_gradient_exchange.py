@@ -41,8 +41,8 @@ def share(index: int, count: int, port: int, folder):
             own = parts(micro_batches)[index * own_share : (index + 1) * own_share]
             for in_place in (False, True):
                 loss, summed = torch.zeros(()), PairwiseSum(parameters, in_place)
-                for parameter in parameters:
-                    parameter.grad = torch.zeros_like(parameter) if in_place else None
+                for parameter in parameters:  # one that no micro-batch has reached yet has none
+                    parameter.grad = torch.zeros_like(parameter) if in_place and own else None
                 for number, (*gradients, own_loss) in enumerate(own):
                     summed.begin(loss)
                     if number == len(own) - 1 and not in_place:
