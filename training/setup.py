@@ -42,6 +42,7 @@ def build(spec: RunSpec, log: Log, processes: Processes | None = None) -> TrainS
     """
     config, processes = spec.config, processes or Processes()
     device = choose_device(config.device, processes.local_index if processes.count > 1 else None)
+    check_same_device(config.device, device, processes)
     processes.connect(device, timedelta(seconds=config.train.collective_timeout))
     threads = processes.decide(lambda: config.train.threads or torch.get_num_threads())
     if processes.count > 1:  # whatever a host has chosen
@@ -231,6 +232,15 @@ def given_tokenizer(spec: RunSpec) -> Tokenizer | None:
         return load_tokenizer(user_path(path))
     except UserError as error:
         raise UserError(f"data.tokenizer_path: {error}") from None
+
+
+def check_same_device(name: str, device: torch.device, processes: Processes):
+    """Raises UserError in a process whose device is of another kind than that of the first."""
+    if (kind := processes.decide(lambda: device.type)) != device.type:
+        raise UserError(
+            f"--device {name}: {device.type} here, but {kind} for rank 0; make all hosts alike, or "
+            "use --device cpu"
+        )
 
 
 def check_same_data(dataset: Dataset, processes: Processes):

@@ -4,14 +4,16 @@ import json
 from dataclasses import replace
 
 import pytest
+import torch
 
 from common.errors import UserError
+from common.processes import Processes
 from data.dataset import prepare
 from data.tokenizer import CharTokenizer
 from tests.helpers import write_config
 from training.command_line import read_command_line
 from training.config import load
-from training.setup import given_tokenizer, open_batches
+from training.setup import check_same_device, given_tokenizer, open_batches
 
 PAIR = json.dumps({"prompt": "p", "completion": "c"})
 
@@ -74,3 +76,11 @@ def test_a_tokenizer_that_is_not_there(tmp_path, monkeypatch, path, expected):
     assert spec is not None
     with pytest.raises(UserError, match=f"^data.tokenizer_path( =|:) .*{expected}"):
         given_tokenizer(spec)
+
+
+def test_no_process_computes_on_another_kind_of_device(monkeypatch):
+    processes = Processes(1, 2, 1)
+    monkeypatch.setattr(processes, "decide", lambda make: "cuda")
+    check_same_device("auto", torch.device("cuda", 1), processes)
+    with pytest.raises(UserError, match="--device auto: cpu here, but cuda for rank 0; "):
+        check_same_device("auto", torch.device("cpu"), processes)
