@@ -46,6 +46,10 @@ class ProcessLostError(RuntimeError):
     """Another process has failed, as the store says."""
 
 
+class ProcessLateError(RuntimeError):
+    """Another process has not answered for too long."""
+
+
 class Processes:
     """This process and the others.
 
@@ -110,11 +114,17 @@ class Processes:
             self.store.set(key, "")
         return result
 
-    def wait_for(self, *keys: str) -> bytes:
-        """The value of a key of the store, once all are there. Raises ProcessLostError."""
+    def wait_for(self, *keys: str, timeout: timedelta = timedelta.max) -> bytes:
+        """The value of a key of the store, once all are there.
+
+        Raises ProcessLostError, and ProcessLateError after `timeout`.
+        """
+        last = time.monotonic() + timeout.total_seconds()
         while not self.store.check(list(keys)):
             if self.store.check(["failed"]):
                 raise ProcessLostError("another process has failed")
+            if time.monotonic() > last:
+                raise ProcessLateError("timed out")
             time.sleep(POLL)
         return self.store.get(keys[0])
 
@@ -133,9 +143,10 @@ class Processes:
             return
         self.timeout = timeout
         with defer_interrupts():  # who has said that it connects does so: the others wait for it
-            # who fails before has said so in the store, for which nothing else would wait
+            # who fails before has said so in the store, for which nothing else would wait; who was
+            # killed, on a host whose launcher is another one, has not
             self.store.set(f"connects/{self.index}", "")
-            self.wait_for(*(f"connects/{index}" for index in range(self.count)))
+            self.wait_for(*(f"connects/{index}" for index in range(self.count)), timeout=timeout)
             dist.init_process_group(
                 "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
                 store=self.store,
@@ -176,13 +187,17 @@ class Processes:
 
                 if dist.is_initialized():
                     dist.destroy_process_group()
+                self.let_others_go()
             elif not isinstance(error, KeyboardInterrupt | SystemExit):
                 with defer_interrupts():
-                    self.fail(error)
-            elif isinstance(error, KeyboardInterrupt) and self._store:
-                with contextlib.suppress(RuntimeError):  # else who waits would wait for ever
-                    self.store.add("failures", 1)
-                    self.store.set("failed", "")
+                    try:
+                        self.fail(error)
+                    finally:
+                        self.let_others_go()
+            elif self._store is not None:  # others may wait for a decision of this one
+                with contextlib.suppress(RuntimeError):
+                    self._store.add("failures", 1)  # a signal needs no words
+                    self._store.set("failed", "")
         finally:
             self.leaving.set()
             if self.watcher:
@@ -190,6 +205,8 @@ class Processes:
 
     def fail(self, error: BaseException):
         """Tells what is wrong, if nobody else has; a bug is raised as it is."""
+        if isinstance(error, ProcessLostError):  # who has failed has told it
+            raise SystemExit(1)
         lost, missing, is_told = is_loss(error), "", False
         try:
             missing = self.find_missing(error) if lost else ""
@@ -208,6 +225,18 @@ class Processes:
             raise SystemExit(2)
         if reason and self.decisions:  # before, the first one alone has read the settings
             raise UserError(f"rank {self.index} of {self.count}: {reason or error}") from None
+        raise error  # here, or the launcher's signal would be raised instead of it
+
+    def let_others_go(self):
+        """Where the first process is the host of the store: it leaves when nobody reads there."""
+        if self._store is None or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            return  # the launcher is
+        last = time.monotonic() + ROUNDS * GRACE  # some may have been killed
+        everybody = [f"leaves/{index}" for index in range(self.count)]
+        with contextlib.suppress(RuntimeError):  # the host has gone
+            self._store.set(f"leaves/{self.index}", "")
+            while self.is_first and not self._store.check(everybody) and time.monotonic() < last:
+                time.sleep(POLL)
 
     def answer(self, store: Store):
         """In a thread: says that this process is there, whatever it does, when somebody asks."""
@@ -263,7 +292,7 @@ def is_loss(error: BaseException) -> bool:
     import torch.distributed as dist
 
     said = str(error)
-    return isinstance(error, ProcessLostError | dist.DistError) or "gloo" in said or "NCCL" in said
+    return isinstance(error, ProcessLateError | dist.DistError) or "gloo" in said or "NCCL" in said
 
 
 def meet(store: Store, index: int, count: int) -> Store:
@@ -310,5 +339,7 @@ def join(program: str) -> Processes:
             alone = Processes(program=program)
             alone.is_launched = "RANK" in os.environ
             return alone
+    if absent := [key for key in ("MASTER_ADDR", "MASTER_PORT") if key not in os.environ]:
+        raise UserError(f"{absent[0]}: not set; start the processes with torchrun")
     INTERRUPT.launched = True
     return Processes(values["RANK"], values["WORLD_SIZE"], values["LOCAL_RANK"], program)

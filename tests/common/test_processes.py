@@ -24,6 +24,13 @@ def main():
     with join("program") as processes:
         found = {"decided": processes.decide(lambda: {"by": processes.index})}
         order = sys.argv[1]
+        if sys.argv[2] == "nothing to do":  # the first, which has the store, leaves before the rest
+            time.sleep(processes.index)
+            return processes.decide(lambda: 0)
+        if sys.argv[2] == "killed early" and processes.index == processes.count - 1:
+            os.kill(os.getpid(), 9)
+        if sys.argv[2] == "interrupted" and processes.is_first:
+            raise KeyboardInterrupt
         def turn():
             with open(order, "a") as file:
                 file.write(f"{processes.index} ")
@@ -101,6 +108,7 @@ def test_they_decide_and_gather(tmp_path):
         ("killed", "rank 2 of 3 has gone, at step 7; continue from the last checkpoint"),
         # one that computes meanwhile, and cannot know, is not missing
         ("busy", "rank 2 of 3 has gone, at step 7; continue from the last checkpoint"),
+        ("killed early", "rank 2 of 3 has not answered for 3 s, at step 0; continue from"),
         ("hangs", "rank 2 of 3 has not answered for 3 s, at step 7; continue from"),
     ],
 )
@@ -125,6 +133,18 @@ def test_what_is_wrong_in_all_is_told_once(tmp_path):
     assert "".join(error for _, _, error in done).count("no such file") == 1
 
 
+def test_the_host_of_the_store_leaves_last(tmp_path):
+    done = start(3, [str(tmp_path / "order"), "nothing to do"])
+    assert [(status, error) for status, _, error in done] == [(0, "")] * 3
+
+
+def test_who_is_interrupted_lets_nobody_wait(tmp_path):
+    done = start(2, [str(tmp_path / "order"), "interrupted"])
+    assert done[0][0] == 130
+    assert done[1][0] == 1
+    assert "Traceback" not in done[1][2]
+
+
 def test_a_process_alone_does_nothing():
     alone = Processes()
     assert alone.is_first
@@ -138,4 +158,9 @@ def test_an_environment_that_says_half_of_it(monkeypatch):
     assert join("program").count == 1
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match="RANK = None: must be a whole number; start"):
+        join("program")
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    with pytest.raises(UserError, match="MASTER_ADDR: not set; start the processes with torchrun"):
         join("program")
