@@ -78,9 +78,10 @@ def choose_device(name: str, local_index: int | None = None) -> torch.device:
         problem = cuda.find_problem(0)
         if not problem.why:
             return torch.device("cuda") if local_index is None else own_gpu(local_index)
-        if not problem.is_absent:
+        if not problem.is_absent and not local_index:
             print(f"--device auto: no cuda: {problem.why}; {problem.fix}", file=sys.stderr)
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+        mps = torch.backends.mps.is_available() and local_index is None
+        return torch.device("mps" if mps else "cpu")
     # torch would read an index as one signed byte: 256 as 0, and 128 as -128
     parts = re.fullmatch(r"(cpu|cuda|mps)(?::(0|[1-9][0-9]{0,5}))?", name)
     if not parts:
@@ -92,6 +93,8 @@ def choose_device(name: str, local_index: int | None = None) -> torch.device:
                 f"--device {name}: each of several processes has its own GPU; use --device cuda"
             )
         return own_gpu(local_index)
+    if local_index is not None and kind == "mps":
+        raise UserError("--device mps: several processes cannot share it; use --device cpu")
     if kind == "cuda":
         problem = cuda.find_problem(index)
         if problem.why:

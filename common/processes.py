@@ -88,10 +88,10 @@ class Processes:
             self.watcher.start()
         return self._store
 
-    def decide(self, make: Callable[[], T]) -> T:
+    def decide(self, make: Callable[[], T], timeout: timedelta = timedelta.max) -> T:
         """What make() returns in the first process, in all of them: something that JSON can hold.
 
-        Called by all, as often by each.
+        Called by all, as often by each. timeout: how long the others wait for it.
         """
         if self.count == 1:
             return make()
@@ -100,7 +100,7 @@ class Processes:
             result = make()
             self.store.set(key, json.dumps(result))
         else:
-            result = json.loads(self.wait_for(key))
+            result = json.loads(self.wait_for(key, timeout=timeout))
         self.decisions += 1
         return result
 

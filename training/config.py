@@ -105,7 +105,7 @@ class TrainConfig:
     checkpoint_shards: bool = False
     """With train.shard: each process writes files of its own into a checkpoint."""
     collective_timeout: int = 600
-    """Seconds that a process waits for the others before the run ends."""
+    """Seconds that a process waits for the others before the run ends; longer than a save takes."""
     profile_steps: str = ""
     """Steps A:B, both included, to record with torch.profiler in the run's folder; empty: none."""
 

@@ -38,7 +38,7 @@ def save_together(state: TrainState, begin: Callable[[], Path | None]):
             return ""
         return str(hidden.absolute()) if hidden else ""
 
-    if hidden := processes.decide(begin_or_fail):
+    if hidden := processes.decide(begin_or_fail, processes.timeout):
         names, files = share_of_files(state, failures)
         try:
             entries = write_files(Path(hidden), {} if failures else files)

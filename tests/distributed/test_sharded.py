@@ -132,7 +132,7 @@ def test_fp16_is_refused():
 
 def test_where_a_step_cannot_be_read_the_others_are_told():
     processes, told = Processes(), []
-    processes.decide = lambda make: told.append(make())
+    processes.decide = lambda make, timeout: told.append(make())
     state = SimpleNamespace(shards=True, processes=processes)
 
     def begin():
