@@ -198,6 +198,7 @@ class Processes:
                 with contextlib.suppress(RuntimeError):
                     self._store.add("failures", 1)  # a signal needs no words
                     self._store.set("failed", "")
+                self.let_others_go()
         finally:
             self.leaving.set()
             if self.watcher:
@@ -339,7 +340,8 @@ def join(program: str) -> Processes:
             alone = Processes(program=program)
             alone.is_launched = "RANK" in os.environ
             return alone
-    if absent := [key for key in ("MASTER_ADDR", "MASTER_PORT") if key not in os.environ]:
-        raise UserError(f"{absent[0]}: not set; start the processes with torchrun")
+    for key in ("MASTER_ADDR", "MASTER_PORT"):
+        if key not in os.environ:
+            raise UserError(f"{key} = None: must be set; start the processes with torchrun")
     INTERRUPT.launched = True
     return Processes(values["RANK"], values["WORLD_SIZE"], values["LOCAL_RANK"], program)

@@ -69,6 +69,7 @@ EXCEPTIONS = {
     ("training/config.py", "{origin}"): "lists what `describe` says of each key; see test_config",
     ("common/cli.py", "{before}: takes no value"): "names the flag that was given",
     ("common/cli.py", "{value}: belongs to no flag"): "names the value that was given",
+    ("training/sharding.py", "{name}"): "names the tensor",
     ("common/processes.py", "rank {"): "the reason is an error that names its place itself",
     ("tools/verify_resume.py", "{name}: this program"): "the name is that of a flag of train.py",
 }

@@ -162,5 +162,5 @@ def test_an_environment_that_says_half_of_it(monkeypatch):
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("LOCAL_RANK", "0")
     monkeypatch.delenv("MASTER_ADDR", raising=False)
-    with pytest.raises(UserError, match="MASTER_ADDR: not set; start the processes with torchrun"):
+    with pytest.raises(UserError, match="MASTER_ADDR = None: must be set; start"):
         join("program")
