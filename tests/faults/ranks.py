@@ -29,7 +29,7 @@ from tests.helpers import metrics, run, torchrun, workers, write_config
 FOUR = TEXT.replace("accumulation_steps = 2", "accumulation_steps = 4")  # one for each of four
 # but for the first step and before evaluations
 SELDOM = ["--train.save_interval", "100000", "--max_steps", "100000"]
-TIMEOUT = 3  # seconds, of those that wait for one that hangs
+TIMEOUT = 8  # seconds, of those that wait for one that hangs
 AT_ONCE = 30  # seconds in which all are to be gone
 WAIT = 120  # seconds for a start on a busy machine
 
