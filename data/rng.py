@@ -1,6 +1,6 @@
 """Randomness as a pure function of what it is for: there is no state to save or to disturb.
 
-`derive_seed("dropout", seed, step, micro_step, rank)` is the same number in every process, and
+`derive_seed("dropout", seed, step, micro_batch, 0)` is the same number in every process, and
 nothing drawn for one purpose moves what is drawn for another.
 """
 

@@ -5,7 +5,7 @@ their share of an evaluation, and stop with the rest.
 """
 
 from common.signals import StopRequest
-from evaluation.validation import Interrupted, evaluate
+from evaluation.validation import Interrupted
 from training.checkpointer import Checkpointer
 from training.resume import RunSpec
 from training.shared_save import save_together
@@ -53,22 +53,11 @@ class FollowingRecorder:
 
     def evaluate(self, checkpointer: Checkpointer) -> bool:
         """False if a signal came meanwhile, to whichever process."""
-        state, settings = self.state, self.state.config.train
         try:
-            if state.val is not None:
-                evaluate(
-                    state.loss_module,
-                    state.val,
-                    settings.micro_batch_size,
-                    settings.eval_examples,
-                    state.precision,
-                    self.stop,
-                    state.processes,
-                    together=state.shards is not None,
-                )
+            self.state.validate(self.stop)
         except Interrupted:
             return False
-        state.whole_model()
+        self.state.whole_model()
         return True
 
     def begin_step(self):

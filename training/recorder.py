@@ -17,7 +17,7 @@ from common.errors import UserError
 from common.files import replace_synced
 from common.signals import StopRequest
 from data.prompt_format import unread
-from evaluation.validation import Interrupted, evaluate
+from evaluation.validation import Interrupted
 from training.checkpointer import Checkpointer
 from training.metrics import Metrics
 from training.profiler import StepProfiler
@@ -68,9 +68,8 @@ class Recorder:
         text = summary.text("configuration/machine", machine)
         self.metrics.events.add(text, resumed_at or 0)
         table_is_whole = not (state.shards and config.model.positions == "learned")
-        if (
-            not resumed_at and table_is_whole
-        ):  # also where a resume at step 0 hides what stood there
+        # also where a resume at step 0 hides what stood there
+        if not resumed_at and table_is_whole:
             self.add_image("positional encoding", positions_image(state.model), 0)
         self.profiler = StepProfiler(config, state.device, spec.run, self.log)
         self.timer = StepTimer(state.device)
@@ -140,19 +139,9 @@ class Recorder:
 
     def validate(self, checkpointer: Checkpointer) -> dict[str, float]:
         """The scalars of one evaluation; {} without validation data. Raises Interrupted."""
-        state, settings = self.state, self.state.config.train
-        if state.val is None:
+        state, values = self.state, self.state.validate(self.stop)
+        if not values:
             return {}
-        values = evaluate(
-            state.loss_module,
-            state.val,
-            settings.micro_batch_size,
-            settings.eval_examples,
-            state.precision,
-            self.stop,
-            state.processes,
-            together=state.shards is not None,
-        )
         loss, step = values["loss/val"], state.progress.step
         best_step, best = state.progress.best_step, state.progress.best_val_loss
         remark = "" if best is None else f" (best: {best:.4f} at {best_step:,})"

@@ -74,9 +74,8 @@ def build(spec: RunSpec, log: Log, processes: Processes | None = None) -> TrainS
     log(f"precision: {precision.name} ({why})")
     versions = spec.resume.state.get("versions") if spec.resume else None
     before = versions.get("processor") if isinstance(versions, dict) else None
-    if (
-        before and before != processor() and processes.is_first
-    ):  # earlier checkpoints do not name theirs
+    # earlier checkpoints do not name theirs
+    if before and before != processor() and processes.is_first:
         note_faster(precision, config.model, work, device, log)
 
     sharded = config.train.shard and processes.count > 1

@@ -16,8 +16,10 @@ from common import cuda
 from common.device import Precision, processor
 from common.errors import UserError
 from common.processes import Processes
+from common.signals import StopRequest
 from data.batches import Batches, Examples
 from data.dataset import Dataset
+from evaluation.validation import evaluate
 from model.loss import LossModule
 from model.transformer_full import TransformerDecoder
 from training.config import Config
@@ -101,6 +103,24 @@ class TrainState:
         if self.shards is None:
             return parts
         return {name: self.shards.gather(tensors) for name, tensors in parts.items()}
+
+    def validate(self, stop: StopRequest) -> dict[str, float]:
+        """The scalars of one evaluation, by all processes; {} without validation data.
+
+        Raises Interrupted.
+        """
+        if self.val is None:
+            return {}
+        return evaluate(
+            self.loss_module,
+            self.val,
+            self.config.train.micro_batch_size,
+            self.config.train.eval_examples,
+            self.precision,
+            stop,
+            self.processes,
+            together=self.shards is not None,
+        )
 
     def whole_model(self) -> TransformerDecoder | None:
         """The decoder for samples and pictures, which the first process makes.
