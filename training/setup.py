@@ -10,7 +10,7 @@ from functools import partial
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from common.device import PRECISIONS, check_precision, choose_device, processor
+from common.device import PRECISIONS, Precision, check_precision, choose_device, processor
 from common.errors import UserError
 from common.files import refuse_no_file, user_path
 from common.memory import keep_freed_memory
@@ -85,23 +85,7 @@ def build(spec: RunSpec, log: Log, processes: Processes | None = None) -> TrainS
         log("note: train.shard: one process has nobody to share with")
     elif config.train.checkpoint_shards:
         log("note: train.checkpoint_shards: takes train.shard; checkpoints are written whole")
-    home = torch.device("cpu") if sharded else device  # whole, it may be too large for the device
-    source = spec.resume or spec.weights
-    if source:
-        weights = source.tensors("model.safetensors")
-        model = TransformerDecoder.from_weights(config.model, weights, precision.weights, home)
-    else:
-        torch.manual_seed(derive_seed("init", config.seed))
-        model = TransformerDecoder.from_config(config.model, precision.weights).to(home)
-    if device.type == "cuda":
-        cudnn = prefers_cudnn(device, fixed_shapes=dataset.train.starts is None)
-        use_cuda_attention(model, cudnn, merged=not sharded)
-        if cudnn and precision.name in ("bf16", "fp16"):
-            log("attention: cuDNN's, the faster one on this GPU")
-    elif device.type == "cpu":
-        use_cpu_layers(model)
-    if config.train.checkpoint_activations:
-        recompute_layers(model)
+    model = make_model(spec, config, precision, device, dataset, log, sharded)
     loss_module = LossModule(model)
     shards = Shards(loss_module, device, precision, processes) if sharded else None
     with defer_interrupts():  # the first optimizer makes PyTorch load its compiler
@@ -140,6 +124,39 @@ def build(spec: RunSpec, log: Log, processes: Processes | None = None) -> TrainS
         shards=shards,
         in_pairs=in_pairs,
     )
+
+
+def make_model(
+    spec: RunSpec,
+    config: Config,
+    precision: Precision,
+    device: torch.device,
+    dataset: Dataset,
+    log: Log,
+    sharded: bool,
+) -> TransformerDecoder:
+    """The decoder with the weights that the run begins with, made to train on `device`.
+
+    sharded: it is cut to parts afterwards, and lies in host memory until then.
+    """
+    home = torch.device("cpu") if sharded else device  # whole, it may be too large for the device
+    source = spec.resume or spec.weights
+    if source:
+        weights = source.tensors("model.safetensors")
+        model = TransformerDecoder.from_weights(config.model, weights, precision.weights, home)
+    else:
+        torch.manual_seed(derive_seed("init", config.seed))
+        model = TransformerDecoder.from_config(config.model, precision.weights).to(home)
+    if device.type == "cuda":
+        cudnn = prefers_cudnn(device, fixed_shapes=dataset.train.starts is None)
+        use_cuda_attention(model, cudnn, merged=not sharded)
+        if cudnn and precision.name in ("bf16", "fp16"):
+            log("attention: cuDNN's, the faster one on this GPU")
+    elif device.type == "cpu":
+        use_cpu_layers(model)
+    if config.train.checkpoint_activations:
+        recompute_layers(model)
+    return model
 
 
 def check_shard(config: Config, log: Log):
