@@ -56,10 +56,10 @@ class Data:
     """Text to train on instead of the configuration's."""
 
     path: str = ""
-    """Your own file of text or JSON lines, or folder with train.nl, train.cm."""
+    """Your own file, folder or pattern."""
     source: Literal["", "stdlib", "stdlib_words", "names", "tinyshakespeare", "nl2bash"] = ""
     """A built-in source."""
-    kind: Literal["auto", "stream", "lines", "pairs"] = "auto"
+    kind: Literal["auto", "stream", "lines", "documents", "pairs"] = "auto"
     """How path is read; auto: text as the configuration says, else by content."""
 
 

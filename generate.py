@@ -309,7 +309,7 @@ def as_json(job: Job, text: StreamedText, tokens: int, arguments: Arguments) -> 
 def layout(kind: str, jobs: list[Job], index: int, text: str) -> str:
     """One of several texts: a line, a passage, or a prompt and what was written for it."""
     job = jobs[index]
-    if kind == "stream":
+    if kind in ("stream", "documents"):
         return ("---\n" if index else "") + f"{job.prompt}{text}\n"
     if kind == "lines":
         return f"{job.prompt}{text}\n"

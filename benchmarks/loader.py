@@ -40,7 +40,7 @@ def open_data(name: str, folder: Path):
     """The prepared data of a model, and its batches."""
     shape, _, data, batch_size = MODELS[name]
     if data.path:
-        data = replace(data, path=str(folder / data.path))
+        data = replace(data, path=str(folder / str(data.path)))
     dataset = prepare(replace(data, cache_dir=str(folder / "cache")), lambda _: None)
     examples = Examples(dataset.train, shape.max_len, dataset.tokenizer.pad_id)
     return dataset, Batches(examples, batch_size, SEED)

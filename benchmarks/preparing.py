@@ -22,7 +22,7 @@ from benchmarks.harness import Result, in_turns, median, parser, spread, worker
 from common import cli
 from data.config import DataConfig, Kind
 from data.dataset import prepare
-from data.readers import CHUNK
+from data.text import CHUNK
 from data.token_files import write_documents, write_stream
 from data.tokenizer import SentencePieceTokenizer, cores, load_tokenizer
 from data.train_tokenizer import train_sentencepiece

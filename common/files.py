@@ -190,7 +190,7 @@ BINARY = {
     b"\x1f\x8b": "a gzip file", b"PK\3\4": "a zip file", b"BZh": "a bzip2 file",
     b"\xfd7zXZ": "an xz file", b"\x28\xb5\x2f\xfd": "a zstd file", b"PAR1": "a Parquet file",
     b"ARROW1": "an Arrow file", b"%PDF": "a PDF", b"SQLite format 3\0": "an SQLite database",
-    b"\xff\xfe": "in UTF-16", b"\xfe\xff": "in UTF-16",
+    b"\xff\xfe\0\0": "in UTF-32", b"\xff\xfe": "in UTF-16", b"\xfe\xff": "in UTF-16",
 }  # fmt: skip
 CONTROL = re.compile(rb"[\0-\x08\x0e-\x1a\x1c-\x1f]")  # what no 8-bit encoding has in its texts
 

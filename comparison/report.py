@@ -99,7 +99,7 @@ def compared(parts: list[JobResults]) -> list[str]:
         "parameters": lambda job: f"{job.parameters:,}",
         "data": lambda job: f"{job.dataset.name} ({job.dataset.kind})",
         "documents to train on": lambda job: (
-            f"{job.documents:,}" + (" windows" if job.dataset.kind == "stream" else "")
+            f"{job.documents:,}" + (" windows" if job.dataset.train.starts is None else "")
         ),
         "vocabulary": lambda job: f"{job.config.model.vocab_size:,}",
         "documents a step": lambda job: f"{job.config.train.batch_size:,}",

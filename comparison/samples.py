@@ -51,7 +51,7 @@ def novelty(part: JobResults) -> list[str]:
         )
     speed = "generation after training [tokens/s]"
     timed = "PyTorch generates all samples at once, the others one after the other."
-    if data.kind == "stream":  # of which a sample is no document
+    if data.train.starts is None:  # of whose tokens a sample is any part
         return [timed, table(["engine", speed], [[row[0], row[-1]] for row in rows])]
     document = DOCUMENT[data.kind]
     words = (

@@ -1,5 +1,6 @@
 """What text is learned from, and how it becomes ids. Standard library only."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
@@ -7,7 +8,7 @@ from typing import Literal, get_args
 from common.errors import refuse
 
 DEFAULT_CACHE_DIR = Path(__file__).parent / "cache"  # what an empty data.cache_dir means
-Kind = Literal["stream", "lines", "pairs"]
+Kind = Literal["stream", "lines", "documents", "pairs"]
 SourceName = Literal["stdlib", "stdlib_words", "names", "tinyshakespeare", "nl2bash"]
 SOURCES: tuple[str, ...] = get_args(SourceName)
 
@@ -18,12 +19,29 @@ class DataConfig:
 
     source: SourceName = "stdlib"
     """Built-in source: stdlib* come from this Python's library, the others are downloaded once."""
-    path: str = ""
-    """Your own file of text or JSON lines, or folder with train.nl, train.cm; overrides source."""
+    path: str | tuple[str, ...] = ""
+    """Your own file, folder or pattern, or several (docs/data.md: what is read); not source."""
     val_path: str = ""
-    """A validation file of the same kind; empty: split off as val_fraction says."""
-    kind: Literal["auto", "stream", "lines", "pairs"] = "auto"
-    """stream: one text; lines: a document a line; pairs: prompt, completion; auto: by content."""
+    """Validation data of the same kind; empty: split off as val_fraction says."""
+    kind: Literal["auto", "stream", "lines", "documents", "pairs"] = "auto"
+    """stream: one text; lines: each a document; documents: texts of any length, packed; pairs:
+    prompt, completion; auto: by content."""
+    text_key: str = "text"
+    """Where records have their text: a column, or a key of JSON, dotted for a nested one."""
+    prompt_key: str = "prompt"
+    """Where records have their prompt; "a,b": both, with an empty line between them."""
+    completion_key: str = "completion"
+    """Where records have their completion."""
+    separator: str = ""
+    """What stands between the documents of a text file, such as <|endoftext|>; empty: nothing."""
+    packing: Literal["concat"] = "concat"
+    """How documents fill sequences: one after another, cut anywhere, nothing padded."""
+    encoding: str = "utf-8"
+    """Encoding of text, by Python's name for it; one with UTF-16's byte-order mark is known."""
+    errors: Literal["strict", "replace"] = "strict"
+    """Bytes that are no characters of the encoding: refused, or U+FFFD in their place."""
+    skip_bad: bool = False
+    """Leave out records and archives' members that cannot be read, and say how many."""
     tokenizer: Literal["bpe", "unigram", "char", "char_bos"] = "bpe"
     """bpe, unigram: SentencePiece; char: characters; char_bos: with one special token."""
     tokenizer_path: str = ""
@@ -45,4 +63,22 @@ class DataConfig:
             wrong.append(f"seq_len = {self.seq_len} must be 0 (model.max_len) or more")
         if not 0 <= self.val_fraction < 1:
             wrong.append(f"val_fraction = {self.val_fraction} must be at least 0 and below 1")
+        if self.path == ():
+            wrong.append('path = () must be "", a path or a list of paths')
+        try:
+            b" ".decode(self.encoding)
+        except (LookupError, ValueError):  # ValueError: a NUL in the name
+            wrong.append(f'encoding = {self.encoding!r} must be one that Python has, as "latin-1"')
+        wrong += [
+            f'{name} = "" must be the name of a key'
+            for name in ("text_key", "prompt_key", "completion_key")
+            if not getattr(self, name).strip(" ,")
+        ]
         refuse(wrong)
+
+
+def as_paths(path: str | Sequence[str]) -> tuple[str, ...]:
+    """The paths of data.path, which may be one, several or ""."""
+    if isinstance(path, str):
+        return (path,) if path else ()
+    return tuple(path)

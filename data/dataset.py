@@ -17,7 +17,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import cast
+from typing import cast, get_args
 
 import numpy as np
 from filelock import FileLock
@@ -27,7 +27,7 @@ from common.files import checksummed_json, hash_file, read_checksummed_json, use
 from data.config import DEFAULT_CACHE_DIR, DataConfig, Kind
 from data.prompt_format import are_pairs
 from data.readers import Pair, Source, open_source
-from data.token_files import Split, open_split, write_documents, write_stream
+from data.token_files import Split, open_split, write_documents, write_packed, write_stream
 from data.tokenizer import CharTokenizer, Tokenizer, load_tokenizer
 from data.train_tokenizer import train_sentencepiece
 
@@ -150,6 +150,9 @@ def build(
     if readers:
         for name, path in paths.items():
             manifest["splits"][name] = write_stream(readers[name](), tokenizer, path, dtype)
+    elif source.kind == "documents":
+        texts = split_documents(source, config)
+        manifest["splits"] = write_packed(texts, tokenizer, paths, dtype)
     else:
         by_share = {}
         documents = collect_held_out(split_documents(source, config), by_share)
@@ -193,7 +196,7 @@ def check_sides(source: Source, config: DataConfig):
         if len(different) < 2:
             different.add(hash_fraction(document))
     missing = "train" if "val" in sides else "val"
-    what = "prompts" if source.kind == "pairs" else "lines"
+    what = "prompts" if source.kind == "pairs" else source.kind
     why = f"none of its {count:,} {what} falls there; give more text"
     if len(different) == 1:
         why = f"all its {count:,} {what} are equal, and stay on one side; give different {what}"
@@ -201,6 +204,8 @@ def check_sides(source: Source, config: DataConfig):
         why = "it is a single document; give more"
         if source.kind == "lines":
             why = 'it is a single line, and so a single document; set data.kind = "stream"'
+        if source.kind == "documents":
+            why = 'it is a single document; set data.separator, or data.kind = "stream"'
     raise UserError(
         f"data.path: {source.name} leaves nothing for the {missing} split with data.val_fraction = "
         f"{config.val_fraction}: {why}, or set data.val_fraction = 0 for no validation"
@@ -344,7 +349,7 @@ def check_manifest(manifest: dict):
     counts = [count for split in manifest["splits"].values() for count in split.values()]
     if not (
         manifest["dtype"] in ("<u2", "<u4")  # not of objects, say, which NumPy would map, too
-        and manifest["kind"] in ("stream", "lines", "pairs")
+        and manifest["kind"] in get_args(Kind)
         and isinstance(manifest["name"], str)
         and isinstance(manifest["fingerprint"], str)
         and are_pairs(manifest["held_out"])

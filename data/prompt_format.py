@@ -11,13 +11,13 @@ if TYPE_CHECKING:
 def prompt_ids(kind: str, tokenizer: "Tokenizer", prompt: str) -> list[int]:
     """What the model reads first: never empty. Raises UserError for characters it cannot know.
 
-    A prompt stands before <start> for pairs, after it for lines, and alone for a stream, where an
-    empty one is the end of a line, if the tokenizer knows that.
+    A prompt stands before <start> for pairs, after it for lines and documents, and alone for a
+    stream, where an empty one is the end of a line, if the tokenizer knows that.
     """
     ids = tokenizer.encode(prompt)
     if kind == "pairs":
         return [*ids, tokenizer.start_id]
-    if kind == "lines":
+    if kind in ("lines", "documents"):
         return [tokenizer.start_id, *ids]
     if not ids and tokenizer.unk_id is not None:
         ids = tokenizer.encode("\n")

@@ -1,36 +1,48 @@
-"""Where text comes from: a source by name, or your own file or folder.
+"""Where text comes from: a source by name, or your own files, folders and patterns.
 
-Every source is a file, or two that go line by line: one's own, or what data/builtin.py makes or
-downloads. Nothing here holds more of it in memory than a chunk or a line.
+Every source is files: one's own, or what data/builtin.py makes or downloads. data/paths.py finds
+and opens them, data/text.py and data/records.py read what is in them; nothing holds more of it in
+memory than a chunk, a line or a document.
 """
 
 import codecs
 import contextlib
 import csv
+import glob
 import hashlib
 import json
 import os
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import cast
 
 from common.errors import UserError
-from common.files import has_old_lines, refuse_binary, refuse_no_file, user_path
+from common.files import has_old_lines, refuse_binary, user_path
 from data.builtin import NAMED, named_files
-from data.config import DataConfig, Kind
-from data.tokenizer import SURROGATE
-
-Pair = tuple[str, str]  # (prompt, completion)
+from data.config import DataConfig, Kind, as_paths
+from data.paths import ARCHIVES, HEAD, RECORDS, Part, Tally, find_files, open_parts, split_suffix
+from data.records import (
+    COLUMNAR,
+    Pair,
+    WrongError,
+    as_document,
+    as_pair,
+    describe,
+    kind_of,
+    records,
+)
+from data.text import chunks, codec, numbered_lines, separated, whole
 
 VERSION = "1"  # goes into every fingerprint: raise it when the same bytes come to give other text
-CHUNK = 1 << 20  # bytes of a stream read at a time
 AS_IT_IS = 'or set data.kind = "stream" or "lines" to train on the text as it is'
-JSONL_HELP = f'each line must be {{"prompt": "...", "completion": "..."}}, {AS_IT_IS}'
-HEAD = 1 << 20  # bytes by which a file is judged
 ROWS = 10  # lines of as many columns each that make a table
+SHOWN = 5  # files that are named of all that are read
+# settings that change what is read
+SHAPING = (
+    "text_key", "prompt_key", "completion_key", "separator", "encoding", "errors", "skip_bad",
+)  # fmt: skip
+DEFAULT = DataConfig()
 
 # how files of text begin that is no prose, and how they are called
 MARKUP = re.compile(r"\s*(<(!doctype|html|head|body|svg)\b|<\?xml|\{\\rtf)", re.IGNORECASE)
@@ -45,7 +57,8 @@ ENDINGS = {
 class Source:
     """Text to learn from, as readers that can be started any number of times.
 
-    They give chunks of text for a stream, one document at a time for lines, `Pair`s for pairs.
+    They give chunks of text for a stream, one text at a time for lines and documents, `Pair`s for
+    pairs.
     """
 
     name: str  # for people and for the cache folder's name
@@ -55,50 +68,82 @@ class Source:
     fingerprint: str  # hex hash of all that the readers give
 
 
+@dataclass(frozen=True)
+class Files:
+    """What one setting names: files to be read one after the other, or two line by line."""
+
+    where: str  # the setting, as it was given, for errors
+    paths: tuple[Path, ...] = ()
+    parallel: bool = False  # line i of one file belongs to line i of the other
+    alone: bool = False  # one file, by its own name
+
+    def place(self, name: str) -> str:
+        """Where an error is that one of the files has."""
+        return self.where if len(self.paths) == 1 else f"{self.where}: {name}"
+
+
 def open_source(config: DataConfig, log: Callable[[str], object], cache: Path) -> Source:
     """The source that `config` names, checked as far as its first text; `cache` keeps what is made.
 
     Raises UserError for a file that is missing, unreadable, empty, or not of the kind asked for.
     What only reading to the end can find, the readers raise it for, with the line or the byte.
     """
-    val: tuple[Path, ...] = ()
-    where_val = ""
-    if config.path:
-        where = where_val = f"data.path = {config.path}"
-        train = _own_files(config.path, where, "train")
-        path = user_path(config.path)
-        name = re.sub(r"[^\w-]", "_", path.resolve().stem)[:40] or "data"
-        if path.is_dir() and any((path / file).exists() for file in ("dev.nl", "dev.cm")):
-            val = _own_files(config.path, where, "dev")
-            _choose_kind(val, config.kind, where, log)
-        kind = _choose_kind(train, config.kind, where, log)
+    val = Files("")
+    if given := as_paths(config.path):
+        train = _own_files(given, "data.path", "train", config.kind)
+        name = _name(given[0])
+        path = user_path(given[0])
+        if len(given) == 1 and any((path / file).exists() for file in ("dev.nl", "dev.cm")):
+            val = _own_files(given, "data.path", "dev", config.kind)
+            _choose_kind(val, config, log)
+        kind = _choose_kind(train, config, log)
     else:
-        name, where = config.source, f"data.source = {config.source}"
-        train = named_files(name, cache, log)
+        name = config.source
+        paths = named_files(name, cache, log)
+        train = Files(f"data.source = {name}", paths, len(paths) == 2, len(paths) == 1)
         natural = NAMED[name][0]
         kind = natural if config.kind == "auto" else config.kind
         if "pairs" in (kind, natural) and kind != natural:
-            raise UserError(f'{where}: {natural}, but data.kind = "{kind}"; set it to "auto"')
+            raise UserError(f'{train.where}: {natural}, but data.kind = "{kind}"; set it to "auto"')
     if config.val_path:
-        where_val = f"data.val_path = {config.val_path}"
-        val = _own_files(config.val_path, where_val, "dev")
-        own = _choose_kind(val, config.kind, where_val, log)
-        if "pairs" in (kind, own) and kind != own:
+        val = _own_files((config.val_path,), "data.val_path", "dev", config.kind)
+        own = _choose_kind(val, config, log)
+        if ("pairs" in (kind, own) and kind != own) or (kind, own) == ("stream", "documents"):
             raise UserError(
-                f"{where_val}: looks like {own}, but what is trained on is {kind}; give files of "
+                f"{val.where}: looks like {own}, but what is trained on is {kind}; give files of "
                 "one kind, or set data.kind"
             )
-    log(f"reading {name} as {kind}: {', '.join(str(file) for file in train + val)}")
-    _check(train, kind, where)
-    if val:
-        _check(val, kind, where_val)
-    return Source(
-        name,
-        kind,
-        _reader(train, kind),
-        _reader(val, kind) if val else None,
-        _fingerprint(f"{VERSION} {kind} {len(train)}", train + val),
-    )
+    files = train.paths + val.paths
+    more = f" and {len(files) - SHOWN:,} more" if len(files) > SHOWN else ""
+    log(f"reading {name} as {kind}: {', '.join(map(str, files[:SHOWN]))}{more}")
+    readers = [Reader(part, kind, config, log) for part in (train, val) if part.paths]
+    for reader in readers:
+        _check(reader)
+    settings = f"{VERSION} {kind} {len(train.paths)}{_shape(train, val, kind, config)}"
+    held_out = readers[1] if len(readers) == 2 else None
+    return Source(name, kind, readers[0], held_out, _fingerprint(settings, files))
+
+
+def _name(path: str) -> str:
+    """What data is called that stands at a path: by its file, or by where a pattern begins."""
+    place = user_path(path)
+    while glob.has_magic(str(place)) and not os.path.lexists(place):
+        place = place.parent
+    return re.sub(r"[^\w-]", "_", place.resolve().stem)[:40] or "data"
+
+
+def _shape(train: Files, val: Files, kind: str, config: DataConfig) -> str:
+    """What else than the files' bytes makes the text, for the fingerprint.
+
+    "" for all that could be read before there were such settings, so that its runs are resumed.
+    """
+    forms = [split_suffix(file.name) for file in train.paths + val.paths]
+    forms = [(s if s in RECORDS | ARCHIVES else "", compression) for s, compression in forms]
+    given = {key: getattr(config, key) for key in SHAPING}
+    given = {key: value for key, value in given.items() if value != getattr(DataConfig, key)}
+    new = kind == "documents" or any(c or s in ARCHIVES | COLUMNAR.keys() for s, c in forms)
+    new = new or not all(files.parallel or len(files.paths) < 2 for files in (train, val))
+    return f" {json.dumps([forms, given])}" if new or given else ""
 
 
 def _fingerprint(settings: str, files: tuple[Path, ...]) -> str:
@@ -109,71 +154,133 @@ def _fingerprint(settings: str, files: tuple[Path, ...]) -> str:
     return digest.hexdigest()
 
 
-def _own_files(path: str, where: str, split: str) -> tuple[Path, ...]:
-    """One file, or the two that hold the pairs of a folder."""
-    refuse_no_file(path, where)
-    place = user_path(path)
-    if not place.is_dir():
-        return (place,)
-    files = (place / f"{split}.nl", place / f"{split}.cm")
-    for file in files:
-        if not os.path.isfile(file):
-            raise UserError(
-                f"{where}: there is no {file}; a folder must have {split}.nl and {split}.cm"
-            )
-    return files
+def _own_files(given: tuple[str, ...], key: str, split: str, kind: str) -> Files:
+    """The files at the paths that a setting gives, each once; or the two of a folder of pairs."""
+    where, found = f"{key} = {', '.join(given)}", []
+    for path in given:
+        place, one = user_path(path), f"{key} = {path}"
+        names = [f"{name}.{end}" for name in ("train", "dev") for end in ("nl", "cm")]
+        if len(given) == 1 and any(os.path.isfile(place / name) for name in names):
+            pair = (place / f"{split}.nl", place / f"{split}.cm")
+            for file in pair:
+                if not os.path.isfile(file):
+                    raise UserError(
+                        f"{one}: there is no {file}; a folder must have {split}.nl and {split}.cm"
+                    )
+            return Files(one, pair, parallel=True)
+        found += find_files(path, one, kind)
+    found = tuple(dict.fromkeys(found))
+    alone = (
+        found == tuple(map(user_path, given[:1])) and split_suffix(found[0].name)[0] not in ARCHIVES
+    )
+    return Files(where, found, alone=alone)
 
 
-def is_plain(path: str) -> bool:
-    """Whether a path is a file of text that looks like nothing but text."""
-    place = user_path(path)
+def is_plain(path: str | tuple[str, ...]) -> bool:
+    """Whether a path is one file of text that looks like nothing but text."""
+    place = user_path("".join(as_paths(path)[:1]))
     try:
-        return place.is_file() and not _looks_like(place, _head(place))
-    except OSError:
+        with place.open("rb") as file:
+            suffix, compression = split_suffix(place.name)
+            plain = suffix not in COLUMNAR and not compression and len(as_paths(path)) == 1
+            return plain and not _looks_like(suffix, file.read(HEAD))
+    except (OSError, ValueError):  # ValueError: a NUL in the name
         return False
 
 
-def _choose_kind(
-    files: tuple[Path, ...], kind: str, where: str, log: Callable[[str], object]
-) -> Kind:
-    """The kind that one's own files are read as: `kind`, or where that is "auto", by content.
+def _choose_kind(files: Files, config: DataConfig, log: Callable[[str], object]) -> Kind:
+    """The kind that one's own files are read as: data.kind, or where that is "auto", by content.
 
-    Raises UserError for what is not text, and for text that is no prose unless `kind` is given.
+    Raises UserError for what is not text, and for text that is no prose unless a kind is given.
     """
-    try:
-        heads = [_head(file) for file in files]
-    except OSError as error:
-        raise _unreadable(where, error) from None
-    for file, head in zip(files, heads, strict=True):
-        refuse_binary(head, where if len(files) == 1 else f"{where}: {file.name}")
-    looks = "JSON lines" if len(files) == 2 else _looks_like(files[0], heads[0])
-    if (looks or kind in ("lines", "pairs")) and any(map(has_old_lines, heads)):
+    kind, found = config.kind, {}
+    for path in files.paths:
+        try:
+            for part in open_parts(path, kind, Tally(config)):
+                found.setdefault(_natural_kind(part, files, config, log), part.place)
+                break  # the others of an archive are taken to be like it
+        except OSError as error:
+            raise _unreadable(files.where, error) from None
+    if files.parallel:
+        if kind not in ("auto", "pairs"):
+            raise UserError(
+                f'{files.where}: a folder of pairs, but data.kind = "{kind}"; set it to "auto"'
+            )
+        return "pairs"
+    if kind != "auto":
+        return kind
+    if "pairs" in found and len(found) > 1:
+        other = next(name for looks, name in found.items() if looks != "pairs")
+        raise UserError(
+            f"{files.where}: {found['pairs']} has pairs, but {other} has not; give files of one "
+            "kind, or set data.kind"
+        )
+    if "pairs" in found:
+        return "pairs"
+    return "stream" if files.alone and not config.separator and "text" in found else "documents"
+
+
+def _natural_kind(
+    part: Part, files: Files, config: DataConfig, log: Callable[[str], object]
+) -> str:
+    """What a text or table is by its content: "documents", "pairs" or "text"."""
+    where, kind = files.place(part.place), config.kind
+    if part.suffix in COLUMNAR and kind in ("stream", "lines"):
+        what = COLUMNAR[part.suffix]
+        raise UserError(f'{where}: {what} is not read as {kind}; set data.kind = "auto"')
+    _refuse_binary(part, config, where)
+    looks = "JSON lines" if files.parallel else _looks_like(part.suffix, part.head, config)
+    if (looks or kind in ("lines", "pairs")) and has_old_lines(part.head):
         raise UserError(f"{where}: its lines end in \\r alone; save it with \\n or \\r\\n")
-    if kind == "auto":
-        if looks and looks != "JSON lines":
+    if kind != "auto":
+        if looks and kind in ("stream", "lines") and not files.parallel:
+            said = f'it is read as text, because data.kind = "{kind}"'
+            log(f"note: {where} looks like {looks}; {said}")
+        return kind
+    if files.parallel:
+        return "pairs"
+    if not _holds_records(part, looks):
+        if looks:
             raise UserError(
                 f"{where}: looks like {looks}, which is not read as prose; give JSON lines "
-                f'({{"prompt": "...", "completion": "..."}}), {AS_IT_IS}'
+                f'({{"prompt": "...", "completion": "..."}} or {{"text": "..."}}), {AS_IT_IS}'
             )
-        return "pairs" if looks else "stream"
-    if len(files) == 2 and kind != "pairs":
-        raise UserError(f'{where}: a folder of pairs, but data.kind = "{kind}"; set it to "auto"')
-    if looks and kind != "pairs":
-        log(f'note: {where} looks like {looks}; it is read as text, because data.kind = "{kind}"')
-    return cast(Kind, kind)
+        return "text"
+    for _, record in records(part, looks, Tally(config)):
+        if found := kind_of(record, config):
+            return found
+        if isinstance(record, dict):
+            keys = ", ".join(map(str, record))[:200]
+            raise UserError(
+                f"{where}: looks like {looks} with the keys {keys}; name one with data.text_key, "
+                f"or two with data.prompt_key and data.completion_key, {AS_IT_IS}"
+            )
+        break
+    return "pairs"
 
 
-def _head(path: Path) -> bytes:
-    with path.open("rb") as file:
-        return file.read(HEAD)
+def _refuse_binary(part: Part, config: DataConfig, where: str):
+    """Refuses what cannot be text, unless an encoding is given, which is taken at its word."""
+    decoded_as = codec(part.head, config.encoding)
+    if part.suffix not in COLUMNAR and decoded_as == "utf-8-sig":
+        refuse_binary(part.head, where)
 
 
-def _looks_like(path: Path, head: bytes) -> str:
+def _holds_records(part: Part, looks: str) -> bool:
+    """Whether a part is read record by record, and not as text."""
+    if looks == "a table":
+        return part.suffix in (".csv", ".tsv")
+    return looks in ("JSON lines", "JSON records", *COLUMNAR.values())
+
+
+def _looks_like(suffix: str, head: bytes, config: DataConfig = DEFAULT) -> str:
     """What text is that is not meant to be read as prose, by name and first bytes; "": prose."""
-    suffix = path.suffix.lower()
     if suffix in (".jsonl", ".ndjson"):
         return "JSON lines"
-    text = codecs.getincrementaldecoder("utf-8-sig")("replace").decode(head)
+    if suffix in COLUMNAR:
+        return COLUMNAR[suffix]
+    decoder = codecs.getincrementaldecoder(codec(head, config.encoding))("replace")
+    text = decoder.decode(head)
     if not text.strip():
         return ""
     lines = [line for line in text.split("\n") if line.strip()][:20]
@@ -182,6 +289,8 @@ def _looks_like(path: Path, head: bytes) -> str:
             return "JSON lines"
     if MARKUP.match(text):
         return "markup"
+    if suffix == ".json" and re.match(r"\s*\[\s*\{", text):
+        return "JSON records"
     if JSON.match(text):
         return "JSON"
     if suffix in ENDINGS:
@@ -198,108 +307,101 @@ def _unreadable(where: str, error: OSError) -> UserError:
     return UserError(f"{where}: cannot be read ({error.strerror}); give a file that can be read")
 
 
-def _check(files: tuple[Path, ...], kind: str, where: str) -> None:
+def _check(reader: "Reader") -> None:
     """Refuse files that cannot be opened or hold nothing, and two that do not belong together."""
+    files = reader.files
     try:
-        counts = [_count_lines(file) for file in files] if len(files) == 2 else [1]
-        if len(set(counts)) > 1:
-            raise UserError(
-                f"{where}: {files[0].name} has {counts[0]} lines but {files[1].name} has "
-                f"{counts[1]}; make line i of one belong to line i of the other"
-            )
-        empty = not any("".join(piece).strip() for piece in _reader(files, kind)())
-    except OSError as error:
-        raise _unreadable(where, error) from None
-    if empty:
-        raise UserError(f"{where}: is empty or white space only; give a file with text in it")
-
-
-# Readers ------------------------------------------------------------------------------------------
-
-
-def _reader(files: tuple[Path, ...], kind: str) -> Callable[[], Iterator]:
-    if len(files) == 2:
-        return partial(_read_parallel, *files)
-    readers = {"stream": _read_stream, "lines": _read_lines, "pairs": _read_jsonl}
-    return partial(readers[kind], files[0])
-
-
-def _read_stream(path: Path) -> Iterator[str]:
-    """The whole text, \\r\\n as it stands, in chunks that need not end at a line."""
-    decoder = codecs.getincrementaldecoder("utf-8-sig")()
-    done = 0
-    with path.open("rb") as file:
-        while True:
-            data = file.read(CHUNK)
-            done += len(data)
-            try:
-                text = decoder.decode(data, final=not data)
-            except UnicodeDecodeError as error:
-                # error.object is what the decoder still held, and always ends where we are
-                raise _not_utf8(path, done - len(error.object) + error.start) from None
-            if text:
-                yield text
-            if not data:
-                return
-
-
-def _numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
-    """(number from 1, line without its end); only \\n or \\r\\n ends a line."""
-    number = offset = 0
-    with path.open("rb") as file:
-        while data := file.read(CHUNK) + file.readline():  # whole lines, many at once
-            try:
-                text = data.decode("utf-8" if offset else "utf-8-sig")
-            except UnicodeDecodeError as error:
-                # error.object lacks the mark that utf-8-sig took off
-                taken = len(data) - len(error.object)
-                raise _not_utf8(path, offset + taken + error.start) from None
-            for line in text.removesuffix("\n").split("\n"):
-                number += 1
-                yield number, line.removesuffix("\r")
-            offset += len(data)
-
-
-def _not_utf8(path: Path, offset: int) -> UserError:
-    return UserError(f"{path}: not UTF-8 at byte {offset}; save it as UTF-8")
-
-
-def _read_lines(path: Path) -> Iterator[str]:
-    for _, line in _numbered_lines(path):
-        if line.strip():
-            yield line
-
-
-def _read_jsonl(path: Path) -> Iterator[Pair]:
-    for number, line in _numbered_lines(path):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError):
-            raise UserError(f"{path}:{number}: this line is not JSON; {JSONL_HELP}") from None
-        if not isinstance(record, dict):
-            raise UserError(f"{path}:{number}: this line is not a JSON object; {JSONL_HELP}")
-        for key in ("prompt", "completion"):
-            if key not in record:
-                raise UserError(f'{path}:{number}: "{key}" is missing; {JSONL_HELP}')
-            if not isinstance(record[key], str):
-                raise UserError(f'{path}:{number}: "{key}" is not a string; {JSONL_HELP}')
-            if SURROGATE.search(record[key]):
+        if files.parallel:
+            first, second = (sum(1 for _ in reader.lines(path)) for path in files.paths)
+            if first != second:
+                names = [path.name for path in files.paths]
                 raise UserError(
-                    f'{path}:{number}: "{key}" holds half a surrogate pair (\\ud800 to \\udfff), '
-                    "which is not a character; remove it"
+                    f"{files.where}: {names[0]} has {first} lines but {names[1]} has {second}; "
+                    "make line i of one belong to line i of the other"
                 )
-        yield record["prompt"].rstrip("\r\n"), record["completion"].rstrip("\r\n")
+        empty = not any("".join(piece).strip() for piece in reader())
+    except OSError as error:
+        raise _unreadable(files.where, error) from None
+    if empty:
+        raise UserError(f"{files.where}: is empty or white space only; give a file with text in it")
 
 
-def _read_parallel(prompts: Path, completions: Path) -> Iterator[Pair]:
-    lines = zip(_numbered_lines(prompts), _numbered_lines(completions), strict=True)
-    for (_, prompt), (_, completion) in lines:
-        if prompt or completion:
-            yield prompt, completion
+# Reading ------------------------------------------------------------------------------------------
 
 
-def _count_lines(path: Path) -> int:
-    with path.open("rb") as file:
-        return sum(1 for _ in file)
+class Reader:
+    """Reads files from their beginning each time it is called.
+
+    What was left out or replaced is told at the end of the first pass.
+    """
+
+    def __init__(self, files: Files, kind: Kind, config: DataConfig, log: Callable[[str], object]):
+        self.files, self.kind, self.config, self.log = files, kind, config, log
+        self.told = False
+
+    def __call__(self) -> Iterator:
+        tally = Tally(self.config)
+        if self.files.parallel:
+            yield from self.parallel()
+        else:
+            for path in self.files.paths:
+                for part in open_parts(path, self.config.kind, tally):
+                    yield from self.read(part, tally)
+        if not self.told:
+            self.told = True
+            self.tell(tally)
+
+    def tell(self, tally: Tally):
+        """What a pass has found. Raises UserError for a separator that it has not."""
+        for note in tally.notes():
+            self.log(note)
+        mark = self.config.separator
+        if self.kind == "documents" and mark and not tally.separators:
+            raise UserError(
+                f"data.separator = {mark!r}: does not occur in {self.files.where}; give what "
+                "stands between its texts, or leave it out"
+            )
+
+    def read(self, part: Part, tally: Tally) -> Iterator:
+        """The texts or pairs of one part."""
+        try:
+            _refuse_binary(part, self.config, part.place)
+        except UserError as error:
+            if not self.config.skip_bad:
+                raise
+            tally.skip(part.place, str(error).removeprefix(f"{part.place}: "), "")
+            return
+        if self.kind == "stream":
+            yield from chunks(part, tally)
+        elif self.kind == "lines":
+            yield from (line for _, line in numbered_lines(part, tally) if line.strip())
+        else:
+            looks = _looks_like(part.suffix, part.head, self.config)
+            if self.kind == "pairs" or _holds_records(part, looks):
+                yield from self.of_records(part, looks, tally)
+            elif self.config.separator:
+                yield from filter(str.strip, separated(part, tally))
+            elif (text := whole(part, tally)).strip():
+                yield text
+
+    def of_records(self, part: Part, looks: str, tally: Tally) -> Iterator[str | Pair]:
+        take = as_pair if self.kind == "pairs" else as_document
+        for place, record in records(part, looks, tally):
+            try:
+                found = take(record, self.config)
+            except WrongError as error:
+                tally.skip(place, str(error), describe(self.config, self.kind))
+                continue
+            if not isinstance(found, str) or found.strip():
+                yield found
+
+    def lines(self, path: Path) -> Iterator[str]:
+        tally = Tally(self.config)
+        for part in open_parts(path, self.config.kind, tally):
+            yield from (line for _, line in numbered_lines(part, tally))
+
+    def parallel(self) -> Iterator[Pair]:
+        prompts, completions = self.files.paths
+        for prompt, completion in zip(self.lines(prompts), self.lines(completions), strict=True):
+            if prompt or completion:
+                yield prompt, completion

@@ -1,8 +1,9 @@
 """Token files: documents or one long text as ids, written once and memory-mapped ever after.
 
 train.ids      the token ids, little-endian, uint16 or uint32, end to end
-train.starts   documents only: int64, where each begins, and the end of the last
-train.prompts  documents only: int32, how many of its ids are prompt and <start>
+train.starts   lines and pairs: int64, where each begins, and the end of the last
+train.prompts  lines and pairs: int32, how many of its ids are prompt and <start>
+train.borders  packed documents: int64, where each begins, and the end of the last
 """
 
 import gc
@@ -28,15 +29,21 @@ CHECK_SIZE = 1 << 20  # numbers checked at a time
 
 @dataclass(frozen=True)
 class Split:
-    """One side of a data set: `ids`, and for documents where each starts and its prompt ends."""
+    """One side of a data set: `ids`, and for lines and pairs where each starts and its prompt ends.
+
+    Packed documents are one stream; `borders` has where each begins, and the end of the last.
+    """
 
     ids: np.ndarray
     starts: np.ndarray | None
     prompts: np.ndarray | None
     bytes: int  # of the text to predict, in UTF-8
+    borders: np.ndarray | None = None
 
     def describe(self) -> str:
         """Its size, for people."""
+        if self.borders is not None:
+            return f"{len(self.borders) - 1:,} documents, {len(self.ids):,} tokens"
         if self.starts is None:
             return f"{len(self.ids):,} tokens"
         return f"{len(self.starts) - 1:,} examples, {len(self.ids):,} tokens"
@@ -68,6 +75,44 @@ def write_stream(texts: Iterable[str], tokenizer: Tokenizer, path: Path, dtype: 
             tokens, size = tokens + len(ids), size + n
             bar.update(n)
     return {"tokens": tokens, "bytes": size}
+
+
+def write_packed(
+    texts: Iterable[tuple], tokenizer: Tokenizer, paths: dict[str, Path], dtype: str
+) -> dict[str, dict]:
+    """Writes documents as `<start> text <end>`, one after another, to be read as one stream.
+
+    A tokenizer with one token for both has it once, after the text. texts: (name of its split,
+    text); paths: where each split goes. Returns the counts of each split, {name: dict}.
+    """
+    start = [] if tokenizer.start_id == tokenizer.end_id else [tokenizer.start_id]
+
+    def encode(block: tuple[str, list]):
+        name, pairs = block
+        rows = [tokenizer.encode_array(text) for _, text in pairs]
+        parts = chain.from_iterable((start, row, [tokenizer.end_id]) for row in rows)
+        ids = np.concatenate([np.asarray(part, dtype) for part in parts])
+        lengths = np.array([len(start) + len(row) + 1 for row in rows], "<i8")
+        return name, ids, lengths, sum(len(text.encode()) for _, text in pairs)
+
+    counts = {name: {"tokens": 0, "borders": 0, "bytes": 0} for name in paths}
+    with ExitStack() as stack, progress("B") as bar:
+        files = {
+            (name, what): stack.enter_context(open(f"{path}.{what}", "wb"))
+            for name, path in paths.items()
+            for what in ("ids", "borders")
+        }
+        for name in paths:
+            files[name, "borders"].write(np.zeros(1, "<i8").data)
+        for name, ids, lengths, size in ordered_map(encode, blocks(texts), tokenizer.threads):
+            count = counts[name]
+            files[name, "ids"].write(ids)
+            files[name, "borders"].write(count["tokens"] + lengths.cumsum())
+            count["tokens"] += len(ids)
+            count["borders"] += len(lengths)
+            count["bytes"] += size
+            bar.update(size)
+    return counts
 
 
 def write_documents(
@@ -171,6 +216,11 @@ def open_split(path: Path, counts: dict, dtype: np.dtype, vocab_size: int) -> Sp
         while len(piece := np.fromfile(file, dtype, CHECK_SIZE)):
             if (top := int(piece.max())) >= vocab_size:
                 raise UserError(f"{path}.ids: holds id {top}, the vocabulary has {vocab_size}")
+    if "borders" in counts:
+        borders = open_array(Path(f"{path}.borders"), np.dtype("<i8"), counts["borders"] + 1)
+        if borders[0] != 0 or borders[-1] != len(ids):
+            raise UserError(f"{path}.borders: damaged (does not fit {path}.ids)")
+        return Split(ids, None, None, counts["bytes"], borders)
     if "documents" not in counts:
         return Split(ids, None, None, counts["bytes"])
     n = counts["documents"]

@@ -36,6 +36,7 @@ from training.run_folder import check_run_name, name_run
 
 DESCRIPTION = "Trains a transformer decoder. Flags override the configuration file, in any order."
 AUTO = "auto"  # --resume's
+PATH = "--data.path"  # which may be given several times
 DEFAULT = Path(__file__).parent.parent / "configs" / "default.toml"
 
 
@@ -86,7 +87,7 @@ def read_command_line(log, argv: list[str] | None = None) -> RunSpec | None:
     scan.add_argument("--runs_dir", default="runs")
     scan.add_argument("--init_from", default="")
     scan.add_argument("--resume", nargs="*")
-    argv = [underscored(flag) for flag in (sys.argv[1:] if argv is None else argv)]
+    argv = together([underscored(flag) for flag in (sys.argv[1:] if argv is None else argv)])
     early = scan.parse_known_args(argv)[0]  # what the other flags' defaults depend on
     for flag in ("config", "init_from"):
         refuse_url(getattr(early, flag), f"--{flag} {getattr(early, flag)}")
@@ -147,6 +148,21 @@ def underscored(flag: str) -> str:
         return flag
     name, equals, value = flag.partition("=")
     return "--" + name[2:].replace("-", "_") + equals + value
+
+
+def together(argv: list[str]) -> list[str]:
+    """`argv` with the values of all --data.path after one: of several, tyro takes the last."""
+    paths, rest, flags, ours = [], [], 0, False
+    for word in argv:
+        if word.startswith("--"):
+            ours = word.partition("=")[0] == PATH
+            flags += ours
+            word = word.removeprefix(PATH).removeprefix("=") if ours else word
+        if not ours:
+            rest.append(word)
+        elif word:
+            paths.append(word)
+    return [*rest, PATH, *paths] if flags > 1 else argv
 
 
 def check_runs_dir(folder: Path):

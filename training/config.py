@@ -217,7 +217,8 @@ def check(values: dict, origin: str) -> Config:
         # from JSON, because strict checking takes a table for a dataclass only there
         return _CHECKER.validate_json(json.dumps(values, default=str))
     except ValidationError as error:
-        lines = [describe(item, values) for item in error.errors()]
+        # one line for a setting of two types, which both refuse the value
+        lines = list(dict.fromkeys(describe(item, values) for item in error.errors()))
     except (ValueError, RecursionError) as error:  # an integer or a table without end
         lines = [str(error)]
     raise UserError(f"{origin}: {'; '.join(lines)}")
@@ -237,6 +238,8 @@ def describe(error: "ErrorDetails", values: dict) -> str:
         hint = f"did you mean {near[0]}?" if len(near) == 1 else f"use one of {', '.join(near)}"
         return f"unknown key {key}; {hint}"
     message = error["msg"].removeprefix("Value error, ")
+    if path[:2] == ["data", "path"]:
+        return f"data.path = {values['data']['path']!r}: must be a path or a list of paths"
     if error["type"] in ("dataclass_type", "dataclass_exact_type"):
         return f"{key} must be a table: [{key}]"
     if error["type"] == "value_error":  # our own checks name the field and its value
@@ -290,13 +293,18 @@ def flatten(config, prefix: str = "") -> dict:
 def to_toml(config: Config) -> str:
     """The configuration as TOML that reads back to the same."""
 
-    def line(key, value):
+    def text(value):
         if isinstance(value, str):
             # TOML's basic strings have JSON's escapes, but for those of characters beyond 16 bits
             quoted = value.replace("\\", "\\\\").replace('"', '\\"')
             quoted = "".join(c if c.isprintable() else f"\\U{ord(c):08x}" for c in quoted)
-            return f'{key} = "{quoted}"'
-        return f"{key} = {str(value).lower() if isinstance(value, bool) else value}"
+            return f'"{quoted}"'
+        if isinstance(value, tuple):
+            return f"[{', '.join(map(text, value))}]"
+        return str(value).lower() if isinstance(value, bool) else str(value)
+
+    def line(key, value):
+        return f"{key} = {text(value)}"
 
     values = asdict(config)
     lines = [line(k, v) for k, v in values.items() if not isinstance(v, dict)]

@@ -1,6 +1,7 @@
 """Which run train.py works on: a new one, or one that it resumes, with which settings. No torch."""
 
 import contextlib
+import glob
 import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -18,7 +19,7 @@ from checkpoint.writer import newest_complete
 from common.errors import UserError
 from common.files import user_path
 from common.jsonl import read_records
-from data.config import DataConfig
+from data.config import DataConfig, as_paths
 from model.config import read_model_config
 from training import config as configuration
 from training.config import Change, Config
@@ -156,13 +157,24 @@ def locate_data(data: DataConfig, checkpoint: Checkpoint, log: Log) -> DataConfi
     if not isinstance(started, str) or started == os.getcwd():
         return data
     for key in ("path", "val_path", "cache_dir"):
-        path = getattr(data, key)
-        there = os.path.join(started, path)
-        relative = path and not user_path(path).is_absolute()
-        if relative and path == checkpoint.config["data"].get(key) and os.path.exists(there):
-            found[key] = there
-            log(f"data.{key}: {there}, relative to where the run was started")
+        paths = as_paths(getattr(data, key))
+        if paths != as_paths(checkpoint.config["data"].get(key, "")):
+            continue
+        there = tuple(there_or_here(path, started) for path in paths)
+        if there != paths:
+            found[key] = there if isinstance(getattr(data, key), tuple) else there[0]
+            log(f"data.{key}: {', '.join(there)}, relative to where the run was started")
     return replace(data, **found)
+
+
+def there_or_here(path: str, started: str) -> str:
+    """A path or a pattern as it is found from the folder `started`, if there is something."""
+    if user_path(path).is_absolute():
+        return path
+    if glob.has_magic(path) and glob.glob(path, root_dir=started, recursive=True):
+        return os.path.join(glob.escape(started), path)
+    there = os.path.join(started, path)
+    return there if os.path.exists(there) else path
 
 
 def stored_config(checkpoint: Checkpoint) -> Config:

@@ -17,6 +17,7 @@ from common.memory import keep_freed_memory
 from common.processes import Processes
 from common.signals import defer_interrupts
 from data.batches import Batches, Examples
+from data.config import as_paths
 from data.dataset import Dataset, prepare
 from data.rng import derive_seed
 from data.tokenizer import Tokenizer, load_tokenizer
@@ -306,7 +307,7 @@ def check_data(spec: RunSpec, dataset: Dataset):
         elif now["data"] == spec.resume.state.get("data"):
             why = "the tokenizer in data.cache_dir is not the checkpoint's"
         elif data.path:
-            files = " or ".join(filter(None, (data.path, data.val_path)))
+            files = " or ".join(filter(None, (*as_paths(data.path), data.val_path)))
             why = f"the content of {files} has changed"
         else:
             why = f"what {data.source} is made of has changed: this Python's library, or its file"

@@ -13,8 +13,10 @@ import numpy as np
 import pytest
 
 from common.errors import UserError
+from data.batches import Examples, evaluation_batches
 from data.config import DataConfig
 from data.dataset import hash_fraction, prepare
+from data.prompt_format import end_id, prompt_ids
 from tests.helpers import ROOT, TEXT
 
 
@@ -80,6 +82,74 @@ def test_lines_split_by_their_text(config, tmp_path):
     expected = sum(hash_fraction(f"line {i}") < 0.1 for i in range(500))
     assert len(data.val.starts) - 1 == expected
     assert 25 < expected < 80
+
+
+@pytest.mark.parametrize("kind", ["char", "char_bos", "bpe"])
+def test_documents_are_packed_with_nothing_left_out(config, tmp_path, kind):
+    texts = [f"Text {i} of some words.\n" * (i % 7 + 1) for i in range(200)]
+    path = tmp_path / "texts.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    settings = replace(config, path=str(path), tokenizer=kind, vocab_size=320)
+    data = prepare(settings, quiet)
+    assert data.kind == "documents" and data.train.starts is None and not data.held_out
+    start = [] if kind == "char_bos" else [data.tokenizer.start_id]
+    for split, is_val in ((data.train, False), (data.val, True)):
+        expected = [text for text in texts if (hash_fraction(text) < 0.1) == is_val]
+        borders, ids = split.borders.tolist(), split.ids.tolist()
+        assert len(borders) == len(expected) + 1 and borders[-1] == len(ids)
+        for text, begin, end in zip(expected, borders, borders[1:], strict=False):
+            assert ids[begin:end] == [*start, *data.tokenizer.encode(text), data.tokenizer.end_id]
+        assert split.bytes == sum(len(text.encode()) for text in expected)
+        assert split.describe().startswith(f"{len(expected)} documents, ")
+    # windows of a stream: side by side, and the last one short
+    examples = Examples(data.val, 16, data.tokenizer.pad_id)
+    batches = [*evaluation_batches(examples, 4)]
+    assert np.concatenate([batch.targets for batch in batches]).tolist() == ids[1:]
+    assert prompt_ids("documents", data.tokenizer, "Text")[0] == data.tokenizer.start_id
+    assert end_id("documents", data.tokenizer) == data.tokenizer.end_id
+
+
+def test_documents_that_fall_on_one_side_are_refused(config, tmp_path):
+    path = tmp_path / "one.jsonl"
+    path.write_text('{"text": "one"}')
+    with pytest.raises(UserError, match="it is a single document; set data"):
+        prepare(replace(config, path=str(path)), quiet)
+    data = prepare(replace(config, path=str(path), val_fraction=0.0), quiet)
+    assert data.train.borders.tolist() == [0, 5]
+
+
+def test_what_was_prepared_before_is_found_again(config, tmp_path):
+    """Fingerprints of version 0.2: where one changes, its runs cannot be resumed."""
+    text, pairs, table = (tmp_path / name for name in ("a.txt", "p.jsonl", "c.csv"))
+    text.write_bytes("".join(f"line {i}\r\n é" for i in range(300)).encode())
+    pairs.write_text("".join(f'{{"prompt": "p{i}", "completion": "c{i}"}}\n' for i in range(300)))
+    table.write_text("".join(f"a{i},b\n" for i in range(300)))
+    for name in ("train", "dev"):
+        (tmp_path / f"{name}.nl").write_text("".join(f"p{i}\n" for i in range(50)))
+        (tmp_path / f"{name}.cm").write_text("".join(f"c{i}\n" for i in range(50)))
+    found = []
+    for path, kind, val in (
+        (text, "auto", ""),
+        (text, "lines", ""),
+        (text, "lines", str(table)),
+        (pairs, "auto", ""),
+        (pairs, "stream", ""),
+        (table, "lines", ""),
+        (tmp_path, "auto", ""),
+        (pairs, "auto", str(tmp_path)),
+    ):
+        data = prepare(replace(config, path=str(path), kind=kind, val_path=val), quiet)
+        found.append(data.fingerprint)
+    assert found == [
+        "782a5065490875cf",
+        "eaf13736c46e5b40",
+        "b18cad32c12c2e29",
+        "96a4837584423807",
+        "c0f49d9825ee6a7e",
+        "b5d0e9845572e3d9",
+        "f00909311bd2f4d9",
+        "cbb2855c380367e0",
+    ]
 
 
 def test_it_is_prepared_once_and_again_when_anything_changes(config, tmp_path):

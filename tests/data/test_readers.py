@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from common.errors import UserError
-from data import readers
+from data import text as text_module
 from data.config import DataConfig
 from data.readers import open_source
 
@@ -33,7 +33,7 @@ def refusal(call, *arguments, **keywords) -> str:
 
 
 def test_stream_gives_every_character(tmp_path, monkeypatch):
-    monkeypatch.setattr(readers, "CHUNK", 5)  # cuts inside characters
+    monkeypatch.setattr(text_module, "CHUNK", 5)  # cuts inside characters
     text = "a\r\nb\rc\n\n  é▁\u2028𝄞\0\ufeff" * 20 + " "
     path = tmp_path / "my text.v2.txt"
     path.write_bytes(b"\xef\xbb\xbf" + text.encode())
@@ -120,14 +120,15 @@ def test_fingerprint_follows_content_and_kind_only(tmp_path):
         ("old.jsonl", JSONL.replace(b"\n", b"\r"), "auto", "lines end in \\r alone"),
         ("a.txt", gzip.compress(b"text"), "auto", "is a gzip file, not UTF-8 text"),
         ("a.jsonl", b"PAR1\x15\0", "auto", "is a Parquet file"),
-        ("a.txt", "text".encode("utf-16"), "stream", "is in UTF-16"),
+        ("a.txt", b"\xff\xfe\0\0" + "text".encode("utf-32-le"), "stream", "is in UTF-32"),
         ("a.txt", "a long text".encode("utf-16-le"), "lines", "or in UTF-16"),
         ("a.bin", bytes(range(1, 256)), "auto", "is a binary file"),
         ("a.bin", b"\7\0\x2a\0" * 99, "stream", "is a binary file"),  # ids of 16 bits: valid UTF-8
-        ("a.csv", TABLE, "auto", "looks like a table"),
+        ("a.csv", b"a,b\n1,2\n", "auto", "looks like a table with the keys a, b; name one with"),
+        ("a.jsonl", b'{"a": 1}', "auto", "looks like JSON lines with the keys a; name one with"),
         ("a", TABLE, "auto", "looks like a table"),
         ("a.txt", TABLE.replace(b",", b"\t"), "auto", "looks like a table"),
-        ("a.json", b"[" + JSONL[:-1].replace(b"\n", b",\n") + b"]", "auto", "looks like JSON"),
+        ("a.json", b'{"a": [1,\n2]}', "auto", "looks like JSON"),
         ("a.html", b"Some text, long\n" * 20, "auto", "looks like markup"),
         ("a", b"\xef\xbb\xbf\n <!DOCTYPE html><p>Text", "auto", "looks like markup"),
         ("a.txt", b"{\\rtf1\\ansi Text}", "auto", "looks like markup"),
@@ -147,6 +148,8 @@ def test_refused_at_once(tmp_path, name, content, kind, expected):
         ("a.jsonl.txt", JSONL, "auto", "pairs"),
         ("a.json", b"\xef\xbb\xbf\n" + JSONL, "auto", "pairs"),
         ("a.csv", JSONL, "pairs", "pairs"),
+        ("a.csv", TABLE, "auto", "pairs"),
+        ("a.json", b"[" + JSONL[:-1].replace(b"\n", b",\n") + b"]", "auto", "pairs"),
         ("a.jsonl", JSONL, "lines", "lines"),  # a given kind is taken at its word
         ("a.csv", TABLE, "lines", "lines"),
         ("a.html", b"<html>", "stream", "stream"),
@@ -171,7 +174,7 @@ def test_the_kind_is_known_by_the_content_unless_it_is_given(
 
 
 def test_a_validation_file_of_another_kind(tmp_path):
-    pairs, text, table = (tmp_path / name for name in ("a.ndjson", "b.txt", "c.csv"))
+    pairs, text, table = (tmp_path / name for name in ("a.ndjson", "b.txt", "c"))
     pairs.write_bytes(JSONL)
     text.write_text("text")
     table.write_bytes(TABLE)
@@ -239,7 +242,7 @@ def test_jsonl_line_refused(tmp_path, line, expected):
 @pytest.mark.parametrize("bad", [b"\xff", b"\xed\xa0\x80", b"\xc3"])
 @pytest.mark.parametrize("before", [b"", b"ok\n", "é\n".encode() * 3, b"x" * 4095 + b"\n"])
 def test_not_utf8_names_the_byte(tmp_path, monkeypatch, kind, mark, bad, before):
-    monkeypatch.setattr(readers, "CHUNK", 4)
+    monkeypatch.setattr(text_module, "CHUNK", 4)
     path = tmp_path / "latin.txt"
     path.write_bytes(mark + before + b"ab" + bad)
     message = refusal(lambda: list(opened(path, tmp_path, kind=kind).train()))

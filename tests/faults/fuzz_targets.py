@@ -7,6 +7,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 from hypothesis import strategies as st
@@ -15,7 +16,7 @@ import generate
 from common import cli
 from common.errors import UserError
 from data.batches import Examples
-from data.config import DataConfig
+from data.config import DataConfig, Kind
 from data.dataset import build, open_dataset
 from data.prompt_format import prompt_ids
 from data.readers import open_source
@@ -117,7 +118,7 @@ def prepared_data(folder: Path) -> Target:
             examples = Examples(split, 8, data.tokenizer.pad_id)
             examples.batch(np.arange(min(2, examples.count)))
             f"{split.describe()} {split.targets_per_byte():.4f}"
-        assert data.kind in ("stream", "lines", "pairs")
+        assert data.kind in get_args(Kind)
         for pair in data.held_out:
             prompt_ids(data.kind, data.tokenizer, pair["prompt"] + pair["completion"])
 
@@ -141,7 +142,7 @@ def prompts(folder: Path) -> Target:
             generate.read_prompts(str(folder / name))
         prompt = clean_text(content.decode("utf-8", "surrogateescape"))  # as the command line
         for tokenizer in tokenizers:
-            for kind in ("stream", "lines", "pairs"):
+            for kind in get_args(Kind):
                 try:
                     ids = prompt_ids(kind, tokenizer, prompt)
                 except UserError:
