@@ -370,19 +370,16 @@ class Reader:
             if not self.config.skip_bad:
                 raise
             tally.skip(part.place, str(error).removeprefix(f"{part.place}: "), "")
-            return
+            return iter(())
         if self.kind == "stream":
-            yield from chunks(part, tally)
-        elif self.kind == "lines":
-            yield from (line for _, line in numbered_lines(part, tally) if line.strip())
-        else:
-            looks = _looks_like(part.suffix, part.head, self.config)
-            if self.kind == "pairs" or _holds_records(part, looks):
-                yield from self.of_records(part, looks, tally)
-            elif self.config.separator:
-                yield from filter(str.strip, separated(part, tally))
-            elif (text := whole(part, tally)).strip():
-                yield text
+            return chunks(part, tally)
+        if self.kind == "lines":
+            return (line for _, line in numbered_lines(part, tally) if line.strip())
+        looks = _looks_like(part.suffix, part.head, self.config)
+        if self.kind == "pairs" or _holds_records(part, looks):
+            return self.of_records(part, looks, tally)
+        texts = separated(part, tally) if self.config.separator else iter([whole(part, tally)])
+        return filter(str.strip, texts)
 
     def of_records(self, part: Part, looks: str, tally: Tally) -> Iterator[str | Pair]:
         take = as_pair if self.kind == "pairs" else as_document

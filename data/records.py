@@ -3,6 +3,7 @@
 import csv
 import json
 from collections.abc import Iterator
+from functools import cache
 from typing import Any
 
 from common.errors import UserError
@@ -27,13 +28,12 @@ def records(part: Part, looks: str, tally: Tally) -> Iterator[tuple[str, Any]]:
     Raises UserError for what is none, unless data.skip_bad has it left out.
     """
     if part.suffix in COLUMNAR:
-        yield from columnar(part, tally.config)
-    elif looks == "a table" and part.suffix in (".csv", ".tsv"):
-        yield from table(part, tally)
-    elif looks == "JSON records":
-        yield from json_array(part, tally)
-    else:
-        yield from json_lines(part, tally)
+        return columnar(part, tally.config)
+    if looks == "a table" and part.suffix in (".csv", ".tsv"):
+        return table(part, tally)
+    if looks == "JSON records":
+        return json_array(part, tally)
+    return json_lines(part, tally)
 
 
 def json_lines(part: Part, tally: Tally) -> Iterator[tuple[str, Any]]:
@@ -169,8 +169,9 @@ def wanted(names: list[str], known: list[str]) -> list[str]:
 # What is in a record ------------------------------------------------------------------------------
 
 
-def split_keys(keys: str) -> list[str]:
-    return [key.strip() for key in keys.split(",") if key.strip()]
+@cache
+def split_keys(keys: str) -> tuple[str, ...]:
+    return tuple(key.strip() for key in keys.split(",") if key.strip())
 
 
 def find(record: dict, key: str) -> Any:
@@ -208,21 +209,23 @@ def kind_of(record: Any, config: DataConfig) -> Kind | None:
 
 def text_of(record: dict, keys: str) -> str:
     """The texts under these keys, with an empty line between them. Raises WrongError."""
-    texts = []
-    for key in split_keys(keys):
-        try:
-            text = find(record, key)
-        except KeyError:
-            raise WrongError(f'"{key}" is missing') from None
-        if not isinstance(text, str):
-            raise WrongError(f'"{key}" is not a string')
-        if SURROGATE.search(text):
-            raise WrongError(
-                f'"{key}" holds half a surrogate pair (\\ud800 to \\udfff), which is not a '
-                "character"
-            )
-        texts.append(text)
+    texts = [string_of(record, key) for key in split_keys(keys)]
     return texts[0] if len(texts) == 1 else "\n\n".join(filter(None, texts))
+
+
+def string_of(record: dict, key: str) -> str:
+    """Raises WrongError."""
+    try:
+        text = find(record, key)
+    except KeyError:
+        raise WrongError(f'"{key}" is missing') from None
+    if not isinstance(text, str):
+        raise WrongError(f'"{key}" is not a string')
+    if not text.isascii() and SURROGATE.search(text):
+        raise WrongError(
+            f'"{key}" holds half a surrogate pair (\\ud800 to \\udfff), which is not a character'
+        )
+    return text
 
 
 def as_document(record: Any, config: DataConfig) -> str:

@@ -112,7 +112,10 @@ class Metrics:
 
 def hyperparameters(config: Config) -> dict:
     """The settings that TensorBoard's HParams table compares between runs."""
-    flat = flatten(config)
+    flat = {
+        key: ", ".join(value) if isinstance(value, tuple) else value
+        for key, value in flatten(config).items()
+    }
     return {
         key: clean_text(value) if isinstance(value, str) else value
         for key, value in flat.items()

@@ -15,6 +15,7 @@ from tests.helpers import ROOT, TEXT, run, write_config
 from tests.test_generate import TOKENIZERS, save_run
 from training.command_line import read_command_line
 from training.config import load
+from training.metrics import hyperparameters
 from training.resume import RunSpec
 from training.setup import given_tokenizer
 
@@ -122,3 +123,21 @@ def test_resume_auto_continues_what_there_is_or_begins(tmp_path, monkeypatch):
     (tmp_path / "auto").mkdir()
     with pytest.raises(UserError, match=r"auto/MANIFEST\.json: no such file"):
         read_command_line(lambda _: None, ["--config", tiny, "--resume", "./auto"])
+
+
+@pytest.mark.parametrize(
+    ("flags", "paths"),
+    [
+        (["--data.path", "a"], "a"),
+        (["--data.path=a"], "a"),
+        (["--data.path", "a", "b", "--seed", "3"], ("a", "b")),
+        (["--data.path", "a", "--seed", "3", "--data.path=b"], ("a", "b")),
+        (["--data.path=a", "b", "--data.path", "c", "d"], ("a", "b", "c", "d")),
+    ],
+)
+def test_data_path_may_be_given_several_times(tmp_path, flags, paths):
+    argv = [f"--runs_dir={tmp_path}", "--device", "cpu", *flags]
+    spec = read_command_line(lambda line: None, argv)
+    assert spec is not None and spec.config.data.path == paths
+    shown = hyperparameters(spec.config)["data.path"]  # TensorBoard takes no tuple
+    assert shown == (paths if isinstance(paths, str) else ", ".join(paths))

@@ -77,6 +77,27 @@ def test_all_that_is_wrong_is_told_at_once():
     assert message.count("train.keep = 0") == message.count("train.batch_size = 0") == 1
 
 
+def test_data_path_is_a_path_or_a_list_of_paths():
+    for path in ("a", ("a",), ("a", 'b "c"')):
+        config = check({"data": {"path": path}}, "f")
+        assert config.data.path == path
+        assert check(tomllib.loads(to_toml(config)), "again") == config
+    for path in (3, ["a", 3], {"a": "b"}):
+        with pytest.raises(UserError) as error:
+            check({"data": {"path": path}}, "f")
+        assert str(error.value) == f"f: data.path = {path!r}: must be a path or a list of paths"
+    with pytest.raises(UserError, match='must be "", a path or a list'):
+        check({"data": {"path": []}}, "f")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("encoding", "latin-9000"), ("encoding", "zlib"), ("text_key", " ,")]
+)
+def test_settings_of_reading_that_cannot_be(key, value):
+    with pytest.raises(UserError, match=f"data.{key} = "):
+        check({"data": {key: value}}, "f")
+
+
 def test_files_that_cannot_be_read(tmp_path):
     (tmp_path / "right.toml").write_text("seed = 1")
     with pytest.raises(UserError, match=r"no such file; did you mean .*right\.toml"):

@@ -14,8 +14,9 @@ from checkpoint.reader import Checkpoint, list_steps, read_best, step_path
 from common.cli import explain_error
 from common.errors import UserError
 from common.jsonl import parse_record, read_records
+from data.paths import find_files
 from tests.helpers import ROOT, command, losses, metrics, refused, run, write_config
-from training.resume import find_resume
+from training.resume import find_resume, there_or_here
 from training.run_folder import is_free, locked
 from training.tensorboard_files import find_difference
 
@@ -124,6 +125,17 @@ def test_lines_that_cannot_be_read_are_kept_aside(home):
 )  # fmt: skip
 def test_what_is_no_record(line):
     assert parse_record(line) is None
+
+
+def test_stored_paths_are_found_from_where_the_run_was_started(tmp_path):
+    started = tmp_path / "a [1]"  # whose own name is no pattern
+    (started / "corpus").mkdir(parents=True)
+    (started / "corpus" / "one.txt").write_text("one")
+    for path in ("corpus", "corpus/one.txt", str(tmp_path), "nowhere", "none/*"):
+        there = os.path.join(started, path)
+        assert there_or_here(path, str(started)) == (there if os.path.exists(there) else path)
+    found = there_or_here("**/*.txt", str(started))
+    assert find_files(found, "data.path", "auto") == [started / "corpus" / "one.txt"]
 
 
 def test_a_fork_begins_with_a_checkpoint(home):
