@@ -12,6 +12,7 @@ import lzma
 import os
 import re
 import stat
+import struct
 import tarfile
 import zipfile
 import zlib
@@ -42,7 +43,7 @@ SHORT = {".tgz": (".tar", ".gz"), ".tbz2": (".tar", ".bz2"), ".txz": (".tar", ".
 # an errno; RuntimeError and NotImplementedError are zipfile's
 DAMAGED = (
     EOFError, zlib.error, lzma.LZMAError, tarfile.TarError, zipfile.BadZipFile, RuntimeError,
-    NotImplementedError,
+    NotImplementedError, UnicodeDecodeError, struct.error,
 )  # fmt: skip
 # headers of a tar file whose content is a part of the next member's header
 LONG_HEADERS = (
@@ -203,7 +204,7 @@ def zip_members(path: Path, file: Readable) -> Iterator[tuple[str, str, Readable
     with damage(str(path)), zipfile.ZipFile(cast(Any, file)) as archive:
         for info in archive.infolist():
             mode = info.external_attr >> 16
-            if info.is_dir():
+            if info.filename.endswith("/"):  # is_dir() fails for an empty name
                 continue
             wrong = wrong_name(info.filename)
             if stat.S_IFMT(mode) not in (0, stat.S_IFREG):

@@ -125,11 +125,12 @@ def columnar(part: Part, config: DataConfig) -> Iterator[tuple[str, Any]]:
             parquet_batches(part, parquet, known) if is_parquet else arrow_batches(part, ipc, known)
         )
         for batch in batches:
+            batch.validate(full=True)  # or a wrong length in a damaged file would end the process
             for first in range(0, batch.num_rows, ROWS):
                 for record in batch.slice(first, ROWS).to_pylist():
                     number += 1
                     yield f"{part.place}: row {number:,}", record
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, MemoryError) as error:  # MemoryError: of a wrong length
         if isinstance(error, OSError) and error.errno is not None:
             raise
         first = (str(error).splitlines() or [""])[0]

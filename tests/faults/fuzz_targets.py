@@ -1,10 +1,15 @@
 """Fuzzing what a user gives: configurations, data, prompts, command lines, tokenizers."""
 
+import bz2
 import contextlib
+import gzip
 import hashlib
 import io
 import json
+import lzma
 import shutil
+import tarfile
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 from typing import get_args
@@ -83,6 +88,56 @@ def data_files(folder: Path) -> Target:
     inputs = named(text, *names) | named(jsonl, "data.jsonl", "data.jsonl", "train.nl")
     big = st.tuples(inputs, many).map(lambda drawn: (drawn[0][0], drawn[0][1] * drawn[1]))
     return Target(big, feed)
+
+
+@target("archives and records")
+def archives_and_records(folder: Path) -> Target:
+    texts = [{"text": f"text {i}\n\u00e9", "n": i} for i in range(30)]
+    jsonl = "".join(f"{json.dumps(text)}\n" for text in texts).encode()
+    table = "text,n\r\n" + "".join(f'"a ""b"" {i}\n",{i}\r\n' for i in range(30))
+    whole = {"a.json": json.dumps(texts).encode(), "a.csv": table.encode()}
+    for suffix, compress in {"gz": gzip.compress, "bz2": bz2.compress, "xz": lzma.compress}.items():
+        whole[f"a.jsonl.{suffix}"] = compress(jsonl)
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("a/b.jsonl", jsonl)
+        archive.writestr("a/c.csv.gz", gzip.compress(table.encode()))
+    whole["a.zip"] = file.getvalue()
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w") as archive:
+        for name, content in {"a/b.jsonl": jsonl, "c.csv": table.encode(), "d.txt": b"d"}.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+    whole["a.tar"] = file.getvalue()
+    whole["a.tgz"] = gzip.compress(file.getvalue())
+    with contextlib.suppress(ImportError):  # an extra
+        whole |= columnar_files(folder, texts)
+    inputs = st.one_of(named(mangled(content), name) for name, content in whole.items())
+
+    def feed(name: str, content: bytes):
+        (folder / name).write_bytes(content)
+        for skip in (False, True):
+            config = DataConfig(path=str(folder / name), skip_bad=skip, errors="replace")
+            with contextlib.suppress(UserError):
+                for text in open_source(config, quiet, folder).train():
+                    text.encode()  # holds no half of a character
+        assert {path.name for path in folder.iterdir()} <= whole.keys(), "something was unpacked"
+
+    return Target(inputs, feed)
+
+
+def columnar_files(folder: Path, rows: list[dict]) -> dict[str, bytes]:
+    """Parquet and Arrow's two formats, by name. Raises ImportError."""
+    import pyarrow as pa
+    from pyarrow import ipc, parquet
+
+    table = pa.Table.from_pylist(rows)
+    parquet.write_table(table, folder / "a.parquet", row_group_size=10)
+    for name, new in {"a.arrow": ipc.new_stream, "b.arrow": ipc.new_file}.items():
+        with new(folder / name, table.schema) as writer:
+            writer.write_table(table, max_chunksize=10)
+    return {name: (folder / name).read_bytes() for name in ("a.parquet", "a.arrow", "b.arrow")}
 
 
 @target("prepared data sets")
