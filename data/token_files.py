@@ -245,11 +245,9 @@ def open_split(
     whole: they are checked to the last byte; else their sizes are, and the ids when they are read.
     """
     for shard in shards:
-        if shard["top"] >= vocab_size:
-            raise UserError(
-                f"{folder / shard['name']}.ids: holds id {shard['top']}, the vocabulary has "
-                f"{vocab_size}"
-            )
+        path, top = folder / f"{shard['name']}.ids", shard["top"]
+        if top >= vocab_size:
+            raise UserError(f"{path}: holds id {top}, the vocabulary has {vocab_size}")
         check_sizes(folder, kind, shard, dtype)
         if whole:
             check_shard(folder, kind, shard, dtype, vocab_size)
