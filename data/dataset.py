@@ -27,8 +27,9 @@ from common.files import checksummed_json, hash_file, read_checksummed_json, use
 from data.config import DEFAULT_CACHE_DIR, DataConfig, Kind
 from data.prompt_format import are_pairs
 from data.readers import Pair, Source, open_source
+from data.round_trip import warning
 from data.token_files import Split, open_split, write_documents, write_packed, write_stream
-from data.tokenizer import ByteTokenizer, CharTokenizer, Tokenizer, load_tokenizer
+from data.tokenizer import ByteTokenizer, CharTokenizer, ForeignTokenizer, Tokenizer, load_tokenizer
 from data.train_tokenizer import train_sentencepiece
 
 FORMAT = 1  # of the token ids: another one is other data, on which no older run can be resumed
@@ -62,6 +63,10 @@ def prepare(config: DataConfig, log: Log = print, tokenizer: Tokenizer | None = 
     with writing(cache):
         cache.mkdir(parents=True, exist_ok=True)
     source = open_source(config, log, cache)
+    if isinstance(tokenizer, ForeignTokenizer):
+        log(f"tokenizer: {tokenizer.describe()}")
+        if found := warning(tokenizer, source.train()):
+            log(found)
     settings = {
         "format": FORMAT,
         "source": source.fingerprint,
