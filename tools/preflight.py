@@ -127,14 +127,12 @@ def show_data(state, sizes: list[tuple[int, int]]) -> Remarks:
     """
     examples, config = state.batches.examples, state.config
     padding = 1 - sum(tokens for tokens, _ in sizes) / sum(padded for _, padded in sizes)
-    is_stream = examples.split.starts is None
-    tokens = examples.count * examples.seq_len if is_stream else int(examples.lengths.sum())
     epochs = config.max_steps / state.batches.steps_per_epoch
     vocabulary = config.model.vocab_size
     used = np.count_nonzero(np.bincount(state.dataset.train.ids[: 1 << 24]))
     dropped = examples.dropped / (examples.dropped + examples.count)
     log("data")
-    row("an epoch", f"{tokens:,} tokens", f"{state.batches.steps_per_epoch:,} steps")
+    row("an epoch", f"{examples.tokens:,} tokens", f"{state.batches.steps_per_epoch:,} steps")
     row("the run", f"{epochs:,.1f} epochs", f"{config.max_steps:,} steps")
     row("padding", f"{padding:.1%}")
     row("skipped", f"{dropped:.1%}", f"{examples.dropped:,} examples are too long")

@@ -16,7 +16,7 @@ from common.files import refuse_no_file, user_path
 from common.memory import keep_freed_memory
 from common.processes import Processes
 from common.signals import defer_interrupts
-from data.batches import Batches, Examples
+from data.batches import ORDER, Batches, Examples
 from data.config import as_paths
 from data.dataset import Dataset, prepare
 from data.rng import derive_seed
@@ -30,7 +30,13 @@ from training.optimizer import create_optimizers, load_state_tensors
 from training.precision import Work, choose_precision, note_faster
 from training.resume import RunSpec
 from training.sharding import Shards
-from training.state import Progress, TrainState, restore_progress, restore_scaler
+from training.state import (
+    Progress,
+    TrainState,
+    restore_order,
+    restore_progress,
+    restore_scaler,
+)
 
 Log = Callable[[str], object]
 print_line = partial(print, flush=True)
@@ -62,7 +68,7 @@ def build(spec: RunSpec, log: Log, processes: Processes | None = None) -> TrainS
     check_data(spec, dataset)
     check_same_data(dataset, processes)
     config = resolve(config, device, dataset, processes)
-    batches, val = open_batches(dataset, config, log)
+    batches, val = open_batches(dataset, config, log, restore_order(spec))
     work = Work.of(batches.examples, config.train.micro_batch_size)
 
     def choose() -> tuple[str, str]:  # by the first, while the others wait and do not disturb it
@@ -171,11 +177,16 @@ def check_shard(config: Config, log: Log):
         log("note: train.histogram_interval: none with train.shard, which has no whole gradient")
 
 
-def open_batches(dataset: Dataset, config: Config, log: Log) -> tuple[Batches, Examples | None]:
-    """The training batches and the validation examples, None without any. Raises UserError."""
+def open_batches(
+    dataset: Dataset, config: Config, log: Log, order: int = ORDER
+) -> tuple[Batches, Examples | None]:
+    """The training batches and the validation examples, None without any. Raises UserError.
+
+    order: that of stream windows, as data/batches.py numbers them.
+    """
     pad_id = dataset.tokenizer.pad_id
-    examples = Examples(dataset.train, config.seq_len, pad_id)
-    val = Examples(dataset.val, config.seq_len, pad_id) if dataset.val else None
+    examples = Examples(dataset.train, config.seq_len, pad_id, order)
+    val = Examples(dataset.val, config.seq_len, pad_id, order) if dataset.val else None
     for split, side in (("train", examples), ("validation", val)):
         if side is not None:
             log(f"data: {dataset.name} ({dataset.kind}), {split}: {side.split.describe()}")
@@ -194,7 +205,7 @@ def open_batches(dataset: Dataset, config: Config, log: Log) -> tuple[Batches, E
                     "are skipped"
                 )
     batches = Batches(examples, config.train.batch_size, config.seed)
-    if val is not None and val.split.starts is not None and not val.count:
+    if val is not None and not val.are_windows and not val.count:
         raise UserError(
             f"data.seq_len = {config.seq_len}: every validation example is longer; raise it and "
             "model.max_len"

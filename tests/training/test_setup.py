@@ -6,14 +6,18 @@ from dataclasses import replace
 import pytest
 import torch
 
+from checkpoint.reader import Checkpoint
 from common.errors import UserError
 from common.processes import Processes
+from data.batches import ORDER
 from data.dataset import prepare
 from data.tokenizer import CharTokenizer
-from tests.helpers import write_config
+from tests.helpers import ROOT, write_config
 from training.command_line import read_command_line
-from training.config import load
+from training.config import Config, load
+from training.resume import RunSpec
 from training.setup import check_same_device, given_tokenizer, open_batches
+from training.state import restore_order
 
 PAIR = json.dumps({"prompt": "p", "completion": "c"})
 
@@ -49,6 +53,20 @@ def test_the_kind_of_a_configuration_is_that_of_its_own_data(tmp_path):
         assert spec is not None and spec.config.data.kind == expected, name
     spec = read_command_line(lambda line: None, ["--config", str(file), *given])
     assert spec is not None and spec.config.data.kind == "lines"
+
+
+def test_the_order_is_that_with_which_a_run_began():
+    checkpoint = Checkpoint(ROOT / "tests/fixtures/version_0_1/run/checkpoints/step_00000004")
+    spec = RunSpec(checkpoint.path, Config(), resume=checkpoint)
+    assert restore_order(RunSpec(checkpoint.path, Config(), weights=checkpoint)) == ORDER
+    assert restore_order(spec) == 1
+    for order in (1, ORDER):
+        checkpoint.state["order"] = order
+        assert restore_order(spec) == order
+    for order in (0, ORDER + 1, "2", None):
+        checkpoint.state["order"] = order
+        with pytest.raises(UserError, match=r"state.json: order: must be from 1 to .* use the ver"):
+            restore_order(spec)
 
 
 @pytest.mark.parametrize("flag", ["--config", "--init_from", "--resume"])
