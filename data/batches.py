@@ -19,6 +19,7 @@ from data.token_files import Split
 
 # Of the windows of a stream: a function. 1, that of earlier versions, is an array of all of them.
 ORDER = 2
+AHEAD = 4096  # examples whose places are computed together: one costs as much as a hundred
 POOL_BATCHES = 50  # batches that are sorted by length together
 
 
@@ -71,6 +72,13 @@ class Examples:
         self.n_targets = self.lengths - split.prompts[self.kept] + 1
         self.count = len(self.kept)
         self.dropped = len(lengths) - self.count
+
+    @property
+    def evaluated(self) -> int:
+        """How many of them a whole evaluation reads, but for a stream's short last window."""
+        if self.are_windows:
+            return (len(self.split.ids) - 1) // self.seq_len
+        return self.count
 
     @property
     def tokens(self) -> int:
@@ -129,6 +137,7 @@ class Batches:
             )
         self.examples, self.batch_size, self.seed = examples, batch_size, seed
         self.steps_per_epoch = math.ceil(examples.count / batch_size)
+        self._ahead = -1, 0, np.empty(0, np.int64)  # epoch, place, and the examples from there on
         self._orders: dict[int, tuple[Permutation | np.ndarray, int]] = {}  # of the last two epochs
 
     def order(self, epoch: int) -> tuple[Permutation | np.ndarray, int]:
@@ -157,10 +166,19 @@ class Batches:
         while begin < end:
             epoch, first = divmod(begin, self.examples.count)
             rows = min(end - begin, self.examples.count - first)
-            numbers.append(self.order(epoch)[0][np.arange(first, first + rows)])
+            numbers.append(self.numbers(epoch, first, rows))
             shifts.append(np.full(rows, self.shift(epoch)))
             begin += rows
         return np.concatenate(numbers), np.concatenate(shifts)
+
+    def numbers(self, epoch: int, first: int, rows: int) -> np.ndarray:
+        """`rows` examples of an epoch from place `first` on, computed many at a time."""
+        known, begin, ahead = self._ahead
+        if known != epoch or not begin <= first <= first + rows <= begin + len(ahead):
+            begin, last = first, min(self.examples.count, first + max(rows, AHEAD))
+            ahead = self.order(epoch)[0][np.arange(first, last)]
+            self._ahead = epoch, begin, ahead
+        return ahead[first - begin : first - begin + rows]
 
     def shift(self, epoch: int) -> int:
         """By how many tokens an epoch's windows are moved."""
@@ -187,6 +205,8 @@ class Batches:
 
     def target_count(self, step: int) -> int:
         """Tokens to predict in a step, over all its micro-batches: the loss's divisor."""
+        if self.examples.are_windows:  # each has as many
+            return self.rows(step) * self.examples.seq_len
         return self.examples.target_count(self.chosen(step)[0])
 
     def count_micro_batches(self, step: int, accumulation: int) -> int:
@@ -242,8 +262,7 @@ def evaluation_batches(
     limit: only so many examples, always the same ones, drawn evenly; 0: all. process: its number,
     from 0, of `processes`, which deal the batches out in turn.
     """
-    ids, T = examples.split.ids, examples.seq_len
-    count = (len(ids) - 1) // T if examples.are_windows else examples.count
+    ids, T, count = examples.split.ids, examples.seq_len, examples.evaluated
     drawn = min(limit or count, count)
     order = examples.permuted(count, "evaluation") if limit else None
     if not examples.are_windows:

@@ -9,6 +9,8 @@ import math
 
 import numpy as np
 
+S1, S27, S30, S31 = (np.uint64(shift) for shift in (1, 27, 30, 31))
+M1, M2 = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
 ROUNDS = 12  # of a Permutation: from 10, some orders of 6 numbers still come oftener than others
 
 
@@ -60,16 +62,23 @@ class Permutation:
         """The numbers, uint64 and below a b, after all rounds."""
         high, low = np.divmod(numbers, self.b)
         for first, second in self.keys.reshape(-1, 2):
-            high = (high + mixed(low + first)) % self.a
-            low = (low + mixed(high + second)) % self.b
+            high += mix(low + first)
+            high %= self.a
+            low += mix(high + second)
+            low %= self.b
         return high * self.b + low
 
 
-def mixed(words: np.ndarray) -> np.ndarray:
-    """A hash of each of an array of 64-bit words, of 63 bits, so that sums with it have room.
+def mix(words: np.ndarray) -> np.ndarray:
+    """A hash of each of an array of 64-bit words, in their place; of 63 bits, so that sums have
+    room.
 
     SplitMix64's: Steele, Lea and Flood (2014), "Fast Splittable Pseudorandom Number Generators".
     """
-    words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return (words ^ (words >> np.uint64(31))) >> np.uint64(1)
+    words ^= words >> S30
+    words *= M1
+    words ^= words >> S27
+    words *= M2
+    words ^= words >> S31
+    words >>= S1
+    return words

@@ -224,8 +224,7 @@ def timed_evaluation(state: TrainState) -> float:
     """Seconds of an evaluation, of which a part is made, drawn evenly; and of its samples."""
     settings, validation = state.config.train, 0.0
     if state.val:
-        windows = (len(state.val.split.ids) - 1) // state.val.seq_len
-        count = windows if state.val.are_windows else state.val.count
+        count = state.val.evaluated
         count = max(1, min(count, settings.eval_examples or count))
         part = min(count, 4 * settings.micro_batch_size)
         for limit in (1, part):  # the first only warms up

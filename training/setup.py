@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
+from itertools import chain
 
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -17,8 +18,9 @@ from common.memory import keep_freed_memory
 from common.processes import Processes
 from common.signals import defer_interrupts
 from data.batches import ORDER, Batches, Examples
-from data.config import as_paths
-from data.dataset import Dataset, prepare
+from data.config import SourceConfig, as_paths
+from data.dataset import Dataset
+from data.mixture import MixedExamples, Mixture, make_batches, open_examples, prepare
 from data.rng import derive_seed
 from data.tokenizer import Tokenizer, load_tokenizer
 from model.cpu_layers import use_cpu_layers
@@ -184,12 +186,11 @@ def open_batches(
 
     order: that of stream windows, as data/batches.py numbers them.
     """
-    pad_id = dataset.tokenizer.pad_id
-    examples = Examples(dataset.train, config.seq_len, pad_id, order)
-    val = Examples(dataset.val, config.seq_len, pad_id, order) if dataset.val else None
-    for split, side in (("train", examples), ("validation", val)):
-        if side is not None:
-            log(f"data: {dataset.name} ({dataset.kind}), {split}: {side.split.describe()}")
+    examples, val = (open_examples(dataset, s, config.seq_len, order) for s in ("train", "val"))
+    assert examples is not None  # nothing is prepared without a training split
+    for split, whole in (("train", examples), ("validation", val)):
+        for source, side in by_source(dataset, whole):
+            log(f"data: {source.name} ({source.kind}), {split}: {side.split.describe()}")
             unk_id = dataset.tokenizer.unk_id
             # a tokenizer that was made of this text knows all of it
             given = dataset.tokenizer_given and unk_id is not None
@@ -204,13 +205,20 @@ def open_batches(
                     f"data: {side.dropped:,} {split} examples longer than {config.seq_len} tokens "
                     "are skipped"
                 )
-    batches = Batches(examples, config.train.batch_size, config.seed)
-    if val is not None and not val.are_windows and not val.count:
-        raise UserError(
-            f"data.seq_len = {config.seq_len}: every validation example is longer; raise it and "
-            "model.max_len"
-        )
-    return batches, val
+            if split == "validation" and not side.are_windows and not side.count:
+                raise UserError(
+                    f"data.seq_len = {config.seq_len}: every validation example of {source.name} "
+                    "is longer; raise it and model.max_len"
+                )
+    return make_batches(examples, config.train.batch_size, config.seed), val
+
+
+def by_source(dataset: Dataset, examples: Examples | None) -> list[tuple[Dataset, Examples]]:
+    """The examples of a side with the data set that they are of: of a mixture, of each source."""
+    if isinstance(dataset, Mixture) and isinstance(examples, MixedExamples):
+        parts = examples.parts
+        return [(source, parts[source.name]) for source in dataset.sources if source.name in parts]
+    return [(dataset, examples)] if examples else []
 
 
 def configure_torch(config: TrainConfig, device: torch.device):
@@ -293,9 +301,17 @@ def resolve(config: Config, device: torch.device, dataset: Dataset, processes: P
         config,
         device=str(device) if processes.count == 1 else device.type,  # each has an index of its own
         model=replace(config.model, vocab_size=vocab_size),
-        data=replace(config.data, kind=dataset.kind),
+        data=replace(config.data, kind=dataset.kind, sources=resolve_sources(config, dataset)),
         train=replace(config.train, threads=torch.get_num_threads()),
     )
+
+
+def resolve_sources(config: Config, dataset: Dataset) -> tuple[SourceConfig, ...]:
+    """The sources of a mixture with the kinds that were found."""
+    if not isinstance(dataset, Mixture):
+        return ()
+    each = zip(config.data.sources, dataset.sources, strict=True)
+    return tuple(replace(given, kind=source.kind) for given, source in each)
 
 
 NOT_DATA = ("data.cache_dir", "data.tokenizer_path")  # settings that do not change what is read
@@ -317,8 +333,9 @@ def check_data(spec: RunSpec, dataset: Dataset):
             why = "; ".join(changed)
         elif now["data"] == spec.resume.state.get("data"):
             why = "the tokenizer in data.cache_dir is not the checkpoint's"
-        elif data.path:
-            files = " or ".join(filter(None, (*as_paths(data.path), data.val_path)))
+        elif data.path or data.sources:
+            given = [(*as_paths(part.path), part.val_path) for part in (data, *data.sources)]
+            files = " or ".join(filter(None, chain.from_iterable(given)))
             why = f"the content of {files} has changed"
         else:
             why = f"what {data.source} is made of has changed: this Python's library, or its file"
