@@ -27,6 +27,7 @@ from common.files import (
     checksummed_json,
     hash_file,
     read_checksummed_json,
+    refuse_no_file,
     replace_synced,
     user_path,
 )
@@ -105,23 +106,23 @@ def fingerprint_of(source: Source, config: DataConfig, tokenizer: Tokenizer | No
 
 
 @contextmanager
-def writing(cache: Path) -> Generator[None]:
-    """Says what to do where a folder for prepared data cannot be written."""
+def writing(cache: Path, key: str = "data.cache_dir") -> Generator[None]:
+    """Says what to do where the folder for prepared data that a setting names cannot be written."""
     try:
         yield
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         reason = getattr(error, "strerror", None) or error
-        raise UserError(f"{cache}: {reason}; set data.cache_dir to a writable folder") from None
+        raise UserError(f"{cache}: {reason}; set {key} to a writable folder") from None
 
 
 @contextmanager
-def building(folder: Path, fingerprint: str) -> Generator[Path | None]:
+def building(folder: Path, fingerprint: str, key: str = "data.cache_dir") -> Generator[Path | None]:
     """A hidden folder that becomes `folder` when the block ends well; None if that is there.
 
     It may hold what a process that was ended had made of the same. What has been recorded stays
     for the next one, unless the block ends because the source or the settings are wrong.
     """
-    with writing(folder.parent):
+    with writing(folder.parent, key):
         is_there = (folder / "manifest.json").exists()  # and nothing need be written
         lock = nullcontext() if is_there else FileLock(f"{folder}.lock").acquire()
     with lock:  # two runs may prepare the same data at once
@@ -129,7 +130,7 @@ def building(folder: Path, fingerprint: str) -> Generator[Path | None]:
             yield None
             return
         unfinished = folder.with_name(f".{folder.name}")
-        with writing(folder.parent):
+        with writing(folder.parent, key):
             if Progress(unfinished, fingerprint)["tokenizer"] is None:
                 shutil.rmtree(unfinished, ignore_errors=True)
             unfinished.mkdir(0o700, exist_ok=True)
@@ -150,7 +151,7 @@ def building(folder: Path, fingerprint: str) -> Generator[Path | None]:
             raise UserError(
                 f"{folder}: {error.strerror or error} "
                 f"({'what is done is kept for the next time' if kept else 'nothing was kept'}); "
-                "free some disk space, or set data.cache_dir to another folder"
+                f"free some disk space, or set {key} to another folder"
             ) from None
         finally:
             if not (keep and (unfinished / PROGRESS).exists()):
@@ -387,6 +388,18 @@ def make_tokenizer(config: DataConfig, source: Source, characters: int, log: Log
     return tokenizer
 
 
+def named_tokenizer(config: DataConfig) -> Tokenizer | None:
+    """The tokenizer at data.tokenizer_path, if that is given."""
+    path = config.tokenizer_path
+    if not path:
+        return None
+    refuse_no_file(path, f"data.tokenizer_path = {path}")
+    try:
+        return load_tokenizer(user_path(path))
+    except UserError as error:
+        raise UserError(f"data.tokenizer_path: {error}") from None
+
+
 # Opening --------------------------------------------------------------------------------------
 
 
@@ -443,7 +456,7 @@ def explained(folder: Path) -> Generator[None]:
         ) from None
 
 
-def check_manifest(manifest: dict):
+def check_manifest(manifest: dict, is_part: bool = False):
     """Raises ValueError unless a manifest is one that `build` could have written."""
     if not (
         manifest["dtype"] in ("<u2", "<u4")  # not of objects, say, which NumPy would map, too
@@ -453,7 +466,7 @@ def check_manifest(manifest: dict):
         and are_pairs(manifest["held_out"])
         and type(manifest["vocab_size"]) is int
         and manifest["splits"].keys() <= {"train", "val"}
-        and all(manifest["splits"].values())
+        and (is_part or all(manifest["splits"].values()))
     ):
         raise ValueError("a field of manifest.json is missing or of the wrong type")
     for shards in manifest["splits"].values():

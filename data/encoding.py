@@ -249,7 +249,8 @@ def unpacked(pipe, dtype: str) -> Encoded:
     for kind in (dtype, "<i8", "<i4"):  # as Encoded has them
         there, n, size = ANSWER.unpack(read_all(pipe, ANSWER.size))
         if there < 0:
-            raise UserError(read_all(pipe, n).decode())
+            error = read_all(pipe, n).decode()
+            raise UserError(error)
         parts.append(np.frombuffer(read_all(pipe, n), kind) if there else None)
     ids, lengths, prompts = parts
     return Encoded(ids, lengths, prompts, size)

@@ -47,13 +47,15 @@ class Mixture(Dataset):
 # Preparing --------------------------------------------------------------------------------------
 
 
-def prepare(config: DataConfig, log: Log = print, tokenizer: Tokenizer | None = None) -> Dataset:
+def prepare(
+    config: DataConfig, log: Log = print, tokenizer: Tokenizer | None = None, jobs: int = 0
+) -> Dataset:
     """Opens the data set of `config`, a mixture or a single one, after preparing what is not there.
 
-    `tokenizer` is used in place of the one that `config` describes.
+    `tokenizer` is used in place of the one that `config` describes. jobs: as in data/dataset.py.
     """
     if not config.sources:
-        return single.prepare(config, log, tokenizer)
+        return single.prepare(config, log, tokenizer, jobs)
     parts = [settings_of(config, source) for source in config.sources]
     opened = [named(i, open_part, part, log, tokenizer) for i, part in enumerate(parts)]
     names = [given.name or each.name for given, each in zip(config.sources, opened, strict=True)]
@@ -65,7 +67,7 @@ def prepare(config: DataConfig, log: Log = print, tokenizer: Tokenizer | None = 
     learned = learned or learn_tokenizer(config, parts, list(filter(None, unread)), log)
     sources = tuple(
         replace(
-            named(i, single.prepare, part, log, learned, 0, source),
+            named(i, single.prepare, part, log, learned, jobs, source),
             name=name,
             tokenizer_given=tokenizer is not None,
         )

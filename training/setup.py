@@ -13,13 +13,12 @@ from torch.utils.checkpoint import checkpoint
 
 from common.device import PRECISIONS, Precision, check_precision, choose_device, processor
 from common.errors import UserError
-from common.files import refuse_no_file, user_path
 from common.memory import keep_freed_memory
 from common.processes import Processes
 from common.signals import defer_interrupts
 from data.batches import ORDER, Batches, Examples
 from data.config import SourceConfig, as_paths
-from data.dataset import Dataset
+from data.dataset import Dataset, named_tokenizer
 from data.mixture import MixedExamples, Mixture, make_batches, open_examples, prepare
 from data.rng import derive_seed
 from data.tokenizer import Tokenizer, load_tokenizer
@@ -260,14 +259,7 @@ def given_tokenizer(spec: RunSpec) -> Tokenizer | None:
         return load_tokenizer(spec.resume.path) if given else None
     if spec.weights:
         return load_tokenizer(spec.weights.path)
-    path = spec.config.data.tokenizer_path
-    if not path:
-        return None
-    refuse_no_file(path, f"data.tokenizer_path = {path}")
-    try:
-        return load_tokenizer(user_path(path))
-    except UserError as error:
-        raise UserError(f"data.tokenizer_path: {error}") from None
+    return named_tokenizer(spec.config.data)
 
 
 def check_same_device(name: str, device: torch.device, processes: Processes):
