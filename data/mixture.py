@@ -8,11 +8,12 @@ source has had its share but for less than two (`dealt`), and goes through epoch
 import hashlib
 import json
 import math
+from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from itertools import chain, zip_longest
-from typing import Any, cast, get_args
+from typing import Any, get_args
 
 import numpy as np
 
@@ -178,19 +179,32 @@ def learn_tokenizer(
 # Reading ----------------------------------------------------------------------------------------
 
 
+class Joined(Shards):
+    """Arrays one after the other as one, in the place of files."""
+
+    def __init__(self, parts: list[np.ndarray | Shards]):
+        first = np.cumsum([0, *map(len, parts)]).tolist()
+        super().__init__([], first, np.result_type(*(part.dtype for part in parts)))
+        self.parts = parts
+
+    def read(self, begin: int, out: np.ndarray):
+        while len(out):
+            number = bisect_right(self.first, begin) - 1
+            at, n = begin - self.first[number], min(len(out), self.first[number + 1] - begin)
+            out[:n] = self.parts[number][at : at + n]
+            begin, out = begin + n, out[n:]
+
+
 def joined(splits: list[Split]) -> Split:
     """Splits one after the other. Where packed documents begin is left out."""
-    first = np.cumsum([0, *(len(split.ids) for split in splits)])
-    dtype = np.result_type(*(split.ids.dtype for split in splits))
-    ids = Shards([], first, dtype, added=[0] * len(splits))
-    ids.files = cast(list, [split.ids for split in splits])  # each in the place of a file
+    ids = Joined([split.ids for split in splits])
     size, starts, prompts = sum(split.bytes for split in splits), [], []
-    for split, begin in zip(splits, first, strict=False):
+    for split, begin in zip(splits, ids.first, strict=False):
         if split.starts is None or split.prompts is None:
             return Split(ids, None, None, size)
         starts.append(split.starts[:-1] + begin)
         prompts.append(split.prompts)
-    return Split(ids, np.concatenate([*starts, first[-1:]]), np.concatenate(prompts), size)
+    return Split(ids, np.concatenate([*starts, [len(ids)]]), np.concatenate(prompts), size)
 
 
 class MixedExamples(Examples):
