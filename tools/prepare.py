@@ -80,8 +80,8 @@ def make(config: DataConfig, arguments: Arguments):
         data = prepare(config, log, tokenizer, jobs)
     elif config.sources:
         raise UserError(
-            f"--to {arguments.to}: a mixture's sources are prepared each into its own folder; leave "
-            "it out, or give one of them as --data.path"
+            f"--to {arguments.to}: a mixture's sources are prepared each into its own folder; "
+            "leave it out, or give one of them as --data.path"
         )
     else:
         to = user_path(arguments.to)
