@@ -1,5 +1,7 @@
 """What text is learned from, and how it becomes ids. Standard library only."""
 
+import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +12,11 @@ from common.errors import refuse
 DEFAULT_CACHE_DIR = Path(__file__).parent / "cache"  # what an empty data.cache_dir means
 Kind = Literal["stream", "lines", "documents", "pairs"]
 SourceName = Literal["stdlib", "stdlib_words", "names", "tinyshakespeare", "nl2bash"]
+# a password, or a key in a query, that stands in an address; not ${NAME}, which stands for one
+SECRET = re.compile(
+    r"://[^/?#@]*:(?!\$\{)[^/?#]*@"
+    r"|[?&][^=&]*(sig|token|secret|passw|credential|key)[^=&]*=(?!\$\{)", re.IGNORECASE,
+)  # fmt: skip
 SOURCES: tuple[str, ...] = get_args(SourceName)
 
 
@@ -20,7 +27,8 @@ class DataConfig:
     source: SourceName = "stdlib"
     """Built-in source: stdlib* come from this Python's library, the others are downloaded once."""
     path: str | tuple[str, ...] = ""
-    """Your own file, folder or pattern, or several (docs/data.md: what is read); not source."""
+    """Your own file, folder, pattern or address, or several, or - for standard input (docs/data.md:
+    what is read); not source."""
     val_path: str = ""
     """Validation data of the same kind; empty: split off as val_fraction says."""
     kind: Literal["auto", "stream", "lines", "documents", "pairs"] = "auto"
@@ -54,6 +62,8 @@ class DataConfig:
     """Fraction held out for validation if there is no validation file; 0: no validation."""
     cache_dir: str = ""
     """Folder for prepared data; empty: data/cache in this repository."""
+    remote_cache_gb: float = 10.0
+    """At most so many GB of remote files are kept in the folder for prepared data."""
 
     def __post_init__(self):
         wrong = []
@@ -63,6 +73,16 @@ class DataConfig:
             wrong.append(f"seq_len = {self.seq_len} must be 0 (model.max_len) or more")
         if not 0 <= self.val_fraction < 1:
             wrong.append(f"val_fraction = {self.val_fraction} must be at least 0 and below 1")
+        if not 0.1 <= self.remote_cache_gb < math.inf:
+            wrong.append(f"remote_cache_gb = {self.remote_cache_gb} must be at least 0.1")
+        for path in (*as_paths(self.path), self.val_path):
+            if found := SECRET.search(path):
+                shown = path[: found.start()]
+                wrong.append(
+                    f"path = {shown}...: the address holds a password or a key, which would be "
+                    "kept with the run; set a variable of the environment to it, and write "
+                    "${NAME} in its place"
+                )
         if self.path == ():
             wrong.append('path = () must be "", a path or a list of paths')
         try:
