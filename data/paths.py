@@ -26,7 +26,7 @@ from typing import Any, Protocol, Self, cast
 from common.errors import UserError
 from common.files import is_address, refuse_no_file, user_path
 from data.config import DataConfig
-from data.remote import RemoteFile, RemoteStream, Store, find, has_magic
+from data.remote import RemoteFile, Store, find, has_magic
 
 HEAD = 1 << 20  # bytes by which a text is judged
 MAX_HEADER = 1 << 20  # bytes of a header in a tar file, which is held in memory
@@ -71,6 +71,18 @@ class Tally:
     first: list[str] = field(default_factory=list)
     replaced: int = 0  # bytes that are no characters
     separators: int = 0
+    file: io.BufferedReader | None = None  # that is being read
+
+    def position(self) -> int:
+        """How much of that file has been read, in bytes."""
+        return self.file.tell() if self.file and not self.file.closed else 0
+
+    def counts(self) -> dict:
+        """What another tally can go on from."""
+        return {
+            "skipped": self.skipped, "first": self.first[:], "replaced": self.replaced,
+            "separators": self.separators,
+        }  # fmt: skip
 
     def skip(self, place: str, why: str, fix: str):
         """Leaves out what stands at `place`, if data.skip_bad says so. Raises UserError if not."""
@@ -154,6 +166,11 @@ def choose(found: Mapping[str, File], path: str, where: str, kind: str) -> list[
     return files
 
 
+def size_of(file: File) -> int:
+    """Bytes of a file."""
+    return file.size if isinstance(file, RemoteFile) else file.stat().st_size
+
+
 def is_wanted(name: str, kind: str) -> bool:
     """Whether a file in a folder or an archive, which nobody named, is read."""
     return kind not in ("auto", "pairs") or split_suffix(name)[0] in TEXTS | RECORDS | ARCHIVES
@@ -182,38 +199,33 @@ def open_parts(path: File, kind: str, tally: Tally) -> Iterator[Part]:
 
     Raises OSError, and UserError for damaged compression and for members that are no plain files.
     """
-    with path.open("rb", HEAD) as file:
-        yield from parts(path, cast(io.BufferedReader, file), kind, tally)
-        if isinstance(stream := getattr(file, "raw", None), RemoteStream):
-            stream.check()
-
-
-def parts(path: File, file: io.BufferedReader, kind: str, tally: Tally) -> Iterator[Part]:
     suffix, compression = split_suffix(path.name)
-    size = path.size if isinstance(path, RemoteFile) else os.fstat(file.fileno()).st_size
-    budget, stream = Budget(max(FREE, MAX_RATIO * size)), file
-    if compression:
-        stream = expand(file, compression, str(path), budget)
-    if suffix == ".zip" and not compression:
-        members = zip_members(path, stream)
-    elif suffix == ".tar":
-        members = tar_members(path, stream)
-    else:
-        yield Part(str(path), suffix, stream, None if compression else path)
-        return
-    for name, wrong, content in members:
-        shown = f"{path}: {name}"
-        if wrong:
-            tally.skip(shown, wrong, "pack the archive without it")
-        elif not is_hidden(PurePosixPath(name).parts) and is_wanted(name, kind):
-            suffix, compression = split_suffix(name)
-            if suffix in ARCHIVES:
-                tally.skip(shown, "an archive in an archive", "unpack the outer one")
-                continue
-            inner = buffered(content, shown, budget)
-            if compression:
-                inner = expand(inner, compression, shown, budget)
-            yield Part(shown, suffix, inner, None)
+    with path.open("rb", HEAD) as file:
+        tally.file = cast(io.BufferedReader, file)
+        budget = Budget(max(FREE, MAX_RATIO * size_of(path)))
+        stream = cast(io.BufferedReader, file)
+        if compression:
+            stream = expand(file, compression, str(path), budget)
+        if suffix == ".zip" and not compression:
+            members = zip_members(path, stream)
+        elif suffix == ".tar":
+            members = tar_members(path, stream)
+        else:
+            yield Part(str(path), suffix, stream, None if compression else path)
+            return
+        for name, wrong, content in members:
+            shown = f"{path}: {name}"
+            if wrong:
+                tally.skip(shown, wrong, "pack the archive without it")
+            elif not is_hidden(PurePosixPath(name).parts) and is_wanted(name, kind):
+                suffix, compression = split_suffix(name)
+                if suffix in ARCHIVES:
+                    tally.skip(shown, "an archive in an archive", "unpack the outer one")
+                    continue
+                inner = buffered(content, shown, budget)
+                if compression:
+                    inner = expand(inner, compression, shown, budget)
+                yield Part(shown, suffix, inner, None)
 
 
 def zip_members(path: File, file: Readable) -> Iterator[tuple[str, str, Readable]]:

@@ -215,24 +215,18 @@ class RemoteFile:
 
         return persist(get, self.address, self.address, self.store.log, TRIES)
 
-    def check(self):
-        """Raises UserError if it is not what it was when it was found."""
+    def stamp(self) -> tuple[int, str]:
+        """(size, identity) of what is there now. Raises UserError."""
         _, path = connect(self.address, self.address)
         now = look(self.address, path, self.address, self.store.log, TRIES)
-        if (now.get("size"), identify(now)) != (self.size, self.identity):
-            raise UserError(f"{self}: has changed while it was read; start again")
+        return now.get("size") or 0, identify(now)
 
 
 class RemoteStream(io.RawIOBase):
     """A remote file as bytes from its beginning to its end, or from any place on."""
 
     def __init__(self, file: RemoteFile):
-        self.file, self.at, self.previous, self.fetched = file, 0, -1, 0
-        self.key = file.key
-
-    def fetch(self, number: int) -> bytes:
-        self.fetched += 1
-        return self.file.fetch(number)
+        self.file, self.at, self.previous = file, 0, -1
 
     def readable(self) -> bool:
         return True
@@ -256,20 +250,12 @@ class RemoteStream(io.RawIOBase):
         cache = self.file.store.blocks
         if number == self.previous + 1 and number:
             last = -(-self.file.size // self.file.block)
-            cache.ahead(self, range(number, min(number + AHEAD, last)))
+            cache.ahead(self.file, range(number, min(number + AHEAD, last)))
         self.previous = number
-        data = cache.read(self, number, first, first + len(buffer))
+        data = cache.read(self.file, number, first, first + len(buffer))
         buffer[: len(data)] = data
         self.at += len(data)
         return len(data)
-
-    def check(self):
-        """Raises UserError if the file has changed since it was found.
-
-        What came in one piece is of one time: it was as long as it should be.
-        """
-        if self.fetched > 1:
-            self.file.check()
 
 
 def limited(system: Any, seconds: float) -> dict[str, float]:

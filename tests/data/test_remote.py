@@ -190,8 +190,8 @@ def test_what_a_file_is_is_told_without_reading_it(tmp_path, s3):
     assert sum(1 for _ in (tmp_path / "y" / "remote").rglob("*")) < 4  # only its first block
     s3.pipe_file("bucket/i/a.jsonl", JSONL[:-30])
     assert opened("s3://bucket/i/a.jsonl", tmp_path).fingerprint != first.fingerprint
-    message = refusal(list, first.train())
-    assert message == "s3://bucket/i/a.jsonl: has changed while it was read; start again"
+    moved.refuse_changes()
+    assert refusal(first.refuse_changes).startswith("s3://bucket/i/a.jsonl: changed while it was")
 
 
 def test_what_is_wrong_with_an_address(tmp_path, s3, monkeypatch):
