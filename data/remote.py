@@ -96,6 +96,10 @@ def hidden(text: str, address: str) -> str:
 # Failures -----------------------------------------------------------------------------------------
 
 
+class Failure(UserError):
+    """What a store has refused, such as a file that it has not: trying again is of no use."""
+
+
 def persist(
     action: Callable[[], T],
     where: str,
@@ -118,7 +122,8 @@ def persist(
             if fix or number == tries:
                 often = "" if fix else f" after {number} tries"
                 fix = fix or "check the network and the address, and try again"
-                raise UserError(f"{where}: {reason}{often}; {fix}") from None
+                kind = UserError if often else Failure
+                raise kind(f"{where}: {reason}{often}; {fix}") from None
             if number == 1:
                 log(f"note: {where}: {reason}; trying again")
             time.sleep(min(MAX_PAUSE, PAUSE * 2.0 ** (number - 1)) * random.uniform(0.5, 1))  # noqa: S311
@@ -131,6 +136,8 @@ def explain(error: Exception) -> tuple[str, str]:
         cause = error.__cause__  # of HTTP, where this is said of every failure
         if type(cause).__module__.startswith("aiohttp") or isinstance(cause, TimeoutError):
             error = cause if isinstance(cause, Exception) else error
+    if isinstance(error, NotImplementedError):
+        return "cannot be written", "give the address of an object store"
     if isinstance(error, TimeoutError):
         return f"no answer within {TIMEOUT:g} s", ""
     response: Any = getattr(error, "response", None)
@@ -166,6 +173,7 @@ class Store:
     @classmethod
     def of(cls, cache: Path, gigabytes: float, log: Callable[[str], object]) -> "Store":
         """The store in the folder for prepared data."""
+        cache = Path(cache)
         return cls(cache, BlockCache(cache / "remote", gigabytes * 1e9, log), log)
 
 

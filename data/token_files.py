@@ -324,6 +324,10 @@ def check_borders(folder: Path, kind: str, shard: dict):
 
 
 def damaged(path: Path, what: str) -> UserError:
-    return UserError(
-        f"{path}: damaged ({what}); remove {path.parent}, and it will be prepared again"
+    # in an object store nothing is prepared again for being gone
+    fix = (
+        f"remove {path.parent}, and it will be prepared again"
+        if isinstance(path, Path)
+        else "write it again"
     )
+    return UserError(f"{path}: damaged ({what}); {fix}")

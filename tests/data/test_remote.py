@@ -12,13 +12,18 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from common.errors import UserError
-from data import block_cache, paths, remote, text
+from data import block_cache, paths, remote, text, token_files
+from data.batches import Batches, Examples, Prefetch
 from data.block_cache import BlockCache
 from data.config import DataConfig
+from data.dataset import open_dataset, prepare, store_of, verify
+from data.parts import prepare_part
 from data.readers import open_source
+from data.remote_shards import RemoteFolder, RemoteShards
 from data.spool import keep_standard_input
 from tests.data.test_readers import opened, refusal
 
@@ -382,3 +387,104 @@ def test_a_failure_reaches_all_who_wait(tmp_path):
     for _ in range(3):
         assert refusal(cache.read, Failing(), 3) == "place: gone; fix it"
     assert cache.read(Numbered(), 3) == b"\0\3" * 500
+
+
+# Prepared data ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def prepared(tmp_path, monkeypatch, s3):
+    """A prepared folder of several shards here, and the same in the store."""
+    (tmp_path / "a.jsonl").write_bytes(JSONL)
+    monkeypatch.setattr(token_files, "SHARD_TOKENS", 200_000)
+    config = DataConfig(
+        path=str(tmp_path / "a.jsonl"), tokenizer="char", cache_dir=str(tmp_path / "cache")
+    )
+    prepare_part(config, tmp_path / "to", 1, 1, log=lambda line: None)
+    here = tmp_path / "to"
+    address = f"bucket/{tmp_path.name}"
+    for file in here.rglob("*"):
+        if file.is_file():
+            s3.pipe_file(f"{address}/{file.relative_to(here)}", file.read_bytes())
+    return here, DataConfig(path=f"s3://{address}", cache_dir=str(tmp_path / "other"))
+
+
+def test_shards_are_read_as_they_are_here(prepared, s3):
+    here, config = prepared
+    mine, far = open_dataset(here), prepare(config, lambda line: None)
+    assert (far.fingerprint, far.kind, far.name) == (mine.fingerprint, mine.kind, mine.name)
+    assert far.tokenizer.fingerprint == mine.tokenizer.fingerprint and far.held_out == mine.held_out
+    assert isinstance(far.train.ids, RemoteShards) and len(far.train.ids.paths) > 2
+    assert not list(Path(config.cache_dir).glob("remote/*"))  # nothing has been read yet
+    assert len(list(Path(config.cache_dir).glob("prepared-*"))) == 1
+    for name in ("ids", "borders"):
+        a, b = getattr(mine.train, name), getattr(far.train, name)
+        assert len(a) == len(b) and (a[:] == b[:]).all() and a[-1] == b[-1] and a[7] == b[7]
+        where = np.random.default_rng(0).integers(0, len(a), (5, 3))
+        assert (a[where] == b[where]).all() and b[where].shape == (5, 3)
+        assert (a[100:4000] == b[100:4000]).all() and len(b[5:5]) == 0
+    made = []
+    for data, depth in ((mine, 1), (far, 4)):
+        prefetch = Prefetch(Batches(Examples(data.train, 64, 0), 16, 3), 2, depth=depth)
+        made.append([batch.ids for step in (0, 1, 2, 3, 9, 10) for batch in prefetch(step)[0]])
+        prefetch.close()
+    assert all((a == b).all() for a, b in zip(*made, strict=True))
+    verify(RemoteFolder(config.path, store_of(config, print)), lambda line: None)
+
+
+def test_what_is_wrong_with_remote_shards(prepared, s3, tmp_path):
+    _, config = prepared
+    place = config.path.removeprefix("s3://")
+    data = prepare(config, lambda line: None)
+    name = data.train.ids.paths[1].name
+    s3.pipe_file(f"{place}/1-of-1/{name}", b"x" * data.train.ids.paths[1].size)
+    folder = RemoteFolder(config.path, store_of(config, print))
+    assert f"{name}: damaged (its sha256" in refusal(verify, folder, lambda line: None)
+    s3.rm(f"{place}/1-of-1/{name}")
+    message = refusal(lambda: data.train.ids[:])
+    assert message.startswith(f"{config.path}/1-of-1/{name}: there is no such file")
+    message = refusal(prepare, config)
+    assert f"{name}: damaged (no bytes instead of {data.train.ids.paths[1].size})" in message
+    s3.pipe_file(f"{place}/manifest.json", b'{"splits": 1')
+    assert "manifest.json is damaged" in refusal(prepare, config)
+    s3.rm(f"{place}/manifest.json")
+    assert "this folder has no" in refusal(prepare, config)
+    wrong = DataConfig(path=config.path, cache_dir=str(tmp_path / "w"))
+    assert "no manifest.json" in refusal(verify, RemoteFolder(wrong.path, store_of(wrong, print)))
+
+
+def test_several_machines_prepare_into_the_store(tmp_path, monkeypatch, s3):
+    """Part 2 waits for the tokenizer of part 1, each on a machine with a folder of its own."""
+    monkeypatch.setattr(token_files, "SHARD_TOKENS", 200_000)
+    monkeypatch.setattr("data.parts.INTERVAL", 0.05)
+    (tmp_path / "a.jsonl").write_bytes(JSONL)
+    whole = prepare(
+        DataConfig(path=str(tmp_path / "a.jsonl"), tokenizer="char", cache_dir=str(tmp_path / "w")),
+        lambda line: None,
+    )
+    address, ends = f"s3://bucket/{tmp_path.name}", {}
+
+    def machine(part: int) -> None:
+        config = DataConfig(
+            path=str(tmp_path / "a.jsonl"), tokenizer="char", cache_dir=str(tmp_path / str(part))
+        )
+        there = RemoteFolder(address, store_of(config, print))
+        quiet = lambda line: None  # noqa: E731
+        ends[part] = prepare_part(config, there.mirror(), part, 2, quiet, there=there)
+
+    second = threading.Thread(target=machine, args=(2,))
+    second.start()
+    machine(1)
+    second.join()
+    assert sorted(ends.values()) in ([False, True], [True, True])
+    data = prepare(DataConfig(path=address, cache_dir=str(tmp_path / "x")), lambda line: None)
+    assert data.fingerprint == whole.fingerprint
+    assert (data.train.ids[:] == whole.train.ids[:]).all()
+    assert (data.val.borders[:] == whole.val.borders[:]).all()
+    assert not list(tmp_path.glob("[12]/to-*/*/*.ids"))  # moved, not copied
+    machine(1)  # nothing to do
+    assert ends[1]
+    lost = next(name for name in s3.find(address) if name.endswith("1-of-2/train-00000.ids"))
+    s3.rm(lost)
+    machine(1)
+    assert s3.exists(lost) and (data.train.ids[:] == whole.train.ids[:]).all()
