@@ -26,8 +26,8 @@ from common.errors import MISSING, UnreadableError, UserError
 from common.files import (
     checksummed_json,
     hash_file,
-    read_checksummed_json,
     is_address,
+    read_checksummed_json,
     refuse_no_file,
     replace_synced,
     user_path,

@@ -145,7 +145,7 @@ def merge(to: Path, parts: int, log: Log = print, there: RemoteFolder | None = N
                 (folder / "manifest.json").unlink(missing_ok=True)
     missing = [folder.name for folder in folders if not (folder / "manifest.json").exists()]
     if missing:
-        log(f"{to}: to be merged when {', '.join(missing)} is there")
+        log(f"{there or to}: to be merged when {', '.join(missing)} is there")
         return False
     manifests = []
     for folder in folders:
@@ -188,14 +188,15 @@ def merge(to: Path, parts: int, log: Log = print, there: RemoteFolder | None = N
         for name in (*whole["files"], "manifest.json"):
             there.send(to / name)
     tokens = {name: sum(shard["tokens"] for shard in shards) for name, shards in splits.items()}
-    log(f"{to}: {', '.join(f'{name} {n:,} tokens' for name, n in tokens.items())}")
+    log(f"{there or to}: {', '.join(f'{name} {n:,} tokens' for name, n in tokens.items())}")
     return True
 
 
 def count_parts(to: Path, there: RemoteFolder | None = None) -> int:
     """Of how many parts the folder is. Raises UserError if it holds none, or of several numbers."""
-    for name in there.names("*-of-*/manifest.json") if there else ():
-        there.fetch(name)
+    if there:
+        for name in there.names("*-of-*/manifest.json"):
+            there.fetch(name)
     found = {
         path.name.partition("-of-")[2] for path in to.glob("[1-9]*-of-[1-9]*") if path.is_dir()
     }

@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -214,34 +214,6 @@ class RemoteFolder:
         return found
 
 
-class RemoteNumbers:
-    """Numbers in a remote file, by a slice or an int64 index array of one dimension."""
-
-    def __init__(self, file: RemoteFile, dtype: np.dtype):
-        self.file, self.dtype = file, dtype
-
-    def __len__(self) -> int:
-        return self.file.size // self.dtype.itemsize
-
-    def __getitem__(self, which: slice | np.ndarray) -> np.ndarray:
-        width, size, cache = self.dtype.itemsize, self.file.block, self.file.store.blocks
-        if isinstance(which, slice):
-            begin, end, _ = which.indices(len(self))
-            at, stop, parts = begin * width, end * width, []
-            while at < stop:
-                number, first = divmod(at, size)
-                parts.append(cache.read(self.file, number, first, min(size, first + stop - at)))
-                at += len(parts[-1])
-            return np.frombuffer(b"".join(parts), self.dtype)
-        found = np.empty(len(which), self.dtype)
-        for a, b, number in runs(which * width // size):
-            at = which[a:b] - number * (size // width)
-            low, high = int(at.min()), int(at.max()) + 1
-            data = cache.read(self.file, number, low * width, high * width)
-            found[a:b] = np.frombuffer(data, self.dtype)[at - low]
-        return found
-
-
 def runs(numbers: np.ndarray) -> Iterator[tuple[int, int, int]]:
     """(begin, end, number) of each run of equal numbers."""
     cuts = [0, *(np.flatnonzero(np.diff(numbers)) + 1).tolist(), len(numbers)]
@@ -253,23 +225,27 @@ def runs(numbers: np.ndarray) -> Iterator[tuple[int, int, int]]:
 class RemoteShards(Shards):
     """Shards in an object store. What one call needs is fetched at once, by several threads."""
 
-    def file(self, number: int) -> Any:
-        if self.files[number] is None:
-            self.files[number] = RemoteNumbers(self.paths[number], self.dtype)
-        return self.files[number]
+    def fill(self, number: int, begin: int, out: np.ndarray):
+        file, width = self.paths[number], self.dtype.itemsize
+        while len(out):
+            block, at = divmod(begin * width, file.block)
+            n = min(len(out), (file.block - at) // width)
+            data = file.store.blocks.read(file, block, at, at + n * width)
+            out[:n] = np.frombuffer(data, self.dtype)
+            begin, out = begin + n, out[n:]
 
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
             begin, end, _ = index.indices(len(self))
-            width = self.dtype.itemsize
-            step = self.paths[0].block // width if self.paths else 1
+            step = self.paths[0].block // self.dtype.itemsize if self.paths else 1
             self.ask(np.append(np.arange(begin, end, step), max(begin, end - 1)))
         else:
-            self.ask(np.asarray(index).reshape(-1))
+            self.ask(np.asarray(index, np.int64).ravel())
         return super().__getitem__(index)
 
     def ask(self, index: np.ndarray):
         """Has the blocks fetched that hold these numbers."""
+        index = np.where(index < 0, index + len(self), index)
         numbers = np.searchsorted(self.first, index, "right") - 1
         for a, b, number in runs(numbers):
             if 0 <= number < len(self.paths):
@@ -288,8 +264,8 @@ def open_remote_split(
                 f"{folder}: {shard['name']} holds id {shard['top']}, the vocabulary has "
                 f"{vocab_size}; write the folder again"
             )
-    tokens = np.cumsum([0] + [shard["tokens"] for shard in shards])
-    documents = np.cumsum([0] + [shard["documents"] for shard in shards])
+    tokens = [*accumulate((shard["tokens"] for shard in shards), initial=0)]
+    documents = [*accumulate((shard["documents"] for shard in shards), initial=0)]
     total = sum(sum(file_sizes(kind, shard, dtype.str).values()) for shard in shards)
     block = WHOLE_BLOCK if total <= folder.store.blocks.limit / 2 else PART_BLOCK
 
@@ -297,9 +273,9 @@ def open_remote_split(
         return folder.files(kind, shards, dtype.str, suffix, block)
 
     def begins(suffix: str) -> RemoteShards:
-        first = documents.copy()
-        first[-1] += 1  # of the files' ends, only the last one is taken
-        return RemoteShards(files(suffix), first, np.dtype("<i8"), tokens[:-1].tolist())
+        # of the files' ends, only the last one is taken
+        first = [*documents[:-1], documents[-1] + 1]
+        return RemoteShards(files(suffix), first, np.dtype("<i8"), tokens[:-1])
 
     ids = RemoteShards(files("ids"), tokens, dtype, limit=vocab_size)
     text_bytes = sum(shard["bytes"] for shard in shards)
@@ -316,7 +292,7 @@ def open_remote_split(
 
 
 def verify_remote(folder: RemoteFolder, kind: str, shards: list[dict], dtype: str):
-    """Checks every file of a split by its hash, past the cache. Raises UserError naming the first."""
+    """Checks the files of a split by their hashes, past the cache. Raises UserError naming one."""
     for suffix in SUFFIXES[kind]:
         files = folder.files(kind, shards, dtype, suffix)
         bar = tqdm(files, unit="file", leave=False, disable=None)

@@ -87,7 +87,8 @@ def make(config: DataConfig, arguments: Arguments):
         if not prepare_part(config, to, part, parts, log, tokenizer, jobs, there):
             return
         data = open_dataset(there or to)
-        log(f"to train on it: python train.py --data.path {cli.quoted(there or to)}")
+        where = cli.quoted(there.address if there else to)
+        log(f"to train on it: python train.py --data.path {where}")
     for name, split in (("train", data.train), ("validation", data.val)):
         if split:
             log(f"data: {data.name} ({data.kind}), {name}: {split.describe()}")
