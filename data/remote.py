@@ -126,7 +126,8 @@ def persist(
                 raise kind(f"{where}: {reason}{often}; {fix}") from None
             if number == 1:
                 log(f"note: {where}: {reason}; trying again")
-            time.sleep(min(MAX_PAUSE, PAUSE * 2.0 ** (number - 1)) * random.uniform(0.5, 1))  # noqa: S311
+            pause = min(MAX_PAUSE, PAUSE * 2.0 ** (number - 1))
+            time.sleep(pause * random.uniform(0.5, 1))  # noqa: S311, not a secret
     raise AssertionError
 
 

@@ -36,8 +36,8 @@ def keep_standard_input(config: DataConfig, log: Callable[[str], object]) -> Dat
         kept = str(spool(sys.stdin.buffer, folder))
     except OSError as error:
         raise UserError(
-            f"{folder}: {error.strerror}; set data.cache_dir to a folder with room for what is "
-            "read from standard input"
+            f"{folder}: {error.strerror}; set data.cache_dir to a folder on a disk that can "
+            "hold all of standard input"
         ) from None
     log(f"data.path: {kept}, a copy of standard input")
     path = tuple(dict.fromkeys(kept if path == "-" else path for path in paths))

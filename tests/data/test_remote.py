@@ -4,6 +4,7 @@ import gzip
 import io
 import json
 import re
+import shutil
 import tarfile
 import threading
 import time
@@ -15,8 +16,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from checkpoint.reader import list_steps, step_of
 from common.errors import UserError
-from data import block_cache, paths, remote, text, token_files
+from data import block_cache, paths, remote, remote_shards, text, token_files
 from data.batches import Batches, Examples, Prefetch
 from data.block_cache import BlockCache
 from data.config import DataConfig
@@ -26,6 +28,7 @@ from data.readers import open_source
 from data.remote_shards import RemoteFolder, RemoteShards
 from data.spool import keep_standard_input
 from tests.data.test_readers import opened, refusal
+from tests.helpers import TINY, losses, write_config
 
 TEXTS = [f"text number {i}, " + "and so on, " * (i % 50) for i in range(3000)]
 JSONL = "".join(json.dumps({"text": text}) + "\n" for text in TEXTS).encode()
@@ -395,8 +398,8 @@ def test_a_failure_reaches_all_who_wait(tmp_path):
 @pytest.fixture
 def prepared(tmp_path, monkeypatch, s3):
     """A prepared folder of several shards here, and the same in the store."""
-    (tmp_path / "a.jsonl").write_bytes(JSONL)
-    monkeypatch.setattr(token_files, "SHARD_TOKENS", 200_000)
+    (tmp_path / "a.jsonl").write_bytes(b"".join(JSONL.splitlines(True)[:250]))
+    monkeypatch.setattr(token_files, "SHARD_TOKENS", 20_000)
     config = DataConfig(
         path=str(tmp_path / "a.jsonl"), tokenizer="char", cache_dir=str(tmp_path / "cache")
     )
@@ -487,3 +490,30 @@ def test_several_machines_prepare_into_the_store(tmp_path, monkeypatch, s3):
     s3.rm(lost)
     machine(1)
     assert s3.exists(lost) and (data.train.ids[:] == whole.train.ids[:]).all()
+
+
+def test_a_run_whose_data_does_not_come_saves_and_goes_on(prepared, tmp_path, monkeypatch, capsys):
+    import train
+
+    monkeypatch.setattr(remote_shards, "WHOLE_BLOCK", 1 << 10)
+    here = prepared[0]
+
+    def run(*flags):
+        monkeypatch.setattr("sys.argv", ["train.py", "--runs_dir", str(tmp_path / "runs"), *flags])
+        return train.main()
+
+    with serving() as web:
+        for file in here.rglob("*"):
+            if file.is_file():
+                web.files[f"/p/{file.relative_to(here)}"] = file.read_bytes()
+        write_config(tmp_path, text=TINY.replace("path = {path!r}", f'path = "{web.address}/p"'))
+        settings = "--config", str(tmp_path / "tiny.toml"), "--max_steps", "20"
+        assert run(*settings, "--name", "whole") == 0
+        shutil.rmtree(tmp_path / "cache")
+        web.faults += [""] * 100 + ["404"] * 10_000
+        assert "ids: there is no such file" in refusal(run, *settings, "--name", "cut")
+        (*_, last) = list_steps(tmp_path / "runs" / "cut")
+        assert 0 < step_of(last) < 20 and f"saved {last}" in capsys.readouterr().out
+        web.faults.clear()
+        assert run("--resume", str(tmp_path / "runs" / "cut")) == 0
+    assert losses(tmp_path / "runs" / "cut") == losses(tmp_path / "runs" / "whole")
