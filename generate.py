@@ -112,6 +112,7 @@ class Source:
     model_config: ModelConfig
     weights: dict
     held_out: list[dict]  # pairs that training never saw
+    start_token: bool  # whether documents begin with <start>
 
 
 @dataclass(frozen=True)
@@ -207,6 +208,7 @@ def read_source(checkpoint: Checkpoint, engine: engines.Engine) -> Source:
         read_model_config(checkpoint),
         weights,
         checkpoint.state.get("held_out", []),
+        checkpoint.config["data"].get("start_token", True),
     )
 
 
@@ -238,7 +240,7 @@ def plan(source: Source, prompts: list[str], num_samples: int) -> list[Job]:
     jobs = []
     for prompt, true in pairs:
         prompt = clean_text(prompt)
-        ids = prompt_ids(source.kind, source.tokenizer, prompt)
+        ids = prompt_ids(source.kind, source.tokenizer, prompt, source.start_token)
         jobs += [Job(prompt, ids, sample, true) for sample in range(num_samples or 1)]
     return jobs
 

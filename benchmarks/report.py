@@ -14,7 +14,7 @@ DOCUMENT = ROOT / "docs" / "benchmarks.md"
 ORDER = (
     "gpu", "precision", "train_throughput", "train_profile", "compile_cost", "default_run",
     "time_to_quality", "train_memory", "cost", "lite_step", "generation", "generation_peers",
-    "decode_cost", "sampling_cost", "start_up", "preparing", "loader",
+    "decode_cost", "sampling_cost", "start_up", "preparing", "loader", "packing",
     "distributed", "one_curve",
 )  # fmt: skip
 HEAD = """# Benchmarks

@@ -6,6 +6,7 @@ trains one engine on it, in a process of its own; what that found is in `<engine
 
 import json
 from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -50,7 +51,7 @@ def create(folder: Path, name: str, config: Config, steps: int, precision: str, 
     shape = replace(config.model, vocab_size=tokenizer.vocab_size, dropout=0.0)
     shape = replace(shape, attention_dropout=0.0)
     config = replace(config, model=shape, max_steps=steps)
-    examples = open_examples(dataset, "train", config.seq_len)
+    examples = open_examples(dataset, "train", config.seq_len, config=config.data, log=log)
     assert examples is not None  # nothing is prepared without a training side
     batches = make_batches(examples, config.train.batch_size, config.seed)
     # how a run of its own would begin, so that nobody starts from special weights
@@ -60,7 +61,7 @@ def create(folder: Path, name: str, config: Config, steps: int, precision: str, 
     folder.mkdir(parents=True)
     (folder / "weights.safetensors").write_bytes(write_arrays(weights))
     optimizer, kind = config.optimizer, dataset.kind
-    starts = [prompt_ids(kind, tokenizer, text) for text in prompts(dataset)]
+    starts = [prompt_ids(kind, tokenizer, text, dataset.start_token) for text in prompts(dataset)]
     if note := unread(starts, tokenizer, shape.max_len):
         log(note)
     content = {
@@ -80,15 +81,20 @@ def create(folder: Path, name: str, config: Config, steps: int, precision: str, 
 
 
 def rows(batch: Batch) -> list[tuple[list[int], list[int]]]:
-    """(ids, targets) for each sequence, up to its last target: nothing after it has any effect."""
+    """(ids, targets) for each sequence, up to its last target: nothing after it has any effect.
+
+    Documents of a row that are seen alone are sequences of their own.
+    """
     B, T = batch.ids.shape
     targets = np.full(B * T, IGNORE_INDEX, np.int64)
     targets[slice(None) if batch.target_indices is None else batch.target_indices] = batch.targets
-    targets = targets.reshape(B, T)
+    borders = np.arange(B + 1) * T if batch.documents is None else batch.documents
     found = []
-    for ids, predicted in zip(batch.ids, targets, strict=True):
-        n = int(np.flatnonzero(predicted != IGNORE_INDEX)[-1]) + 1
-        found.append((ids[:n].tolist(), predicted[:n].tolist()))
+    for start, end in pairwise(borders.tolist()):
+        ids, predicted = batch.ids.reshape(-1)[start:end], targets[start:end]
+        if len(places := np.flatnonzero(predicted != IGNORE_INDEX)):  # not of padding
+            n = int(places[-1]) + 1
+            found.append((ids[:n].tolist(), predicted[:n].tolist()))
     return found
 
 

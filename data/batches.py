@@ -29,18 +29,20 @@ class Batch:
 
     ids: (B, T) int64, padded on the right. targets: (N,) int64, the tokens to predict.
     target_indices: (N,) int64, flat indices into B x T of the places that predict them; None: all.
-    tokens: how many of the ids are no padding.
+    tokens: how many of the ids are no padding. documents: (D + 1,) int32, the flat index at which
+    each document begins that is attended to alone, and B T; None: a row is one.
     """
 
     ids: np.ndarray
     targets: np.ndarray
     target_indices: np.ndarray | None
     tokens: int
+    documents: np.ndarray | None = None
 
     @property
-    def inputs(self) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    def inputs(self) -> tuple[np.ndarray | None, ...]:
         """What a LossModule is called with."""
-        return self.ids, self.targets, self.target_indices
+        return self.ids, self.targets, self.target_indices, self.documents
 
 
 # what a process computes that takes part in a forward pass and has nothing to add: a loss of 0
@@ -52,13 +54,16 @@ class Examples:
 
     A stream's windows lie side by side; `shift` moves them all, so that from epoch to epoch the
     cuts fall elsewhere. `dropped` counts the documents longer than `seq_len`. `order` is 1 for runs
-    that began with an array of the order.
+    that began with an array of the order. Documents packed in other ways are in data/packing.py.
+
+    same_sizes: whether all arrays of a batch have the same size as those of another with as many
+    examples.
     """
 
     def __init__(self, split: Split, seq_len: int, pad_id: int, order: int = ORDER):
         self.split, self.seq_len, self.pad_id, self.order = split, seq_len, pad_id, order
         self.dropped = 0
-        self.are_windows = split.starts is None
+        self.are_windows = self.same_sizes = split.starts is None
         if split.starts is None:
             # one window is kept back, so that every shift below a window has room
             windows = (len(split.ids) - 1) // seq_len
@@ -97,12 +102,7 @@ class Examples:
     def batch(self, chosen: np.ndarray, shift: np.ndarray | int = 0) -> Batch:
         """The examples `chosen` (their numbers) as one batch; `shift`: of all, or of each (B,)."""
         if self.are_windows:
-            starts = shift + chosen * self.seq_len
-            # the indices of every token at once: one gather from the memory-mapped file
-            window = starts[:, None] + np.arange(self.seq_len + 1)
-            tokens = self.split.ids[window].astype(np.int64)  # (B, T + 1)
-            ids = np.ascontiguousarray(tokens[:, :-1])
-            return Batch(ids, tokens[:, 1:].reshape(-1), None, ids.size)
+            return self.windows(shift + chosen * self.seq_len, self.seq_len)
         begins, prompts = self.split.starts, self.split.prompts
         assert begins is not None and prompts is not None  # a split of documents has both
         T = int(self.lengths[chosen].max(initial=1))
@@ -116,11 +116,32 @@ class Examples:
         n = int(self.lengths[chosen].sum())
         return Batch(tokens[:, :-1].copy(), tokens[:, 1:][taken], target_indices, n)
 
-    def target_count(self, chosen: np.ndarray) -> int:
+    def windows(self, starts: np.ndarray, T: int) -> Batch:
+        """The windows of a stream that begin at `starts`, of T tokens each."""
+        # the indices of every token at once: one gather from the memory-mapped file
+        tokens = self.split.ids[starts[:, None] + np.arange(T + 1)].astype(np.int64)  # (B, T + 1)
+        ids = np.ascontiguousarray(tokens[:, :-1])
+        return Batch(ids, tokens[:, 1:].reshape(-1), None, ids.size)
+
+    def rest(self) -> Batch | None:
+        """What windows side by side leave of a stream, as a shorter one."""
+        start = self.evaluated * self.seq_len
+        left = len(self.split.ids) - 1 - start
+        return self.windows(np.array([start]), left) if left > 0 else None
+
+    def target_count(self, chosen: np.ndarray, shift: np.ndarray | int = 0) -> int:
         """How many tokens these examples ask to predict."""
         if self.are_windows:
             return len(chosen) * self.seq_len
         return int(self.n_targets[chosen].sum())
+
+    def token_count(self, chosen: np.ndarray) -> int:
+        """How many of the tokens of windows are no padding."""
+        return len(chosen) * self.seq_len
+
+    def targets_per_byte(self) -> float:
+        """Tokens to predict for each byte of text: nats a token times this are nats a byte."""
+        return self.split.targets_per_byte()
 
 
 class Batches:
@@ -205,9 +226,9 @@ class Batches:
 
     def target_count(self, step: int) -> int:
         """Tokens to predict in a step, over all its micro-batches: the loss's divisor."""
-        if self.examples.are_windows:  # each has as many
+        if self.examples.same_sizes:  # each has as many
             return self.rows(step) * self.examples.seq_len
-        return self.examples.target_count(self.chosen(step)[0])
+        return self.examples.target_count(*self.chosen(step))
 
     def count_micro_batches(self, step: int, accumulation: int) -> int:
         """How many micro-batches a step has: fewer where a short batch has not a row for each."""
@@ -274,19 +295,19 @@ def evaluation_batches(
     limit: only so many examples, always the same ones, drawn evenly; 0: all. process: its number,
     from 0, of `processes`, which deal the batches out in turn.
     """
-    ids, T, count = examples.split.ids, examples.seq_len, examples.evaluated
-    drawn = min(limit or count, count)
-    order = examples.permuted(count, "evaluation") if limit else None
+    drawn_from = examples.evaluated
+    drawn = min(limit or drawn_from, drawn_from)
+    order = examples.permuted(drawn_from, "evaluation") if limit else None
     if not examples.are_windows:
-        numbers = np.arange(count) if order is None else order[np.arange(drawn)]
+        numbers = np.arange(drawn_from) if order is None else order[np.arange(drawn)]
         order = numbers[np.argsort(examples.lengths[numbers], kind="stable")]
     batches = math.ceil(drawn / batch_size)
     for batch in range(process, batches, processes):
         places = np.arange(batch * batch_size, min((batch + 1) * batch_size, drawn))
         yield examples.batch(places if order is None else order[places])
-    tail = np.asarray(ids[count * T :], dtype=np.int64) if examples.are_windows else ()
-    if len(tail) > 1 and not 0 < limit <= count and batches % processes == process:
-        yield Batch(tail[None, :-1].copy(), tail[1:].copy(), None, len(tail) - 1)
+    wanted = examples.are_windows and not 0 < limit <= drawn_from
+    if wanted and batches % processes == process and (rest := examples.rest()):
+        yield rest
 
 
 def cut(array: np.ndarray, size: int) -> list[np.ndarray]:

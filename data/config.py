@@ -81,8 +81,13 @@ class DataConfig:
     """Where records have their completion."""
     separator: str = ""
     """What stands between the documents of a text file, such as <|endoftext|>; empty: nothing."""
-    packing: Literal["concat"] = "concat"
-    """How documents fill sequences: one after another, cut anywhere, nothing padded."""
+    packing: Literal["concat", "best_fit"] = "concat"
+    """How documents fill sequences. concat: one after another, cut anywhere, nothing padded;
+    best_fit: whole where they fit, with a little padding."""
+    mask_documents: bool = False
+    """Attention and positions end where a document does: each is learned as if it stood alone."""
+    start_token: bool = True
+    """Begin documents with <start>; False: with nothing but the <end> of the one before."""
     encoding: str = "utf-8"
     """Encoding of text, by Python's name for it; one with UTF-16's byte-order mark is known."""
     errors: Literal["strict", "replace"] = "strict"
@@ -127,6 +132,8 @@ class DataConfig:
             for name, value in self.given_tokens().items()
             if not self.tokenizer_path
         ]
+        if self.kind not in ("auto", "documents"):
+            wrong += self.for_documents_alone(self.kind)
         if self.path == ():
             wrong.append('path = () must be "", a path or a list of paths')
         if self.sources and (self.path or self.val_path):
@@ -141,6 +148,20 @@ class DataConfig:
         """What is set of the settings that only somebody else's tokenizer has."""
         names = ("tokenizer_pattern", "bos_token", "end_token", "pad_token", "unk_token")
         return {name: getattr(self, name) for name in names if getattr(self, name)}
+
+    def for_documents_alone(self, kind: str) -> list[str]:
+        """What is wrong where data is of another kind: the settings that only documents have."""
+        given = {
+            f'packing = "{self.packing}"': self.packing != "concat",
+            "mask_documents = true": self.mask_documents,
+            "start_token = false": not self.start_token,
+        }
+        return [
+            f'{setting} is for documents, and this is of kind "{kind}"; remove it, or set '
+            'data.kind = "documents"'
+            for setting, is_given in given.items()
+            if is_given
+        ]
 
 
 def wrong_reading(config: DataConfig | SourceConfig) -> list[str]:

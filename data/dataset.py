@@ -22,7 +22,7 @@ import numpy as np
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from common.errors import MISSING, UnreadableError, UserError
+from common.errors import MISSING, UnreadableError, UserError, refuse
 from common.files import (
     checksummed_json,
     hash_file,
@@ -70,6 +70,12 @@ class Dataset:
     train: Split
     val: Split | None
     held_out: list[dict]
+    start_token: bool  # data.start_token, as it was when this was prepared
+
+    @property
+    def has_start(self) -> bool:
+        """Whether each document begins with a token of its own that nothing is to predict."""
+        return self.start_token and self.tokenizer.start_id != self.tokenizer.end_id
 
 
 def prepare(
@@ -112,6 +118,8 @@ def fingerprint_of(source: Source, config: DataConfig, tokenizer: Tokenizer | No
         "tokenizer": tokenizer.fingerprint if tokenizer else describe_tokenizer(config),
         "val_fraction": 0 if source.val else config.val_fraction,
     }
+    if not config.start_token:  # otherwise the same as before there was this setting
+        settings["start_token"] = False
     return hashlib.blake2b(json.dumps(settings).encode(), digest_size=8).hexdigest()
 
 
@@ -230,7 +238,8 @@ def build(
     documents = split_texts(source, config, progress["characters"], place, share, mark)
     if source.kind == "pairs":
         documents = collect_held_out(documents, held_out)
-    encoder = Encoder(source.kind, tokenizer, dtype, folder, jobs or tokenizer.threads)
+    jobs, start_token = jobs or tokenizer.threads, config.start_token
+    encoder = Encoder(source.kind, tokenizer, dtype, folder, jobs, start_token)
     total = sum(sum(reader.sizes) for reader in readers)
     write_shards(documents, writers, encoder, progress, read, total)
     source.refuse_changes()
@@ -243,6 +252,7 @@ def build(
         "fingerprint": fingerprint,
         "dtype": dtype,
         "vocab_size": tokenizer.vocab_size,
+        "start_token": start_token,
         "held_out": hold_out(held_out),
         "splits": {name: writer.shards for name, writer in writers.items()},
         "files": {name: hash_file(folder / name) for name in tokenizer.files()},
@@ -453,6 +463,7 @@ def open_dataset(folder: Path | RemoteFolder, tokenizer_given: bool = False) -> 
             splits["train"],
             splits.get("val"),
             manifest["held_out"],
+            manifest.get("start_token", True),
         )
 
 
@@ -482,6 +493,7 @@ def check_manifest(manifest: dict, is_part: bool = False):
         and isinstance(manifest["name"], str)
         and isinstance(manifest["fingerprint"], str)
         and are_pairs(manifest["held_out"])
+        and isinstance(manifest.get("start_token", True), bool)
         and type(manifest["vocab_size"]) is int
         and manifest["splits"].keys() <= {"train", "val"}
         and (is_part or all(manifest["splits"].values()))
@@ -559,6 +571,13 @@ def open_given(
     if config.kind not in ("auto", data.kind):
         raise UserError(
             f"data.kind = {config.kind}: {folder} was prepared as {data.kind}; leave it out"
+        )
+    if data.kind != "documents":
+        refuse([f"data.{fault}" for fault in config.for_documents_alone(data.kind)])
+    if data.start_token and not config.start_token:
+        raise UserError(
+            f"data.start_token = false: {folder} was prepared with <start>; leave it out, or give "
+            "the texts as data.path"
         )
     if config.val_path:
         raise UserError(

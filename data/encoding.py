@@ -1,7 +1,7 @@
 """Texts to ids, a block at a time: by threads, and where there is much, by a process for each core.
 
-Such a process is `python -m data.encoding FOLDER KIND DTYPE`, with the tokenizer's FOLDER: blocks
-of text on stdin, ids on stdout. It ends when its parent does, because its stdin does.
+Such a process is `python -m data.encoding FOLDER KIND DTYPE START`, with the tokenizer's FOLDER:
+blocks of text on stdin, ids on stdout. It ends when its parent does, because its stdin does.
 """
 
 import gc
@@ -58,17 +58,21 @@ class Encoded:
     bytes: int  # of the text to predict, in UTF-8
 
 
-def encode(kind: str, tokenizer: Tokenizer, texts: list[str], dtype: str) -> Encoded:
+def encode(
+    kind: str, tokenizer: Tokenizer, texts: list[str], dtype: str, start_token: bool = True
+) -> Encoded:
     """A block as `kind` lays it out: `prompt <start> completion <end>` for pairs, `<start> text
     <end>` for lines and documents, and of a stream the ids alone.
 
-    Where a tokenizer has one token for both, documents have it once, after the text.
+    Where a tokenizer has one token for both, documents have it once, after the text, and so they
+    have any without `start_token`.
     """
     if kind == "stream":
         ids = [tokenizer.encode_array(text) for text in texts]
         return Encoded(np.concatenate(ids).astype(dtype), None, None, sizes(texts))
     if kind == "documents":
-        start = [] if tokenizer.start_id == tokenizer.end_id else [tokenizer.start_id]
+        has_start = start_token and tokenizer.start_id != tokenizer.end_id
+        start = [tokenizer.start_id] if has_start else []
         rows = [tokenizer.encode_array(text) for text in texts]
         parts = chain.from_iterable((start, row, [tokenizer.end_id]) for row in rows)
         ids = np.concatenate([np.asarray(part, dtype) for part in parts])
@@ -140,12 +144,20 @@ def count(kind: str, texts: list[str]) -> int:
 class Encoder:
     """Encodes blocks, `jobs` at a time, in their order, and with few of them ahead.
 
-    folder: where the tokenizer is saved, for the processes.
+    folder: where the tokenizer is saved, for the processes. start_token: as in `encode`.
     """
 
-    def __init__(self, kind: str, tokenizer: Tokenizer, dtype: str, folder: Path, jobs: int):
+    def __init__(
+        self,
+        kind: str,
+        tokenizer: Tokenizer,
+        dtype: str,
+        folder: Path,
+        jobs: int,
+        start_token: bool = True,
+    ):
         self.kind, self.tokenizer, self.dtype, self.folder = kind, tokenizer, dtype, folder
-        self.jobs, self.seen = jobs, 0
+        self.jobs, self.start_token, self.seen = jobs, start_token, 0
         self.idle: queue.SimpleQueue[Worker] = queue.SimpleQueue()
         self.workers: list[Worker] = []
         self.lock = threading.Lock()
@@ -161,7 +173,7 @@ class Encoder:
         with self.lock:
             self.seen += sum(map(len, item.texts))
         if self.jobs == 1 or self.seen < PATIENCE:
-            return item, encode(self.kind, self.tokenizer, item.texts, self.dtype)
+            return item, encode(self.kind, self.tokenizer, item.texts, self.dtype, self.start_token)
         try:
             worker = self.idle.get_nowait()
         except queue.Empty:
@@ -174,7 +186,7 @@ class Encoder:
         with self.lock:  # so that close() finds all that there are
             if self.closed:
                 raise EndedError(ended(None))
-            self.workers.append(Worker(self.kind, self.dtype, self.folder))
+            self.workers.append(Worker(self.kind, self.dtype, self.folder, self.start_token))
             return self.workers[-1]
 
     def close(self):
@@ -190,10 +202,11 @@ class Encoder:
 class Worker:
     """A process that encodes blocks, one after the other."""
 
-    def __init__(self, kind: str, dtype: str, folder: Path):
+    def __init__(self, kind: str, dtype: str, folder: Path, start_token: bool):
         self.dtype = dtype
+        settings = [kind, dtype, "start" if start_token else "no-start"]
         self.process = subprocess.Popen(  # noqa: S603, the command is our own
-            [sys.executable, "-m", "data.encoding", str(folder.resolve()), kind, dtype],
+            [sys.executable, "-m", "data.encoding", str(folder.resolve()), *settings],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             cwd=ROOT,
@@ -256,7 +269,7 @@ def unpacked(pipe, dtype: str) -> Encoded:
     return Encoded(ids, lengths, prompts, size)
 
 
-def serve(folder: str, kind: str, dtype: str):
+def serve(folder: str, kind: str, dtype: str, start: str):
     """The process that encodes."""
     listen(signal.SIG_IGN)  # its parent ends it, and Ctrl-C reaches both
     tokenizer = load_tokenizer(Path(folder))
@@ -270,7 +283,7 @@ def serve(folder: str, kind: str, dtype: str):
             return
         texts = [text[a:b] for a, b in pairwise(accumulate(lengths, initial=0))]
         try:
-            found = encode(kind, tokenizer, texts, dtype)
+            found = encode(kind, tokenizer, texts, dtype, start == "start")
         except UserError as error:
             said = str(error).encode()
             write_all(stdout, ANSWER.pack(-1, len(said), 0) + said)

@@ -26,6 +26,7 @@ from common.files import (
     user_path,
 )
 from data import dataset as single
+from data import packing
 from data.batches import ORDER, Batch, Batches, Examples
 from data.config import DEFAULT_CACHE_DIR, DataConfig, Kind, SourceConfig
 from data.dataset import MAX_HELD_OUT, Dataset, Log
@@ -84,7 +85,7 @@ def prepare(
         " + ".join(names), kind, digest(described), learned, tokenizer is not None,
         joined([source.train for source in sources]),
         joined(val) if val else None,
-        held_out[:MAX_HELD_OUT], sources, weights,
+        held_out[:MAX_HELD_OUT], all(source.start_token for source in sources), sources, weights,
     )  # fmt: skip
 
 
@@ -219,6 +220,7 @@ class MixedExamples(Examples):
         self.shares = [share / sum(shares) for share in shares]
         each = list(parts.values())
         self.are_windows = first.are_windows
+        self.same_sizes = all(part.same_sizes for part in each)
         self.dropped = sum(part.dropped for part in each)
         self.begins = np.cumsum([0, *(part.count for part in each)])
         self.count = int(self.begins[-1])
@@ -230,15 +232,30 @@ class MixedExamples(Examples):
     def evaluated(self) -> int:
         return sum(part.evaluated for part in self.parts.values())
 
-    def batch(self, chosen: np.ndarray, shift: np.ndarray | int = 0) -> Batch:
+    @property
+    def tokens(self) -> int:
+        return sum(part.tokens for part in self.parts.values())
+
+    def of_parts(
+        self, chosen: np.ndarray, shift: np.ndarray | int = 0
+    ) -> Iterator[tuple[Examples, np.ndarray, np.ndarray]]:
+        """Each source that has some of the examples, their numbers in it, and their shifts."""
         owner = np.searchsorted(self.begins, chosen, "right") - 1
         shift = np.broadcast_to(shift, chosen.shape)
-        found = []
         for number, part in enumerate(self.parts.values()):
             own = owner == number
             if own.any():
-                found.append(part.batch(chosen[own] - self.begins[number], shift[own]))
+                yield part, chosen[own] - self.begins[number], shift[own]
+
+    def batch(self, chosen: np.ndarray, shift: np.ndarray | int = 0) -> Batch:
+        found = [part.batch(own, moved) for part, own, moved in self.of_parts(chosen, shift)]
         return stack(found, self.pad_id)
+
+    def target_count(self, chosen: np.ndarray, shift: np.ndarray | int = 0) -> int:
+        return sum(part.target_count(own, by) for part, own, by in self.of_parts(chosen, shift))
+
+    def token_count(self, chosen: np.ndarray) -> int:
+        return sum(part.token_count(own) for part, own, _ in self.of_parts(chosen))
 
 
 def stack(batches: list[Batch], pad_id: int) -> Batch:
@@ -249,12 +266,14 @@ def stack(batches: list[Batch], pad_id: int) -> Batch:
     rows = [
         np.pad(b.ids, [(0, 0), (0, T - b.ids.shape[1])], constant_values=pad_id) for b in batches
     ]
-    targets, indices, first = [], [], 0
+    targets, indices, documents, first = [], [], [], 0
     for batch in batches:
         B, width = batch.ids.shape
         places = np.arange(B * width) if batch.target_indices is None else batch.target_indices
         indices.append((first + places // width) * T + places % width)
         targets.append(batch.targets)
+        if batch.documents is not None:  # of windows, which are all as long
+            documents.append(first * T + batch.documents[:-1])
         first += B
     all_predict = all(batch.target_indices is None for batch in batches)
     return Batch(
@@ -262,6 +281,7 @@ def stack(batches: list[Batch], pad_id: int) -> Batch:
         np.concatenate(targets),
         None if all_predict else np.concatenate(indices),
         sum(batch.tokens for batch in batches),
+        np.concatenate([*documents, [first * T]]).astype(np.int32) if documents else None,
     )
 
 
@@ -336,14 +356,24 @@ def make_batches(examples: Examples, batch_size: int, seed: int) -> Batches:
     return Batches(examples, batch_size, seed)
 
 
-def open_examples(data: Dataset, side: str, seq_len: int, order: int = ORDER) -> Examples | None:
-    """The examples of a side of a data set, "train" or "val"; None where it has none."""
+def open_examples(
+    data: Dataset,
+    side: str,
+    seq_len: int,
+    order: int = ORDER,
+    config: DataConfig = DataConfig(),  # noqa: B008, it is frozen
+    log: Log = print,
+) -> Examples | None:
+    """The examples of a side of a data set, "train" or "val"; None where it has none.
+
+    config: how documents are packed.
+    """
     if isinstance(data, Mixture):
         found = [
-            (source.name, open_examples(source, side, seq_len, order)) for source in data.sources
+            (source.name, open_examples(source, side, seq_len, order, config, log))
+            for source in data.sources
         ]
         parts = {name: examples for name, examples in found if examples is not None}
         shares = [w for w, (_, examples) in zip(data.weights, found, strict=True) if examples]
         return MixedExamples(parts, shares) if parts else None
-    split = getattr(data, side)
-    return split and Examples(split, seq_len, data.tokenizer.pad_id, order)
+    return packing.open_examples(data, side, config, seq_len, log, order)

@@ -8,16 +8,21 @@ if TYPE_CHECKING:
     from data.tokenizer import Tokenizer
 
 
-def prompt_ids(kind: str, tokenizer: "Tokenizer", prompt: str) -> list[int]:
+def prompt_ids(
+    kind: str, tokenizer: "Tokenizer", prompt: str, start_token: bool = True
+) -> list[int]:
     """What the model reads first: never empty. Raises UserError for characters it cannot know.
 
     A prompt stands before <start> for pairs, after it for lines and documents, and alone for a
-    stream, where an empty one is the end of a line, if the tokenizer knows that.
+    stream, where an empty one is the end of a line, if the tokenizer knows that. start_token:
+    data.start_token; documents without begin after the <end> of another.
     """
     ids = tokenizer.encode(prompt)
     if kind == "pairs":
         return [*ids, tokenizer.start_id]
     if kind in ("lines", "documents"):
+        if not start_token:
+            return [tokenizer.end_id, *ids]
         return [tokenizer.start_id, *ids]
     if not ids and tokenizer.kind != "char_bos":  # which may refuse it
         ids = tokenizer.encode("\n")

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
 
-from common.errors import UserError
+from common.errors import UserError, refuse
 from common.files import has_old_lines, is_address, refuse_binary, user_path
 from data.builtin import NAMED, named_files
 from data.config import DataConfig, Kind, as_paths
@@ -157,6 +157,8 @@ def open_source(config: DataConfig, log: Callable[[str], object], cache: Path) -
                 f"{val.where}: looks like {own}, but what is trained on is {kind}; give files of "
                 "one kind, or set data.kind"
             )
+    if kind != "documents":  # which was found by content
+        refuse([f"data.{fault}" for fault in config.for_documents_alone(kind)])
     files = train.paths + val.paths
     more = f" and {len(files) - SHOWN:,} more" if len(files) > SHOWN else ""
     log(f"reading {name} as {kind}: {', '.join(map(str, files[:SHOWN]))}{more}")

@@ -70,7 +70,7 @@ def evaluate(
     # batch after batch, as one process adds them, whoever has computed them
     total = sum(row[i] for i in range(0, most, 2) for row in by_process)
     targets = sum(row[i] for i in range(1, most, 2) for row in by_process)
-    return scalars(total / targets, examples.split.targets_per_byte())
+    return scalars(total / targets, examples.targets_per_byte())
 
 
 def scalars(loss: float, targets_per_byte: float) -> dict[str, float]:
@@ -88,5 +88,5 @@ def mixed(examples: MixedExamples, losses: dict[str, float]) -> dict[str, float]
     loss = size = 0.0
     for (name, part), share in zip(examples.parts.items(), examples.shares, strict=True):
         loss += float(share) * losses[name]
-        size += float(share) / part.split.targets_per_byte()
+        size += float(share) / part.targets_per_byte()
     return scalars(loss, 1 / size) | {f"loss/val/{name}": own for name, own in losses.items()}

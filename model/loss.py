@@ -56,13 +56,14 @@ class LossModule(nn.Module):
         ids: torch.Tensor,
         targets: torch.Tensor,
         target_indices: torch.Tensor | None = None,
+        documents: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Negative log-likelihood in nats, summed over `targets` (N,): float32 or float64, scalar.
 
         ids (B, T); target_indices (N,) are the flat places that predict the targets, None for all.
-        Logits exist only there.
+        Logits exist only there. documents: as in the decoder's `forward`.
         """
-        x = self.model.hidden(ids).flatten(0, 1)  # (B T, C)
+        x = self.model.hidden(ids, documents=documents).flatten(0, 1)  # (B T, C)
         if target_indices is not None:
             x = x.index_select(0, target_indices)  # (N, C)
         return output_loss(x, self.model.output, targets, self.softmax_loss)

@@ -13,6 +13,7 @@ Shapes: B sequences, T tokens, C = d_model, H heads of width D = C / H, S keys, 
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import asdict
 
 import torch
@@ -47,6 +48,20 @@ def create_norm(config: ModelConfig) -> nn.Module:
     if config.norm == "rms":
         return nn.RMSNorm(config.d_model, eps=config.norm_eps, elementwise_affine=False)
     return nn.Identity()
+
+
+def document_positions(documents: torch.Tensor, B: int, T: int) -> torch.Tensor:
+    """The place (B, T) of each token in its document, where these begin at flat places (D + 1,)."""
+    place = torch.arange(B * T, dtype=documents.dtype, device=documents.device)
+    begins = documents[torch.searchsorted(documents, place, right=True) - 1]
+    return (place - begins).view(B, T).long()
+
+
+def document_mask(documents: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """Block-diagonal and causal: (B, 1, T, T), True where a token may look, in its document."""
+    place = torch.arange(positions.shape[1], device=positions.device)
+    keys, queries, begins = place, place[:, None], (place - positions)[:, :, None]
+    return ((begins <= keys) & (keys <= queries))[:, None]
 
 
 def attention(Q, K, V, mask, dropout, causal):
@@ -160,6 +175,8 @@ class TransformerDecoder(nn.Module):
         self.embed_norm = create_norm(config) if config.embedding_norm else nn.Identity()
         self.dropout = nn.Dropout(dropout)
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(n_layers))
+        # makes what the layers' attention takes for a mask
+        self.document_mask: Callable[..., object] = document_mask
         self.final_norm = create_norm(config) if config.final_norm else nn.Identity()
         self.output = nn.Linear(d_model, vocab_size, bias=config.bias and not config.tie_embeddings)
         self.init_weights()
@@ -181,19 +198,21 @@ class TransformerDecoder(nn.Module):
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
 
-    def forward(self, ids, mask=None, target_indices=None, cache=None):
+    def forward(self, ids, mask=None, target_indices=None, cache=None, documents=None):
         """Logits (B, T, V) of the next token at each place of `ids` (B, T), int64.
 
         mask: None for causal; else as in `torch.nn.functional.scaled_dot_product_attention`.
         target_indices: flat indices (N,) into B x T where logits are wanted: they come as (N, V).
         cache: a KVCache of `generation`; the ids then follow on those it has seen. No gradients.
+        documents: flat places (D + 1,), int32, where documents begin that are read as if each stood
+        alone, and B T last; each row begins one. None: a row is one.
         """
-        x = self.hidden(ids, mask, cache)
+        x = self.hidden(ids, mask, cache, documents)
         if target_indices is not None:
             x = x.flatten(0, 1).index_select(0, target_indices)  # (N, C)
         return self.output(x)  # (8) one score for each token of the vocabulary
 
-    def hidden(self, ids, mask=None, cache=None):
+    def hidden(self, ids, mask=None, cache=None, documents=None):
         """What the output projection reads: (B, T) -> (B, T, C). Arguments as in `forward`."""
         T = ids.shape[1]
         if T > self.max_len:
@@ -206,6 +225,10 @@ class TransformerDecoder(nn.Module):
         else:
             table, layer_caches = cache.reserve(self.pos_encoding, T), cache.layers
             mask = cache.mask
+        if documents is not None:
+            positions = document_positions(documents, *ids.shape)
+            table = F.embedding(positions, self.pos_encoding)  # (B, T, C)
+            mask = self.document_mask(documents, positions)
         x = self.embed(ids) * self.embedding_scale + table  # (B, T, C)
         x = self.dropout(self.embed_norm(x))
         # (7) the layers, one after another

@@ -45,6 +45,20 @@ def create_norm(config: ModelConfig) -> nn.Module:
     return nn.Identity()
 
 
+def document_positions(documents: np.ndarray, B: int, T: int) -> np.ndarray:
+    """The place (B, T) of each token in its document, where these begin at flat places (D + 1,)."""
+    place = np.arange(B * T)
+    begins = documents[np.searchsorted(documents, place, side="right") - 1]
+    return (place - begins).reshape(B, T)
+
+
+def document_mask(positions: np.ndarray) -> np.ndarray:
+    """Block-diagonal and causal: (B, 1, T, T), True where a token may look, in its document."""
+    place = np.arange(positions.shape[1])
+    keys, queries, begins = place, place[:, None], (place - positions)[:, :, None]
+    return ((begins <= keys) & (keys <= queries))[:, None]
+
+
 def attention(Q, K, V, mask, dropout, causal):
     """softmax(Q K^T / sqrt(D)) V in each head, (B, H, T, D). Vaswani et al. (2017), equation 1.
 
@@ -178,19 +192,21 @@ class TransformerDecoderLite(nn.Module):
             elif name.endswith("bias"):
                 parameter.data[...] = 0.0
 
-    def forward(self, ids, mask=None, target_indices=None, cache=None):
+    def forward(self, ids, mask=None, target_indices=None, cache=None, documents=None):
         """Logits (B, T, V) of the next token at each place of `ids` (B, T), integers.
 
         mask: None for causal; else True where a query may look, or numbers added to the scores.
         target_indices: flat indices (N,) into B x T where logits are wanted: they come as (N, V).
         cache: an `nn.KVCache`; the ids then follow on those it has seen. No gradients.
+        documents: flat places (D + 1,) where documents begin that are read as if each stood alone,
+        and B T last; each row begins one. None: a row is one.
         """
-        x = self.hidden(ids, mask, cache)
+        x = self.hidden(ids, mask, cache, documents)
         if target_indices is not None:
             x = x.reshape(-1, self.config.d_model)[target_indices]  # (N, C)
         return self.output(x)  # (8) one score for each token of the vocabulary
 
-    def hidden(self, ids, mask=None, cache=None):
+    def hidden(self, ids, mask=None, cache=None, documents=None):
         """What the output projection reads: (B, T) -> (B, T, C). Arguments as in `forward`."""
         start = 0 if cache is None else cache.length
         stop = start + ids.shape[1]
@@ -199,7 +215,11 @@ class TransformerDecoderLite(nn.Module):
                 f"{stop} tokens are more than model.max_len = {self.max_len}; shorten the text"
             )
         # (6) token embedding plus position
-        x = self.embed(ids) * self.embedding_scale + self.pos_encoding[start:stop]  # (B, T, C)
+        table = self.pos_encoding[start:stop]  # (T, C)
+        if documents is not None:
+            positions = document_positions(documents, *ids.shape)
+            table, mask = self.pos_encoding[positions], document_mask(positions)  # (B, T, C)
+        x = self.embed(ids) * self.embedding_scale + table  # (B, T, C)
         x = self.dropout(self.embed_norm(x))
         # (7) the layers, one after another
         layer_caches = [None] * len(self.layers) if cache is None else cache.layers

@@ -14,7 +14,7 @@ Shapes: T tokens, C = d_model, H heads of width D = C / H, S keys, V = vocab_siz
 import math
 from dataclasses import asdict
 from functools import partial
-from itertools import compress
+from itertools import compress, pairwise
 from random import Random
 
 from checkpoint.reader import Checkpoint
@@ -43,6 +43,19 @@ def create_norm(config: ModelConfig, vector) -> nn.Module:
     if config.norm == "rms":
         return nn.RMSNorm(config.norm_eps)
     return nn.Identity()
+
+
+def document_positions(documents: list[int]) -> list[int]:
+    """The place of each token in its document, where these begin and the last one ends."""
+    return [place for begin, end in pairwise(documents) for place in range(end - begin)]
+
+
+def document_mask(positions: list[int]) -> list[list[bool]]:
+    """Where each token may look: in its document, up to itself."""
+    return [
+        [t - position <= s <= t for s in range(len(positions))]
+        for t, position in enumerate(positions)
+    ]
 
 
 def attention(Q, K, V, mask, dropout):
@@ -174,19 +187,21 @@ class TransformerDecoderMicro(nn.Module):
                 for row in parameter:
                     row.data = [self.random.gauss(0.0, std) for _ in row.data]
 
-    def forward(self, ids, mask=None, target_indices=None, cache=None):
+    def forward(self, ids, mask=None, target_indices=None, cache=None, documents=None):
         """Logits of the next token at each place of `ids`, a list of T: T vectors of V floats.
 
         mask: None for causal; else T lists of S booleans: where each token may look, at least one.
         target_indices: indices of the places where logits are wanted.
         cache: of `new_cache`; the ids then follow on those it has seen. No gradients.
+        documents: the places where documents begin that are read as if each stood alone, and T
+        last. None: one.
         """
-        x = self.hidden(ids, mask, cache)
+        x = self.hidden(ids, mask, cache, documents)
         if target_indices is not None:
             x = [x[t] for t in target_indices]
         return self.output(x)  # (8) one score for each token of the vocabulary
 
-    def hidden(self, ids, mask=None, cache=None):
+    def hidden(self, ids, mask=None, cache=None, documents=None):
         """What the output projection reads: T ids -> (T, C). Arguments as in `forward`."""
         start = 0 if cache is None else cache.length
         stop = start + len(ids)
@@ -196,7 +211,11 @@ class TransformerDecoderMicro(nn.Module):
             )
         # (6) token embedding plus position
         x = [token * self.embedding_scale for token in self.embed(ids)]  # (T, C)
-        x = nn.added(x, self.pos_encoding[start:stop])
+        positions = range(start, stop)
+        if documents is not None:
+            positions = document_positions(documents)
+            mask = document_mask(positions)
+        x = nn.added(x, [self.pos_encoding[position] for position in positions])
         x = self.dropout(self.embed_norm(x))
         # (7) the layers, one after another
         for i, layer in enumerate(self.layers):

@@ -186,8 +186,12 @@ def step_sizes(state: TrainState) -> list[tuple[int, int]]:
     """(tokens, tokens with padding) of the steps of the first epoch."""
     examples, sizes = state.batches.examples, []
     for step in range(min(SAMPLED, state.batches.steps_per_epoch)):
-        if examples.are_windows:
+        if examples.same_sizes:
             sizes.append((state.batches.rows(step) * examples.seq_len,) * 2)
+            continue
+        if examples.are_windows:
+            chosen = state.batches.chosen(step)[0]
+            sizes.append((examples.token_count(chosen), len(chosen) * examples.seq_len))
             continue
         chosen = state.batches.chosen(step)[0]
         rows = math.ceil(len(chosen) / state.config.train.accumulation_steps)

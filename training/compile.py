@@ -73,9 +73,10 @@ def compile_loss(
 
 
 def full_shape(state: TrainState) -> tuple[int, int] | None:
-    """(B, T) of the micro-batches of a stream of text; None for documents, whose lengths vary."""
+    """(B, T) of the micro-batches of a stream of text; None for documents, whose lengths vary,
+    unless they are packed as if they were one."""
     examples = state.batches.examples
-    if not examples.are_windows:
+    if not examples.same_sizes:
         return None
     rows = math.ceil(state.batches.rows(0) / state.config.train.accumulation_steps)
     return rows, examples.seq_len

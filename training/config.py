@@ -343,6 +343,8 @@ def to_toml(config: Config) -> str:
 REFUSED_CHANGES = {
     "seed": "the order of the data would change",
     "data.seq_len": "the training data would change",
+    "data.packing": "the training data would change",
+    "data.mask_documents": "what each token sees would change",
     "train.batch_size": "the order of the data would change",
     **dict.fromkeys(
         (f"data.{role}_token" for role in ("bos", "end", "pad", "unk")),

@@ -173,7 +173,7 @@ class GraphedStep:
         for micro, batch in enumerate(micro_batches, first):
             self.sum.begin(self.total)
             with timer.part("data"):
-                ids, wanted, _ = to_device(batch.inputs, self.state.device)
+                ids, wanted, *_ = to_device(batch.inputs, self.state.device)
                 assert ids is not None and wanted is not None  # no batch lacks them
                 self.ids.copy_(ids)
                 self.wanted.copy_(wanted)

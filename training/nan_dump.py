@@ -65,7 +65,7 @@ def write_nan_dump(
     arrays = {}
     for micro, batch in enumerate(micro_batches):
         parts: dict[str, np.ndarray | None] = {"ids": batch.ids, "targets": batch.targets}
-        parts["target_indices"] = batch.target_indices
+        parts |= {"target_indices": batch.target_indices, "documents": batch.documents}
         arrays |= {f"{micro}/{name}": a for name, a in parts.items() if a is not None}
     path, earlier = run / f"nonfinite_step_{step + 1}", 0
     while path.exists():  # of an earlier try, which may have had other settings
@@ -131,14 +131,14 @@ def read_batches(dump: Checkpoint) -> list[Batch]:
     batches = []
     while f"{len(batches)}/ids" in arrays:
         ids = arrays[f"{len(batches)}/ids"]
-        targets, target_indices, positions = (
+        targets, target_indices, positions, documents = (
             arrays.get(f"{len(batches)}/{name}")
-            for name in ("targets", "target_indices", "positions")
+            for name in ("targets", "target_indices", "positions", "documents")
         )
         # positions: what version 0.1 called the indices of the targets
         indices = positions if target_indices is None else target_indices
         # check_note refuses a batch without targets
-        batches.append(Batch(ids, cast(np.ndarray, targets), indices, ids.size))
+        batches.append(Batch(ids, cast(np.ndarray, targets), indices, ids.size, documents))
     return batches
 
 
@@ -152,6 +152,7 @@ def check_note(path: Path, config: Config, note: dict, batches: list[Batch]):
             and batch.targets is not None
             and all(within(a, size) for a in (batch.ids, batch.targets))
             and (batch.target_indices is None or within(batch.target_indices, batch.ids.size))
+            and (batch.documents is None or are_borders(batch.documents, batch.ids.size))
         )
 
     whole = (
@@ -171,3 +172,14 @@ def check_note(path: Path, config: Config, note: dict, batches: list[Batch]):
 def within(numbers: np.ndarray, size: int) -> bool:
     """Whether all are from 0 to size - 1."""
     return bool(0 <= numbers.min(initial=0) and numbers.max(initial=0) < size)
+
+
+def are_borders(documents: np.ndarray, size: int) -> bool:
+    """Whether `documents` cuts `size` places into documents."""
+    return (
+        documents.dtype == np.int32
+        and documents.ndim == 1
+        and len(documents) > 1
+        and documents[[0, -1]].tolist() == [0, size]
+        and bool((np.diff(documents) > 0).all())
+    )

@@ -185,7 +185,10 @@ def open_batches(
 
     order: that of stream windows, as data/batches.py numbers them.
     """
-    examples, val = (open_examples(dataset, s, config.seq_len, order) for s in ("train", "val"))
+    examples, val = (
+        open_examples(dataset, side, config.seq_len, order, config.data, log)
+        for side in ("train", "val")
+    )
     assert examples is not None  # nothing is prepared without a training split
     for split, whole in (("train", examples), ("validation", val)):
         for source, side in by_source(dataset, whole):
@@ -293,7 +296,12 @@ def resolve(config: Config, device: torch.device, dataset: Dataset, processes: P
         config,
         device=str(device) if processes.count == 1 else device.type,  # each has an index of its own
         model=replace(config.model, vocab_size=vocab_size),
-        data=replace(config.data, kind=dataset.kind, sources=resolve_sources(config, dataset)),
+        data=replace(
+            config.data,
+            kind=dataset.kind,
+            start_token=dataset.start_token,
+            sources=resolve_sources(config, dataset),
+        ),
         train=replace(config.train, threads=torch.get_num_threads()),
     )
 

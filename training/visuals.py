@@ -30,7 +30,10 @@ class Sampler:
         else:
             self.shown = [("", "")] * (LINE_SAMPLES if dataset.kind == "lines" else 1)
         tokenizer = dataset.tokenizer
-        self.prompts = [prompt_ids(dataset.kind, tokenizer, prompt) for prompt, _ in self.shown]
+        self.prompts = [
+            prompt_ids(dataset.kind, tokenizer, prompt, dataset.start_token)
+            for prompt, _ in self.shown
+        ]
 
     def __call__(self, model: TransformerDecoder) -> list[str]:
         """One text for each of `shown`. Leaves the model in the mode it was in."""
@@ -78,6 +81,8 @@ def example_ids(examples: Examples, longest: int = 32) -> np.ndarray:
     if not examples.are_windows:  # the shortest come first; one from the middle says more
         middle = np.argsort(examples.lengths, kind="stable")[examples.count // 2 :][:1]
         batch = examples.batch(middle)
+    if batch.documents is not None:  # the first alone: the maps do not end at borders
+        longest = min(longest, int(batch.documents[1]))
     return batch.ids[:1, :longest]
 
 

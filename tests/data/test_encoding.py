@@ -119,6 +119,15 @@ def test_documents_are_between_the_special_tokens(tokenizers):
         assert found.lengths.tolist() == [*map(len, rows)] and found.ids.dtype == np.dtype("<u4")
 
 
+def test_documents_without_start_in_a_process(tokenizers, monkeypatch):
+    tokenizer, folder = tokenizers["bpe"]
+    monkeypatch.setattr(encoding, "PATIENCE", 0)
+    encoder = Encoder("documents", tokenizer, "<u2", folder, 2, start_token=False)
+    found = gather(encoder, blocks([("train", "one"), ("train", "two")], "documents"))
+    rows = [[*tokenizer.encode(text), tokenizer.end_id] for text in ("one", "two")]
+    assert encoder.workers and found["train"][0] == [*rows[0], *rows[1]]
+
+
 def test_blocks_are_bounded_by_documents_and_by_characters(monkeypatch):
     monkeypatch.setattr(encoding, "DOCUMENTS", 4)
     monkeypatch.setattr(encoding, "CHARACTERS", 100)
