@@ -21,6 +21,43 @@ SOURCES: tuple[str, ...] = get_args(SourceName)
 
 
 @dataclass(frozen=True)
+class SourceConfig:
+    """One source of a mixture; what is None is as `DataConfig` has it."""
+
+    weight: float
+    """Share of an epoch's tokens, relative to the other sources' weights."""
+    path: str | tuple[str, ...] = ""
+    """As data.path."""
+    source: SourceName | None = None
+    """As data.source; not path."""
+    name: str = ""
+    """What it is called in logs and metrics; empty: by its file or built-in source."""
+    val_path: str = ""
+    """As data.val_path."""
+    kind: Literal["auto", "stream", "lines", "documents", "pairs"] | None = None
+    text_key: str | None = None
+    prompt_key: str | None = None
+    completion_key: str | None = None
+    separator: str | None = None
+    encoding: str | None = None
+    errors: Literal["strict", "replace"] | None = None
+    skip_bad: bool | None = None
+    val_fraction: float | None = None
+
+    def __post_init__(self):
+        wrong = []
+        if not 0 < self.weight < math.inf:
+            wrong.append(f"weight = {self.weight} must be above 0 and finite")
+        if self.path in ("", ()) and self.source is None:
+            wrong.append('path = "" must be a path, or source = the name of a built-in source')
+        if self.path and self.source:
+            wrong.append(f"source = {self.source!r} cannot be with a path; leave one of them out")
+        if self.name and not re.fullmatch(r"[\w.-]{1,40}", self.name):
+            wrong.append(f"name = {self.name[:60]!r} must be 1 to 40 letters, digits, _, . or -")
+        refuse(wrong + wrong_reading(self))
+
+
+@dataclass(frozen=True)
 class DataConfig:
     """The text, the tokenizer and the split."""
 
@@ -29,6 +66,8 @@ class DataConfig:
     path: str | tuple[str, ...] = ""
     """Your own file, folder, pattern or address, or several, or - for standard input (docs/data.md:
     what is read); not source."""
+    sources: tuple[SourceConfig, ...] = ()
+    """A mixture, in TOML only: [[data.sources]], each with a weight and a path or source."""
     val_path: str = ""
     """Validation data of the same kind; empty: split off as val_fraction says."""
     kind: Literal["auto", "stream", "lines", "documents", "pairs"] = "auto"
@@ -50,12 +89,22 @@ class DataConfig:
     """Bytes that are no characters of the encoding: refused, or U+FFFD in their place."""
     skip_bad: bool = False
     """Leave out records and archives' members that cannot be read, and say how many."""
-    tokenizer: Literal["bpe", "unigram", "char", "char_bos"] = "bpe"
-    """bpe, unigram: SentencePiece; char: characters; char_bos: with one special token."""
+    tokenizer: Literal["bpe", "unigram", "char", "char_bos", "byte"] = "bpe"
+    """bpe, unigram: SentencePiece; char: characters; char_bos: with one special token; byte."""
     tokenizer_path: str = ""
-    """Trained tokenizer to use: a tokenizer.model or tokenizer.json, or its folder."""
+    """Trained tokenizer to use, anybody's: tokenizer.json, .model or .tiktoken, or its folder."""
+    tokenizer_pattern: str = ""
+    """How a .tiktoken file cuts words: gpt2, cl100k_base, o200k_base, or a regular expression."""
+    bos_token: str = ""
+    """With tokenizer_path: the token that starts a text; empty: found, else end_token."""
+    end_token: str = ""
+    """With tokenizer_path: the token that ends a text; empty: found."""
+    pad_token: str = ""
+    """With tokenizer_path: the token that pads; empty: found, else end_token."""
+    unk_token: str = ""
+    """With tokenizer_path: the token of what is unknown; empty: found, else none."""
     vocab_size: int = 2048
-    """Vocabulary size of bpe and unigram; char and char_bos ignore it."""
+    """Vocabulary size of bpe and unigram; the others ignore it."""
     seq_len: int = 0
     """Tokens in a training sequence, at most model.max_len; 0: model.max_len."""
     val_fraction: float = 0.1
@@ -71,30 +120,50 @@ class DataConfig:
             wrong.append(f"vocab_size = {self.vocab_size} must be at least 300 (256 are bytes)")
         if self.seq_len < 0:
             wrong.append(f"seq_len = {self.seq_len} must be 0 (model.max_len) or more")
-        if not 0 <= self.val_fraction < 1:
-            wrong.append(f"val_fraction = {self.val_fraction} must be at least 0 and below 1")
         if not 0.1 <= self.remote_cache_gb < math.inf:
             wrong.append(f"remote_cache_gb = {self.remote_cache_gb} must be at least 0.1")
-        for path in (*as_paths(self.path), self.val_path):
-            if found := SECRET.search(path):
-                shown = path[: found.start()]
-                wrong.append(
-                    f"path = {shown}...: the address holds a password or a key, which would be "
-                    "kept with the run; set a variable of the environment to it, and write "
-                    "${NAME} in its place"
-                )
+        wrong += [
+            f"{name} = {value!r} is of another tokenizer; set data.tokenizer_path, or leave it out"
+            for name, value in self.given_tokens().items()
+            if not self.tokenizer_path
+        ]
         if self.path == ():
             wrong.append('path = () must be "", a path or a list of paths')
-        try:
-            b" ".decode(self.encoding)
-        except (LookupError, ValueError):  # ValueError: a NUL in the name
-            wrong.append(f'encoding = {self.encoding!r} must be one that Python has, as "latin-1"')
-        wrong += [
-            f'{name} = "" must be the name of a key'
-            for name in ("text_key", "prompt_key", "completion_key")
-            if not getattr(self, name).strip(" ,")
-        ]
-        refuse(wrong)
+        if self.sources and (self.path or self.val_path):
+            key = "path" if self.path else "val_path"
+            wrong.append(
+                f"{key} = {getattr(self, key)!r} cannot be with [[data.sources]], each of which "
+                "has its own; leave one of them out"
+            )
+        refuse(wrong + wrong_reading(self))
+
+    def given_tokens(self) -> dict[str, str]:
+        """What is set of the settings that only somebody else's tokenizer has."""
+        names = ("tokenizer_pattern", "bos_token", "end_token", "pad_token", "unk_token")
+        return {name: getattr(self, name) for name in names if getattr(self, name)}
+
+
+def wrong_reading(config: DataConfig | SourceConfig) -> list[str]:
+    """What is wrong with the settings that data and a source of a mixture share."""
+    wrong, fraction, encoding = [], config.val_fraction, config.encoding
+    if fraction is not None and not 0 <= fraction < 1:
+        wrong.append(f"val_fraction = {fraction} must be at least 0 and below 1")
+    try:
+        b" ".decode("utf-8" if encoding is None else encoding)
+    except (LookupError, ValueError):  # ValueError: a NUL in the name
+        wrong.append(f'encoding = {encoding!r} must be one that Python has, as "latin-1"')
+    for name in ("text_key", "prompt_key", "completion_key"):
+        key = getattr(config, name)
+        if key is not None and not key.strip(" ,"):
+            wrong.append(f'{name} = "" must be the name of a key')
+    for path in (*as_paths(config.path), config.val_path):
+        if found := SECRET.search(path):
+            wrong.append(
+                f"path = {path[: found.start()]}...: the address holds a password or a key, which "
+                "would be kept with the run; set a variable of the environment to it, and write "
+                "${NAME} in its place"
+            )
+    return wrong
 
 
 def as_paths(path: str | Sequence[str]) -> tuple[str, ...]:

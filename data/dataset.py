@@ -3,7 +3,7 @@
 A prepared data set is a folder in `data/cache/`, named by the hash of its source and of every
 setting that shapes it: complete or absent, because it is built under a hidden name and renamed.
 
-    manifest.json  tokenizer.json | tokenizer.model
+    manifest.json  tokenizer's files, as in a checkpoint
     train-* val-*               shards of token files, as data/token_files.py has them
 """
 
@@ -39,8 +39,10 @@ from data.prompt_format import are_pairs
 from data.readers import Pair, Place, Source, open_source
 from data.remote import Store, has_magic, name_of
 from data.remote_shards import RemoteFolder, open_remote_split, verify_remote
+from data.round_trip import warning
+from data.special_tokens import FLAGS
 from data.token_files import Split, check_shard, check_shards, check_sizes, open_split
-from data.tokenizer import CharTokenizer, Tokenizer, load_tokenizer
+from data.tokenizer import ByteTokenizer, CharTokenizer, ForeignTokenizer, Tokenizer, load_tokenizer
 from data.train_tokenizer import train_sentencepiece
 from data.writing import PROGRESS, Progress, marks, open_writers, recorded, write_shards
 
@@ -71,19 +73,27 @@ class Dataset:
 
 
 def prepare(
-    config: DataConfig, log: Log = print, tokenizer: Tokenizer | None = None, jobs: int = 0
+    config: DataConfig,
+    log: Log = print,
+    tokenizer: Tokenizer | None = None,
+    jobs: int = 0,
+    source: Source | None = None,
 ) -> Dataset:
     """Opens the data set of `config`, after preparing it if it is not in the cache yet.
 
     `tokenizer` is used in place of the one that `config` describes. jobs: how many processes or
-    threads encode; 0: as many as are of use.
+    threads encode; 0: as many as are of use. source: that of `config`, if it is open already.
     """
     if folder := prepared_folder(config, log):
         return open_given(folder, config, tokenizer)
     cache = user_path(config.cache_dir or DEFAULT_CACHE_DIR)
     with writing(cache):
         cache.mkdir(parents=True, exist_ok=True)
-    source = open_source(config, log, cache)
+    source = source or open_source(config, log, cache)
+    if isinstance(tokenizer, ForeignTokenizer):
+        log(f"tokenizer: {tokenizer.describe()}")
+        if found := warning(tokenizer, source.train()):
+            log(found)
     fingerprint = fingerprint_of(source, config, tokenizer)
     folder = cache / f"{source.name}-{fingerprint}-{LAYOUT}"
     with building(folder, fingerprint) as unfinished:
@@ -379,6 +389,8 @@ def make_tokenizer(config: DataConfig, source: Source, characters: int, log: Log
         # a document of another kind than pairs is its text
         texts = chain.from_iterable(documents) if source.kind == "pairs" else documents
         return train_sentencepiece(texts, config.tokenizer, config.vocab_size, log)
+    if config.tokenizer == "byte":
+        return ByteTokenizer()
     alphabet = set()
     both = [source.train()] + ([source.val()] if source.val else [])
     for document in chain.from_iterable(both):
@@ -394,8 +406,10 @@ def named_tokenizer(config: DataConfig) -> Tokenizer | None:
     if not path:
         return None
     refuse_no_file(path, f"data.tokenizer_path = {path}")
+    tokens = {role: getattr(config, flag.removeprefix("data.")) for role, flag in FLAGS.items()}
     try:
-        return load_tokenizer(user_path(path))
+        given = {role: token for role, token in tokens.items() if token}
+        return load_tokenizer(user_path(path), given, config.tokenizer_pattern)
     except UserError as error:
         raise UserError(f"data.tokenizer_path: {error}") from None
 

@@ -21,7 +21,8 @@ from common import cli
 from common.errors import UserError
 from common.files import is_address, user_path
 from data.config import DataConfig
-from data.dataset import named_tokenizer, open_dataset, prepare, store_of, verify
+from data.dataset import named_tokenizer, open_dataset, store_of, verify
+from data.mixture import prepare
 from data.parts import count_parts, merge, prepare_part
 from data.remote_shards import RemoteFolder
 from data.spool import keep_standard_input
@@ -82,6 +83,11 @@ def make(config: DataConfig, arguments: Arguments):
     tokenizer, jobs = named_tokenizer(config), arguments.jobs
     if not arguments.to:
         data = prepare(config, log, tokenizer, jobs)
+    elif config.sources:
+        raise UserError(
+            f"--to {arguments.to}: a mixture's sources are prepared each into its own folder; "
+            "leave it out, or give one of them as --data.path"
+        )
     else:
         to, there = folders(arguments.to, config)
         if not prepare_part(config, to, part, parts, log, tokenizer, jobs, there):
