@@ -398,8 +398,8 @@ def test_a_failure_reaches_all_who_wait(tmp_path):
 @pytest.fixture
 def prepared(tmp_path, monkeypatch, s3):
     """A prepared folder of several shards here, and the same in the store."""
-    (tmp_path / "a.jsonl").write_bytes(b"".join(JSONL.splitlines(True)[:250]))
-    monkeypatch.setattr(token_files, "SHARD_TOKENS", 20_000)
+    (tmp_path / "a.jsonl").write_bytes(JSONL)
+    monkeypatch.setattr(token_files, "SHARD_TOKENS", 200_000)
     config = DataConfig(
         path=str(tmp_path / "a.jsonl"), tokenizer="char", cache_dir=str(tmp_path / "cache")
     )
@@ -492,11 +492,16 @@ def test_several_machines_prepare_into_the_store(tmp_path, monkeypatch, s3):
     assert s3.exists(lost) and (data.train.ids[:] == whole.train.ids[:]).all()
 
 
-def test_a_run_whose_data_does_not_come_saves_and_goes_on(prepared, tmp_path, monkeypatch, capsys):
+def test_a_run_whose_data_does_not_come_saves_and_goes_on(tmp_path, monkeypatch, capsys):
     import train
 
     monkeypatch.setattr(remote_shards, "WHOLE_BLOCK", 1 << 10)
-    here = prepared[0]
+    (tmp_path / "a.jsonl").write_bytes(b"".join(JSONL.splitlines(True)[:250]))
+    here = tmp_path / "to"
+    config = DataConfig(
+        path=str(tmp_path / "a.jsonl"), tokenizer="char", cache_dir=str(tmp_path / "here")
+    )
+    prepare_part(config, here, 1, 1, log=lambda line: None)
 
     def run(*flags):
         monkeypatch.setattr("sys.argv", ["train.py", "--runs_dir", str(tmp_path / "runs"), *flags])
@@ -510,7 +515,7 @@ def test_a_run_whose_data_does_not_come_saves_and_goes_on(prepared, tmp_path, mo
         settings = "--config", str(tmp_path / "tiny.toml"), "--max_steps", "20"
         assert run(*settings, "--name", "whole") == 0
         shutil.rmtree(tmp_path / "cache")
-        web.faults += [""] * 100 + ["404"] * 10_000
+        web.faults += [""] * 60 + ["404"] * 10_000
         assert "ids: there is no such file" in refusal(run, *settings, "--name", "cut")
         (*_, last) = list_steps(tmp_path / "runs" / "cut")
         assert 0 < step_of(last) < 20 and f"saved {last}" in capsys.readouterr().out
