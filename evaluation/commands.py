@@ -444,7 +444,7 @@ def bash_parses(command: str) -> bool:
     if bash is None:
         raise FileNotFoundError("bash")
     try:
-        done = subprocess.run(  # noqa: S603, -n: parsed alone
+        done = subprocess.run(  # noqa: S603, parsed alone: -n
             [bash, "--noprofile", "--norc", "-n"],
             input=command.encode("utf-8", "replace"),
             env={},
