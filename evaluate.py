@@ -36,11 +36,11 @@ from common.files import refuse_url, replace_synced, user_path
 from data.batches import Examples
 from data.builtin import named_files
 from data.config import DEFAULT_CACHE_DIR, DataConfig, as_paths
-from data.dataset import prepare, split_documents
+from data.dataset import Dataset, open_dataset, prepare, prepared_folder, split_texts
 from data.prompt_format import end_id, prompt_ids
 from data.readers import Pair, open_source
 from data.rng import permutation
-from data.tokenizer import Tokenizer, load_tokenizer
+from data.tokenizer import TOKENIZER_FILES, Tokenizer, load_tokenizer
 from evaluation.answers import answer
 from evaluation.memorization import Index, index_file, open_index, shares
 from evaluation.scores import kind_of, measure, side_by_side, table
@@ -166,7 +166,7 @@ def find(arguments: Arguments) -> Checkpoint:
             "train one with python train.py, or name it with --checkpoint"
         )
     checkpoint = Checkpoint.find(path, log)
-    for name in ("tokenizer.json", "tokenizer.model"):
+    for name in TOKENIZER_FILES:
         if name in checkpoint.manifest["files"]:
             checkpoint.read(name)  # which verifies it
     log(f"{checkpoint.path}: step {checkpoint.step:,}")
@@ -250,9 +250,24 @@ def test_folder(config: DataConfig) -> Path | None:
 
 def texts(config: DataConfig) -> Iterator[tuple[str, Pair]]:
     """The pairs that settings read, with their sides."""
+    if folder := prepared_folder(config):
+        yield from decoded(open_dataset(folder))
+        return
     cache = user_path(config.cache_dir or DEFAULT_CACHE_DIR)
     source = open_source(config, lambda line: None, cache)
-    return cast(Iterator[tuple[str, Pair]], split_documents(source, config))
+    yield from cast(Iterator[tuple[str, Pair]], split_texts(source, config))
+
+
+def decoded(dataset: Dataset) -> Iterator[tuple[str, Pair]]:
+    """The pairs of a folder of prepared data, of which nothing else may be there."""
+    for side, split in (("train", dataset.train), ("val", dataset.val)):
+        if split is None or split.starts is None or split.prompts is None:
+            continue
+        for number, length in enumerate(split.prompts):
+            start, end = int(split.starts[number]), int(split.starts[number + 1])
+            ids = split.ids[start:end]
+            prompt, completion = ids[: int(length) - 1], ids[int(length) : -1]
+            yield side, (dataset.tokenizer.decode(prompt), dataset.tokenizer.decode(completion))
 
 
 # Scoring ------------------------------------------------------------------------------------------
@@ -316,7 +331,10 @@ def score(
     settings = {"answers": kind, "beams": beams, "num_samples": count, "examples": len(prompts)}
     if beams == 1 < count:
         settings |= {**asdict(arguments.sampling), "seed": arguments.seed}
-    scores = {name: {n: asdict(s) for n, s in column.items()} for name, column in columns.items()}
+    scores = {
+        name: {n: {"value": s.value, "low": s.low, "high": s.high} for n, s in column.items()}
+        for name, column in columns.items()
+    }
     found = {"settings": settings, "scores": scores}
     if data.index is not None:
         first = {name: [several[0] for several in rows] for name, rows in answers.items()}

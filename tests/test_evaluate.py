@@ -2,7 +2,7 @@
 
 import json
 import math
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -211,6 +211,13 @@ def test_generate_writes_the_texts_of_a_beam_search(folder, monkeypatch, capsys)
         monkeypatch.setattr("sys.argv", ["generate.py", *flags, more])
         with pytest.raises(UserError, match=wrong):
             generate_program.main()
+
+
+def test_pairs_of_a_prepared_folder_are_those_that_it_was_made_of(folder):
+    config = DataConfig(path=str(folder / "records.jsonl"), tokenizer="char")
+    config = replace(config, cache_dir=str(folder / "runs" / "cache"))
+    dataset = prepare(config, lambda line: None)
+    assert sorted(evaluate.decoded(dataset)) == sorted(evaluate.texts(config))
 
 
 def test_data_that_has_changed_is_refused(tmp_path, folder, run, monkeypatch):
