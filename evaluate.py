@@ -183,7 +183,12 @@ def read_data(
     given = tokenizer if checkpoint.state.get("tokenizer_given") else None
     own = arguments.split == "val"
     chosen = config if own else other_split(arguments.split, config)
-    dataset = prepare(chosen, log, given if own else tokenizer)
+    try:
+        dataset = prepare(chosen, log, given if own else tokenizer)
+    except UserError as error:
+        if own:
+            raise
+        raise UserError(str(error).replace("data.path = ", "--split ", 1)) from None
     now = dataset.fingerprint, dataset.tokenizer.fingerprint
     if own and now != (checkpoint.state.get("data"), checkpoint.state.get("tokenizer")):
         raise UserError(

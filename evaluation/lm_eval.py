@@ -52,8 +52,8 @@ class Decoder(LM):
     def __init__(self, model, tokenizer: Tokenizer, kind: str):
         if MISSING:
             raise UserError(
-                f"evaluation/lm_eval.py: {MISSING} is not installed; install it with pip install "
-                "-e '.[lm-eval]'"
+                f"pyproject.toml: its extra lm-eval is not installed ({MISSING} is missing); "
+                "install it with pip install -e '.[lm-eval]'"
             )
         super().__init__()
         self.model, self.tokenizer, self.kind = model.eval(), tokenizer, kind

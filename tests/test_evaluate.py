@@ -162,7 +162,7 @@ def test_answers_are_those_of_each_prompt_alone(folder):
     "name, flags, wrong",
     [
         ("stream", ["--split", "test"], "--split test: the run's data has no test split; give a"),
-        ("stream", ["--split", "none.txt"], "data.path = none.txt"),
+        ("stream", ["--split", "none.txt"], "--split none.txt: no such file"),
         ("bash", ["--beams", "2", "--num_samples", "3"], "num_samples = 3 must be at most beams"),
         ("bash", ["--limit", "-1"], "limit = -1 must be at least 0"),
         ("none", [], "no such checkpoint or run"),
