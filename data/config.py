@@ -11,13 +11,15 @@ from common.errors import refuse
 
 DEFAULT_CACHE_DIR = Path(__file__).parent / "cache"  # what an empty data.cache_dir means
 Kind = Literal["stream", "lines", "documents", "pairs"]
-SourceName = Literal["stdlib", "stdlib_words", "names", "tinyshakespeare", "nl2bash"]
+SourceName = Literal[
+    "stdlib", "stdlib_words", "names", "tinyshakespeare", "nl2bash", "nl2bash_paper"
+]
+SOURCES: tuple[str, ...] = get_args(SourceName)
 # a password, or a key in a query, that stands in an address; not ${NAME}, which stands for one
 SECRET = re.compile(
     r"://[^/?#@]*:(?!\$\{)[^/?#]*@"
     r"|[?&][^=&]*(sig|token|secret|passw|credential|key)[^=&]*=(?!\$\{)", re.IGNORECASE,
 )  # fmt: skip
-SOURCES: tuple[str, ...] = get_args(SourceName)
 
 
 @dataclass(frozen=True)
