@@ -1,0 +1,112 @@
+"""A decoder as a file of llama.cpp, of its architecture gpt2. Needs the package `gguf`."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from common.errors import UserError
+from data.tokenizer import SentencePieceTokenizer, Tokenizer
+from exchange import huggingface
+from exchange.tokenizers_json import is_bpe, processor
+from model.config import ModelConfig
+
+LAYER = {  # what llama.cpp calls the parts of a layer of GPT-2
+    "ln_1": "attn_norm",
+    "attn.c_attn": "attn_qkv",
+    "attn.c_proj": "attn_output",
+    "ln_2": "ffn_norm",
+    "mlp.c_fc": "ffn_up",
+    "mlp.c_proj": "ffn_down",
+}
+REST = {"wte": "token_embd", "wpe": "position_embd", "ln_f": "output_norm", "lm_head": "output"}
+
+
+def write_gguf(
+    config: ModelConfig,
+    weights: Mapping[str, np.ndarray],
+    tokenizer: Tokenizer,
+    kind: str,
+    name: str,
+    where: str,
+    file: Path,
+) -> str:
+    """Writes the file; returns a note on its tokenizer, "" if it has all of it.
+
+    kind: of the data. name: of the model. Raises UserError, which begins with `where`.
+    """
+    try:
+        import gguf
+    except ModuleNotFoundError:
+        raise UserError(
+            "--format gguf: needs the package gguf, which is not installed; install it with pip "
+            "install gguf"
+        ) from None
+    refuse_unlike(config, where)
+    writer = gguf.GGUFWriter(file, "gpt2")
+    writer.add_name(name)
+    writer.add_block_count(config.n_layers)
+    writer.add_context_length(config.max_len)
+    writer.add_embedding_length(config.d_model)
+    writer.add_feed_forward_length(config.d_ff)
+    writer.add_head_count(config.n_heads)
+    writer.add_layer_norm_eps(config.norm_eps)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_file_type(gguf.LlamaFileType.ALL_F32)
+    note = add_tokenizer(writer, tokenizer, kind)
+    for key, array in huggingface.exported(config, weights, "gpt2").items():
+        is_linear = array.ndim == 2 and ".h." in key
+        rows = array.T if is_linear else array  # (outputs, inputs), as ours
+        writer.add_tensor(theirs(key), np.ascontiguousarray(rows, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return note
+
+
+def refuse_unlike(config: ModelConfig, where: str):
+    """Raises UserError for a decoder that llama.cpp has no architecture for."""
+    wrong = ""
+    if huggingface.architecture(config, where) != "gpt2":
+        wrong = "model.norm_first = false: llama.cpp has no post-norm decoder of this kind"
+    elif config.activation != "gelu":
+        wrong = f'model.activation = "{config.activation}": its gpt2 has gelu'
+    if wrong:
+        raise UserError(f"{where}: {wrong}; use --format huggingface or onnx")
+
+
+def theirs(key: str) -> str:
+    """The name that llama.cpp has for a tensor of GPT2LMHeadModel."""
+    block, _, part = key.removeprefix("transformer.").rpartition(".")
+    if block.startswith("h."):
+        _, i, block = block.split(".", 2)
+        return f"blk.{i}.{LAYER[block]}.{part}"
+    return f"{REST[block]}.{part}"
+
+
+def add_tokenizer(writer, tokenizer: Tokenizer, kind: str) -> str:
+    """The tokenizer, where llama.cpp has its like; else a note that the file takes ids alone."""
+    import gguf
+
+    trained = processor(tokenizer) if isinstance(tokenizer, SentencePieceTokenizer) else None
+    if trained is None or not is_bpe(trained):
+        writer.add_tokenizer_model("no_vocab")
+        return "llama.cpp has no tokenizer like that of this run; give it ids, not text"
+    ids = range(len(trained))
+    types = {tokenizer.unk_id: gguf.TokenType.UNKNOWN}
+    types |= {i: gguf.TokenType.CONTROL for i in (0, 2, 3)}
+    types |= {i: gguf.TokenType.BYTE for i in ids if trained.is_byte(i)}
+    writer.add_tokenizer_model("llama")  # SentencePiece's BPE
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list([trained.id_to_piece(i).encode() for i in ids])
+    writer.add_token_scores([trained.get_score(i) for i in ids])
+    writer.add_token_types([types.get(i, gguf.TokenType.NORMAL) for i in ids])
+    writer.add_add_space_prefix(False)
+    writer.add_bos_token_id(tokenizer.start_id)
+    writer.add_eos_token_id(tokenizer.end_id)
+    writer.add_unk_token_id(tokenizer.unk_id)
+    writer.add_pad_token_id(tokenizer.pad_id)
+    writer.add_add_bos_token(kind in ("lines", "documents"))
+    writer.add_add_eos_token(False)
+    return ""
