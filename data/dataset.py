@@ -3,7 +3,7 @@
 A prepared data set is a folder in `data/cache/`, named by the hash of its source and of every
 setting that shapes it: complete or absent, because it is built under a hidden name and renamed.
 
-    manifest.json  tokenizer.json | tokenizer.model
+    manifest.json  tokenizer's files, as in a checkpoint
     train.* val.*               token files, as data/token_files.py has them
 """
 
@@ -28,7 +28,7 @@ from data.config import DEFAULT_CACHE_DIR, DataConfig, Kind
 from data.prompt_format import are_pairs
 from data.readers import Pair, Source, open_source
 from data.token_files import Split, open_split, write_documents, write_packed, write_stream
-from data.tokenizer import CharTokenizer, Tokenizer, load_tokenizer
+from data.tokenizer import ByteTokenizer, CharTokenizer, Tokenizer, load_tokenizer
 from data.train_tokenizer import train_sentencepiece
 
 FORMAT = 1  # of the token ids: another one is other data, on which no older run can be resumed
@@ -292,6 +292,8 @@ def make_tokenizer(
             # a document of another kind than pairs is its text
             texts = chain.from_iterable(documents) if pairs else cast(Iterator[str], documents)
         return train_sentencepiece(texts, config.tokenizer, config.vocab_size, log)
+    if config.tokenizer == "byte":
+        return ByteTokenizer()
     characters = set()
     both = [source.train()] + ([source.val()] if source.val else [])
     for document in chain.from_iterable(both):

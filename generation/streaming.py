@@ -1,13 +1,20 @@
 """Tokens to text while they come: whole characters, cut in front of a stop string."""
 
+from collections.abc import Sequence
+
 from data.tokenizer import ESCAPE, Tokenizer
+
+CONTEXT = 8  # tokens before those that are made text of: some tokenizers need to see them
 
 
 class StreamedText:
     """The text of one row as its tokens come."""
 
-    def __init__(self, tokenizer: Tokenizer, stops: tuple[str, ...]):
+    def __init__(self, tokenizer: Tokenizer, stops: tuple[str, ...], prompt: Sequence[int] = ()):
+        """prompt: the ids that the row goes on from; a special token among them begins a text."""
         self.tokenizer, self.stops = tokenizer, stops
+        begins = max((n for n, i in enumerate(prompt, 1) if i in tokenizer.special_ids), default=0)
+        self.before = [*prompt[begins:]][-CONTEXT:]
         self.text = ""
         self.stopped = False
         self.pending: list[int] = []  # tokens that end inside a character
@@ -17,14 +24,16 @@ class StreamedText:
         """Takes a token; whether a stop string is complete."""
         self.pending.append(token)
         # U+FFFD: bytes of a character of which more may come; ESCAPE: half of an escaped one
-        if not self.tokenizer.decode(self.pending).endswith(("\ufffd", ESCAPE)):
+        text = self.tokenizer.continuation(self.before, self.pending)
+        if not text.endswith(("\ufffd", ESCAPE)):
             self.flush()
         return self.stopped
 
     def flush(self):
         """Makes text of the tokens held back."""
         before = len(self.text)
-        self.text += self.tokenizer.decode(self.pending)
+        self.text += self.tokenizer.continuation(self.before, self.pending)
+        self.before = [*self.before, *self.pending][-CONTEXT:]
         self.pending = []
         found = [self.text.find(stop, max(0, before - len(stop))) for stop in self.stops]
         if any(at >= 0 for at in found):

@@ -20,6 +20,7 @@ from data.batches import Batches, Examples
 from data.config import as_paths
 from data.dataset import Dataset, prepare
 from data.rng import derive_seed
+from data.special_tokens import FLAGS
 from data.tokenizer import Tokenizer, load_tokenizer
 from model.cpu_layers import use_cpu_layers
 from model.cuda_attention import prefers_cudnn, use_cuda_attention
@@ -245,8 +246,11 @@ def given_tokenizer(spec: RunSpec) -> Tokenizer | None:
     if not path:
         return None
     refuse_no_file(path, f"data.tokenizer_path = {path}")
+    data = spec.config.data
+    tokens = {role: getattr(data, flag.removeprefix("data.")) for role, flag in FLAGS.items()}
     try:
-        return load_tokenizer(user_path(path))
+        given = {role: token for role, token in tokens.items() if token}
+        return load_tokenizer(user_path(path), given, data.tokenizer_pattern)
     except UserError as error:
         raise UserError(f"data.tokenizer_path: {error}") from None
 
