@@ -24,11 +24,11 @@ from checkpoint import writer
 from checkpoint.reader import Checkpoint
 from checkpoint.safetensors_python import in_file_order, pieces
 from common import cli
-from common.errors import UserError
+from common.errors import UnreadableError, UserError
 from common.files import refuse_url, user_path, write_hashed, write_synced
 from data.config import DataConfig
 from data.prompt_format import end_id
-from data.tokenizer import Tokenizer, load_tokenizer
+from data.tokenizer import TOKENIZER_FILES, Tokenizer, load_tokenizer
 from exchange import huggingface, tokenizers_json
 from exchange.folder import new_folder, refuse_taken
 from exchange.model_card import model_card
@@ -82,8 +82,8 @@ def main() -> int:
 def read_source(path: Path) -> Source:
     """Reads all that is needed of a run's best checkpoint. Raises UserError."""
     checkpoint = Checkpoint.find(path)
-    for name in checkpoint.manifest["files"]:
-        if name.startswith("tokenizer."):
+    for name in TOKENIZER_FILES:
+        if name in checkpoint.manifest["files"]:
             checkpoint.read(name)  # which verifies it
     return Source(
         checkpoint,
@@ -177,10 +177,22 @@ def json_file(content: dict[str, Any]) -> bytes:
 # In -----------------------------------------------------------------------------------------------
 
 
+def read_tokenizer(folder: Path) -> Tokenizer:
+    """The tokenizer of a GPT-2, also as its older files have it. Raises UserError."""
+    older = folder / "vocab.json", folder / "merges.txt"
+    if (folder / "tokenizer.json").exists() or not all(file.is_file() for file in older):
+        return load_tokenizer(folder)
+    try:
+        vocab, merges = (file.read_bytes() for file in older)
+    except OSError as error:
+        raise UnreadableError(error, older[0]) from None
+    return tokenizers_json.of_gpt2_files(vocab, merges, str(older[0]))
+
+
 def import_gpt2(source: Path, run: Path):
     """Makes the run of a GPT-2, with one checkpoint, whole or not at all. Raises UserError."""
     shape = huggingface.read_shape(source)
-    tokenizer = load_tokenizer(source)
+    tokenizer = read_tokenizer(source)
     if tokenizer.vocab_size > shape.vocab_size:
         raise UserError(
             f"{source / 'tokenizer.json'}: has {tokenizer.vocab_size:,} tokens, but vocab_size of "
@@ -190,7 +202,7 @@ def import_gpt2(source: Path, run: Path):
     unused = shape.vocab_size - tokenizer.vocab_size
     shape = replace(shape, vocab_size=tokenizer.vocab_size)
     weights = huggingface.Imported(shape, tensors)
-    settings = replace(Config(), model=shape, data=DataConfig(kind="stream"))
+    settings = replace(Config(), model=shape, data=DataConfig(kind="documents"))
     state = {"step": 0, "tokens": 0, "held_out": [], "validates": False}
     state |= {"tokenizer": tokenizer.fingerprint, "tokenizer_given": True}
     files = {
@@ -204,7 +216,8 @@ def import_gpt2(source: Path, run: Path):
     print(f"{source} -> {cli.quoted(run)}: {shape.num_parameters():,} parameters")
     if unused:
         print(
-            f"note: left out {unused:,} rows of the embedding that the tokenizer has no token for"
+            f"note: the last {unused:,} of its {unused + shape.vocab_size:,} tokens are left out, "
+            "which its tokenizer has no text for"
         )
     print(f"python generate.py --checkpoint {cli.quoted(run)} --prompt '...'")
     print(f"python train.py --init_from {cli.quoted(run)} --data.path my_text.txt")

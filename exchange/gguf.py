@@ -1,5 +1,7 @@
 """A decoder as a file of llama.cpp, of its architecture gpt2. Needs the package `gguf`."""
 
+import contextlib
+import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -8,7 +10,7 @@ import numpy as np
 from common.errors import UserError
 from data.tokenizer import SentencePieceTokenizer, Tokenizer
 from exchange import huggingface
-from exchange.tokenizers_json import is_bpe, processor
+from exchange.tokenizers_json import is_bpe, processor, to_tokenizers
 from model.config import ModelConfig
 
 LAYER = {  # what llama.cpp calls the parts of a layer of GPT-2
@@ -91,8 +93,7 @@ def add_tokenizer(writer, tokenizer: Tokenizer, kind: str) -> str:
 
     trained = processor(tokenizer) if isinstance(tokenizer, SentencePieceTokenizer) else None
     if trained is None or not is_bpe(trained):
-        writer.add_tokenizer_model("no_vocab")
-        return "llama.cpp has no tokenizer like that of this run; give it ids, not text"
+        return add_byte_level(writer, tokenizer, kind)
     ids = range(len(trained))
     types = {tokenizer.unk_id: gguf.TokenType.UNKNOWN}
     types |= {i: gguf.TokenType.CONTROL for i in (0, 2, 3)}
@@ -103,10 +104,55 @@ def add_tokenizer(writer, tokenizer: Tokenizer, kind: str) -> str:
     writer.add_token_scores([trained.get_score(i) for i in ids])
     writer.add_token_types([types.get(i, gguf.TokenType.NORMAL) for i in ids])
     writer.add_add_space_prefix(False)
+    writer.add_unk_token_id(tokenizer.unk_id)
+    add_special_tokens(writer, tokenizer, kind)
+    return ""
+
+
+def add_byte_level(writer, tokenizer: Tokenizer, kind: str) -> str:
+    """The same for one that merges bytes, in words cut as GPT-2 cuts them."""
+    import gguf
+
+    made = {}
+    with contextlib.suppress(UserError):  # some have no such form
+        made = json.loads(to_tokenizers(tokenizer, kind).to_str())
+    if not merges_bytes(made):
+        writer.add_tokenizer_model("no_vocab")
+        return "llama.cpp has no tokenizer like that of this run; give it ids, not text"
+    tokens = {i: token for token, i in made["model"]["vocab"].items()}
+    tokens |= {token["id"]: token["content"] for token in made["added_tokens"]}
+    control = {token["id"] for token in made["added_tokens"] if token["special"]}
+    types = [
+        gguf.TokenType.UNUSED if i not in tokens
+        else gguf.TokenType.CONTROL if i in control
+        else gguf.TokenType.NORMAL
+        for i in range(tokenizer.vocab_size)
+    ]  # fmt: skip
+    merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in made["model"]["merges"]]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list([tokens.get(i, f"[UNUSED{i}]") for i in range(tokenizer.vocab_size)])
+    writer.add_token_types(types)
+    writer.add_token_merges(merges)
+    add_special_tokens(writer, tokenizer, kind)
+    return ""
+
+
+def merges_bytes(made: dict) -> bool:
+    """Whether a tokenizer.json is one of GPT-2's kind, or has no merges, and so needs no words."""
+    cut, model = made.get("pre_tokenizer") or {}, made.get("model", {})
+    steps = cut.get("pretokenizers", [cut])
+    if any(s.get("type") != "ByteLevel" or s.get("add_prefix_space", True) for s in steps):
+        return False
+    in_words = any(step.get("use_regex", True) for step in steps)
+    is_plain = model.get("type") == "BPE" and made.get("normalizer") is None
+    return is_plain and (in_words or not model.get("merges"))
+
+
+def add_special_tokens(writer, tokenizer: Tokenizer, kind: str):
+    """Those that start, end and pad; whether one stands before each text."""
     writer.add_bos_token_id(tokenizer.start_id)
     writer.add_eos_token_id(tokenizer.end_id)
-    writer.add_unk_token_id(tokenizer.unk_id)
     writer.add_pad_token_id(tokenizer.pad_id)
     writer.add_add_bos_token(kind in ("lines", "documents"))
     writer.add_add_eos_token(False)
-    return ""

@@ -149,7 +149,8 @@ def exported(config: ModelConfig, weights: Arrays, kind: str) -> dict[str, np.nd
         table = create_positional_encoding(config.max_len, config.d_model)
         positions = table.astype(embedding.dtype)
     last = "final_norm" if kind == "gpt2" else f"layers.{config.n_layers - 1}.norm2"
-    if (bias := weights.get("output.bias")) is not None:
+    bias = weights.get("output.bias")
+    if bias is not None and bias.any():  # or that of an imported GPT-2, which is 0, would change it
         output, norm = folded(output, bias, weights[f"{last}.weight"], weights[f"{last}.bias"])
         weights = {**weights, f"{last}.weight": norm, f"{last}.bias": norm}
     if kind == "gpt2":

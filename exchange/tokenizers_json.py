@@ -9,8 +9,19 @@ import json
 from typing import TYPE_CHECKING
 
 from common.errors import UserError
+from data.foreign_tokenizers import SETTINGS, failing_as, missing, ranks_of, silent_panics
 from data.prompt_format import prompt_ids
-from data.tokenizer import ESCAPE, SPACE, SPECIALS, CharTokenizer, SentencePieceTokenizer, Tokenizer
+from data.tokenizer import (
+    ESCAPE,
+    SPACE,
+    SPECIALS,
+    ByteTokenizer,
+    CharTokenizer,
+    HuggingFaceTokenizer,
+    SentencePieceTokenizer,
+    TiktokenTokenizer,
+    Tokenizer,
+)
 
 if TYPE_CHECKING:
     import tokenizers
@@ -18,8 +29,9 @@ if TYPE_CHECKING:
 
 # pieces that stand for a byte or nothing: in a text they are the characters that they look like
 LOOKALIKE = "<(?=(0x[0-9A-F]{2}|" + "|".join(name[1:-1] for name in SPECIALS) + ")>)"
+END = "<|endoftext|>"  # of GPT-2, which its older files have in the vocabulary alone
 PROBES = ("", " ", "a  b\n\n\tc \r\n", "caf\u00e9 \u4e2d\u6587 \U0001f600", f"{SPACE}{ESCAPE}b \0")
-PROBES += ("<start>a<end><pad><unk>", "<0x41><0x0A>", "def f(x):\n        return x  # 100")
+PROBES += ("<start>a<end><pad><unk>", "<0x41><0x0A>", "def f(x):\n        return x  # 10000 It's")
 
 
 def to_tokenizers(tokenizer: Tokenizer, kind: str) -> "tokenizers.Tokenizer":
@@ -28,25 +40,37 @@ def to_tokenizers(tokenizer: Tokenizer, kind: str) -> "tokenizers.Tokenizer":
     Raises UserError for a tokenizer that has no such form, or where `tokenizers` is missing.
     """
     try:
+        import tokenizers
         from tokenizers import AddedToken
     except ModuleNotFoundError:
-        raise UserError(
-            "--format: needs the package tokenizers; install it with pip install tokenizers"
-        ) from None
+        raise missing("tokenizer.json", "tokenizers") from None
     if isinstance(tokenizer, CharTokenizer):
         made = of_characters(tokenizer)
     elif isinstance(tokenizer, SentencePieceTokenizer):
         made = of_sentencepiece(tokenizer)
+    elif isinstance(tokenizer, ByteTokenizer):
+        names = {tokenizer.token(i): i for i in tokenizer.special_ids}
+        made = of_bytes({bytes([i]): i for i in range(256)}, names)
+    elif isinstance(tokenizer, TiktokenTokenizer):
+        files = tokenizer.files()
+        settings = json.loads(files[SETTINGS])
+        ranks = ranks_of(files[tokenizer.file], tokenizer.file)
+        made = of_bytes(ranks, settings["added"], settings["pattern"])
+    elif isinstance(tokenizer, HuggingFaceTokenizer):
+        made = tokenizers.Tokenizer.from_str(tokenizer.files()[tokenizer.file].decode())
+        made.no_truncation()
+        made.no_padding()
     else:
         raise UserError(
-            f"tokenizer.json: a tokenizer of kind {tokenizer.kind!r} has no such form; use a run "
-            "with another tokenizer"
+            "tokenizer.json: cannot be made of a SentencePiece model that was not trained here; "
+            "use a run with the tokenizer.json of the same tokenizer"
         )
     names = dict.fromkeys(special_tokens(tokenizer).values())
     made.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in names])
     made.post_processor = framing(tokenizer, kind)
     made.encode_special_tokens = True  # a text that says <end> does not end; not kept in the file
-    check(tokenizer, made)
+    if not isinstance(tokenizer, HuggingFaceTokenizer):  # which it is already
+        check(tokenizer, made)
     return made
 
 
@@ -121,6 +145,38 @@ def is_bpe(trained: "SentencePieceProcessor") -> bool:
     return all(trained.get_score(i).is_integer() for i in range(len(trained)))
 
 
+def of_bytes(
+    ranks: dict[bytes, int], added: dict[str, int], pattern: str = ""
+) -> "tokenizers.Tokenizer":
+    """Tokens of bytes, which are merged in the order of their ids, in words cut by `pattern`.
+
+    added: special tokens.
+    """
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+
+    letters = letters_of_bytes()
+    names = {"".join(letters[byte] for byte in token): i for token, i in ranks.items()}
+    merges = merges_of(sorted(names, key=names.__getitem__), set(names))
+    # a word that is a token is that one, however it is merged, as in tiktoken
+    made = Tokenizer(models.BPE({**names, **added}, merges, ignore_merges=bool(pattern)))
+    cut = [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    if pattern:
+        # what is written {1,3}+ there, of which nothing is given back, is repeated here
+        words = pattern.replace("}+", "}")
+        cut.insert(0, pre_tokenizers.Split(Regex(words), "isolated"))
+    made.pre_tokenizer = pre_tokenizers.Sequence(cut)
+    made.decoder = decoders.ByteLevel()
+    return made
+
+
+def letters_of_bytes() -> list[str]:
+    """The letter that stands for each byte, as in GPT-2: itself where it is printed, else U+0100
+    and up."""
+    printed = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = iter(range(0x100, 0x200))
+    return [chr(byte if byte in printed else next(others)) for byte in range(256)]
+
+
 def merges_of(ranked: list[str], known: set[str]) -> list[tuple[str, str]]:
     """All pairs of pieces that make a piece, for the pieces in the order of their scores.
 
@@ -131,31 +187,53 @@ def merges_of(ranked: list[str], known: set[str]) -> list[tuple[str, str]]:
 
 
 def framing(tokenizer: Tokenizer, kind: str) -> "tokenizers.processors.PostProcessor":
-    """What puts the token that starts where `data.prompt_format.prompt_ids` has it."""
+    """What puts tokens around a prompt as `data.prompt_format.prompt_ids` has them."""
     from tokenizers import processors
 
-    start = tokenizer.token(tokenizer.start_id)
-    around = prompt_ids(kind, tokenizer, "") if kind != "stream" else []
-    before = kind != "pairs" and tokenizer.start_id in around
-    single = [*([start] if before else []), "$A", *([start] if kind == "pairs" else [])]
+    around = [] if kind == "stream" else prompt_ids(kind, tokenizer, "")
+    named = [(tokenizer.token(i), i) for i in around]
+    tokens = [name for name, _ in named]
     return processors.TemplateProcessing(
-        single=single, special_tokens=[(start, tokenizer.start_id)] if len(single) > 1 else []
+        single=["$A", *tokens] if kind == "pairs" else [*tokens, "$A"], special_tokens=named
     )
 
 
 def check(tokenizer: Tokenizer, made: "tokenizers.Tokenizer"):
-    """Raises UserError where the two do not write the same text for the same ids."""
+    """Raises UserError where the two do not read a text alike, and write it alike."""
+    # of ways to cut a text that are as probable, each takes the one that its rounding prefers
+    exact = type(made.model).__name__ != "Unigram"
     for probe in PROBES:
         try:
             ids = tokenizer.encode(probe)
         except UserError:  # characters that it refuses
             continue
         found = made.encode(probe, add_special_tokens=False).ids
-        if made.decode(found) != tokenizer.decode(ids):
+        same = found == ids or not exact
+        if not same or made.decode(found) != tokenizer.decode(ids):
             raise UserError(
-                f"tokenizer.json: writes {made.decode(found)!r} where the run's tokenizer writes "
-                f"{tokenizer.decode(ids)!r}; use a run with another tokenizer"
+                f"tokenizer.json: has the ids {found} for {probe!r}, where the run's tokenizer has "
+                f"{ids}; use a run with another tokenizer"
             )
+
+
+def of_gpt2_files(vocab: bytes, merges: bytes, where: str) -> HuggingFaceTokenizer:
+    """The tokenizer of GPT-2's older files: vocab.json and merges.txt.
+
+    Raises UserError, which begins with `where`, for others.
+    """
+    try:
+        from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+    except ModuleNotFoundError:
+        raise missing(where, "tokenizers") from None
+    with silent_panics(), failing_as(where, "not the vocabulary of a GPT-2", "download it again"):
+        lines = [tuple(line.split(" ")) for line in merges.decode().splitlines()]
+        pairs = [line for line in lines if len(line) == 2 and line[0] != "#version:"]
+        made = Tokenizer(models.BPE(json.loads(vocab), pairs))
+        made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        made.decoder = decoders.ByteLevel()
+        made.add_special_tokens([AddedToken(END, special=True, normalized=False)])
+        content = made.to_str().encode()
+    return HuggingFaceTokenizer(content, where=where)
 
 
 def tokenizer_files(tokenizer: Tokenizer, kind: str, max_len: int) -> dict[str, bytes]:
