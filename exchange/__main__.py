@@ -54,13 +54,13 @@ def main() -> int:
         prog="python -m exchange", description="Models for other programs, and from them."
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    out = commands.add_parser("export", help="write a run's model for another program")
+    out = commands.add_parser("export", help="RUN DIR [--format huggingface, gguf or onnx]")
     out.add_argument(
         "run", metavar="RUN", help="folder of a run (its best checkpoint) or of a step"
     )
     out.add_argument("folder", metavar="DIR", help="folder to make")
     out.add_argument("--format", choices=FORMATS, default="huggingface", help="for which program")
-    into = commands.add_parser("import", help="make a run of a GPT-2 in Hugging Face's form")
+    into = commands.add_parser("import", help="DIR RUN: a GPT-2 in Hugging Face's form as a run")
     into.add_argument("folder", metavar="DIR", help="folder with config.json and model.safetensors")
     into.add_argument("run", metavar="RUN", help="folder of the run to make")
     options = parser.parse_args()
@@ -166,7 +166,18 @@ model = AutoModelForCausalLM.from_pretrained("DIR")
 ids = model.generate(**tokenizer("PROMPT", return_tensors="pt"))
 print(tokenizer.decode(ids[0], skip_special_tokens=True))
 """
-LLAMA_CPP = ONNXRUNTIME = ""
+LLAMA_CPP = """
+from llama_cpp import Llama
+
+model = Llama("DIR/model.gguf")
+print(model("PROMPT")["choices"][0]["text"])
+"""
+ONNXRUNTIME = """
+import numpy, onnxruntime
+
+session = onnxruntime.InferenceSession("DIR/model.onnx")
+(logits,) = session.run(["logits"], {"ids": numpy.array([[5, 6, 7]])})  # (1, 3, vocabulary)
+"""
 
 
 def json_file(content: dict[str, Any]) -> bytes:

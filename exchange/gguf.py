@@ -133,7 +133,8 @@ def add_byte_level(writer, tokenizer: Tokenizer, kind: str) -> str:
     writer.add_tokenizer_pre("gpt-2")
     writer.add_token_list([tokens.get(i, f"[UNUSED{i}]") for i in range(tokenizer.vocab_size)])
     writer.add_token_types(types)
-    writer.add_token_merges(merges)
+    # it has to have one; this one is of no text
+    writer.add_token_merges(merges or [f"{tokens[tokenizer.start_id]} {tokens[tokenizer.end_id]}"])
     add_special_tokens(writer, tokenizer, kind)
     return ""
 
