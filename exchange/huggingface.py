@@ -16,6 +16,7 @@ Shapes: V = vocab_size, T = max_len, C = d_model, F = d_ff.
 
 import json
 import math
+import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -348,7 +349,8 @@ def read_index(file: Path) -> dict[str, set[str] | None]:
 
 def refuse_missing(folder: Path, names: Mapping[str, object]):
     """Raises UserError unless all these files are there; a pickle in their place is not read."""
-    missing = [name for name in names if not (folder / name).is_file()]
+    # Path.is_file raises where a name is too long
+    missing = [name for name in names if not os.path.isfile(folder / name)]
     if not missing and names:
         return
     pickles = sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))

@@ -159,7 +159,9 @@ def of_bytes(
     merges = merges_of(sorted(names, key=names.__getitem__), set(names))
     # a word that is a token is that one, however it is merged, as in tiktoken
     made = Tokenizer(models.BPE({**names, **added}, merges, ignore_merges=bool(pattern)))
-    cut = [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    cut: list[pre_tokenizers.PreTokenizer] = [
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    ]
     if pattern:
         # what is written {1,3}+ there, of which nothing is given back, is repeated here
         words = pattern.replace("}+", "}")
