@@ -10,9 +10,10 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 from abc import abstractmethod
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from itertools import chain
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from itertools import chain, islice
 from typing import TYPE_CHECKING
 
 from common.errors import UserError
@@ -23,6 +24,10 @@ if TYPE_CHECKING:
     import numpy as np
 
 SETTINGS = "special_tokens.json"  # of ours, beside their files: what these do not say
+LONG = 1 << 17  # characters from which a text is encoded in pieces
+NEAR = 256  # characters on each side of a cut that must not depend on it
+TRIES = 8  # places that are tried for a cut
+WORD = re.compile(r"(?<=\w)(?= \w)|(?<=\S)(?=\n\w)|(?<=[\u3002\uff01\uff1f])(?=\w)")
 MAX_VOCAB = 1 << 22  # tokens: four times the largest that are used
 
 
@@ -189,13 +194,37 @@ class HuggingFaceTokenizer(ForeignTokenizer):
         return ids(token), [i for character in token for i in ids(character)]
 
     def _encode(self, texts: list[str]) -> list[list[int]]:
-        made = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-        rows = [row.ids for row in made]
-        if self._unk is not None:
-            for n, text in enumerate(texts):
-                if self._unk in text:
-                    rows[n] = self._encode_unknown(text)
+        rows = [row.ids for row in self._tokenizer.encode_batch_fast(
+            [text if len(text) <= LONG else "" for text in texts], add_special_tokens=False
+        )]  # fmt: skip
+        for n, text in enumerate(texts):
+            if self._unk is not None and self._unk in text:
+                rows[n] = self._encode_unknown(text)
+            elif len(text) > LONG:
+                rows[n] = [*chain.from_iterable(map(self._ids, self._pieces(text)))]
         return rows
+
+    def _ids(self, text: str) -> list[int]:
+        return self._tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
+
+    def _pieces(self, text: str) -> Iterator[str]:
+        """A long text in pieces with the same ids: tokenizers takes 400 bytes for a token.
+
+        It is cut where a word begins, if the ids around show that nothing reaches across; where a
+        tokenizer has something before each text, say, it is not cut.
+        """
+        start = 0
+        while len(text) - start > LONG:
+            for found in islice(WORD.finditer(text, start + LONG // 2), TRIES):
+                at = found.start()
+                left, right = text[at - NEAR : at], text[at : at + NEAR]
+                if self._ids(left + right) == self._ids(left) + self._ids(right):
+                    yield text[start:at]
+                    start = at
+                    break
+            else:
+                break
+        yield text[start:]
 
     def _encode_unknown(self, text: str) -> list[int]:
         """The ids of a text in which the unknown token's name stands."""

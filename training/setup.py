@@ -12,15 +12,13 @@ from torch.utils.checkpoint import checkpoint
 
 from common.device import PRECISIONS, Precision, check_precision, choose_device, processor
 from common.errors import UserError
-from common.files import refuse_no_file, user_path
 from common.memory import keep_freed_memory
 from common.processes import Processes
 from common.signals import defer_interrupts
 from data.batches import Batches, Examples
 from data.config import as_paths
-from data.dataset import Dataset, prepare
+from data.dataset import Dataset, named_tokenizer, prepare
 from data.rng import derive_seed
-from data.special_tokens import FLAGS
 from data.tokenizer import Tokenizer, load_tokenizer
 from model.cpu_layers import use_cpu_layers
 from model.cuda_attention import prefers_cudnn, use_cuda_attention
@@ -247,17 +245,7 @@ def given_tokenizer(spec: RunSpec) -> Tokenizer | None:
         return load_tokenizer(spec.resume.path) if given else None
     if spec.weights:
         return load_tokenizer(spec.weights.path)
-    path = spec.config.data.tokenizer_path
-    if not path:
-        return None
-    refuse_no_file(path, f"data.tokenizer_path = {path}")
-    data = spec.config.data
-    tokens = {role: getattr(data, flag.removeprefix("data.")) for role, flag in FLAGS.items()}
-    try:
-        given = {role: token for role, token in tokens.items() if token}
-        return load_tokenizer(user_path(path), given, data.tokenizer_pattern)
-    except UserError as error:
-        raise UserError(f"data.tokenizer_path: {error}") from None
+    return named_tokenizer(spec.config.data)
 
 
 def check_same_device(name: str, device: torch.device, processes: Processes):
