@@ -44,6 +44,7 @@ class Source:
 
     checkpoint: Checkpoint
     kind: str  # of its data: "stream", "lines", "documents" or "pairs"
+    start_token: bool  # whether a document begins with a token of its own
     tokenizer: Tokenizer
     config: ModelConfig
     weights: dict[str, np.ndarray]
@@ -85,9 +86,11 @@ def read_source(path: Path) -> Source:
     for name in TOKENIZER_FILES:
         if name in checkpoint.manifest["files"]:
             checkpoint.read(name)  # which verifies it
+    data = checkpoint.config["data"]
     return Source(
         checkpoint,
-        checkpoint.config["data"].get("kind", "stream"),
+        data.get("kind", "stream"),
+        data.get("start_token", True),
         load_tokenizer(checkpoint.path),
         read_model_config(checkpoint),
         checkpoint.tensors("model.safetensors"),
@@ -98,9 +101,19 @@ def export(source: Source, target: Path, form: str):
     """Makes the folder `target`, whole or not at all. Raises UserError, OSError."""
     with new_folder(target) as folder:
         FORMATS[form](source, folder)
+    if source.checkpoint.config["data"].get("slots"):
+        print("note: data.slots: it reads and writes placeholders, which only generate.py fills")
     print(f"{source.checkpoint.path}: step {source.checkpoint.step:,} -> {cli.quoted(target)}:")
     for file in sorted(target.iterdir()):
         print(f"  {file.name:24} {file.stat().st_size:>13,} bytes")
+
+
+def tokenizer_files(source: Source) -> dict[str, bytes]:
+    """The tokenizer in Hugging Face's form. Raises UserError."""
+    max_len = source.config.max_len
+    return tokenizers_json.tokenizer_files(
+        source.tokenizer, source.kind, max_len, source.start_token
+    )
 
 
 def to_huggingface(source: Source, folder: Path):
@@ -113,7 +126,7 @@ def to_huggingface(source: Source, folder: Path):
         "pad_token_id": tokenizer.pad_id,
     }
     sampling = {"do_sample": True, "temperature": 1.0, "top_k": 0, "max_length": config.max_len}
-    files = tokenizers_json.tokenizer_files(tokenizer, source.kind, config.max_len)
+    files = tokenizer_files(source)
     files["config.json"] = json_file(huggingface.settings(config, kind) | ids)
     files["generation_config.json"] = json_file(ids | sampling)
     files["README.md"] = model_card(source.checkpoint, config, source.kind, TRANSFORMERS)
@@ -131,7 +144,7 @@ def to_gguf(source: Source, folder: Path):
 
     where, name = str(source.checkpoint.path), source.checkpoint.path.parent.parent.name
     model = source.config, source.weights, source.tokenizer, source.kind
-    if note := write_gguf(*model, name, where, folder / "model.gguf"):
+    if note := write_gguf(*model, name, where, folder / "model.gguf", source.start_token):
         print(f"note: {note}")
     card = model_card(source.checkpoint, source.config, source.kind, LLAMA_CPP)
     write_synced(folder / "README.md", card)
@@ -142,12 +155,11 @@ def to_onnx(source: Source, folder: Path):
     from exchange.onnx import write_onnx
 
     write_onnx(source.config, source.weights, folder)
-    tokenizer, max_len = source.tokenizer, source.config.max_len
     try:
-        files = tokenizers_json.tokenizer_files(tokenizer, source.kind, max_len)
+        files = tokenizer_files(source)
     except UserError as error:  # the graph is of use without it
         print(f"note: {error}")
-        files = tokenizer.files()
+        files = source.tokenizer.files()
     files["README.md"] = model_card(source.checkpoint, source.config, source.kind, ONNXRUNTIME)
     for name, content in files.items():
         write_synced(folder / name, content)
@@ -216,6 +228,7 @@ def import_gpt2(source: Path, run: Path):
     settings = replace(Config(), model=shape, data=DataConfig(kind="documents"))
     state = {"step": 0, "tokens": 0, "held_out": [], "validates": False}
     state |= {"tokenizer": tokenizer.fingerprint, "tokenizer_given": True}
+    state["imported_from"] = source.resolve().name
     files = {
         huggingface.WEIGHTS: pieces(weights.kinds(), weights.arrays()),
         "config.json": json_file(asdict(settings)),

@@ -1,7 +1,9 @@
 """A decoder as a file of llama.cpp, of its architecture gpt2. Needs the package `gguf`."""
 
 import contextlib
+import errno
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -32,10 +34,11 @@ def write_gguf(
     name: str,
     where: str,
     file: Path,
+    start_token: bool = True,
 ) -> str:
     """Writes the file; returns a note on its tokenizer, "" if it has all of it.
 
-    kind: of the data. name: of the model. Raises UserError, which begins with `where`.
+    kind, start_token: of the data. name: of the model. Raises UserError, which begins with `where`.
     """
     try:
         import gguf
@@ -55,16 +58,35 @@ def write_gguf(
     writer.add_layer_norm_eps(config.norm_eps)
     writer.add_vocab_size(config.vocab_size)
     writer.add_file_type(gguf.LlamaFileType.ALL_F32)
-    note = add_tokenizer(writer, tokenizer, kind)
+    note = add_tokenizer(writer, tokenizer)
+    if not note:
+        add_special_tokens(writer, tokenizer, kind, start_token)
+    tensors = {}
     for key, array in huggingface.exported(config, weights, "gpt2").items():
         is_linear = array.ndim == 2 and ".h." in key
         rows = array.T if is_linear else array  # (outputs, inputs), as ours
-        writer.add_tensor(theirs(key), np.ascontiguousarray(rows, np.float32))
+        tensors[theirs(key)] = np.ascontiguousarray(rows, np.float32)
+    for key, array in tensors.items():
+        writer.add_tensor(key, array)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+    check_whole(file, tensors)
     return note
+
+
+def check_whole(file: Path, tensors: Mapping[str, np.ndarray]):
+    """Raises OSError unless the file has these tensors: NumPy's tofile() drops a last error."""
+    import gguf
+
+    try:
+        found = {tensor.name: tensor.data for tensor in gguf.GGUFReader(file).tensors}
+        whole = all(np.array_equal(found[n], a, equal_nan=True) for n, a in tensors.items())
+    except (ValueError, IndexError, KeyError):  # what the reader raises for half a file
+        whole = False
+    if not whole:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(file))
 
 
 def refuse_unlike(config: ModelConfig, where: str):
@@ -87,13 +109,13 @@ def theirs(key: str) -> str:
     return f"{REST[block]}.{part}"
 
 
-def add_tokenizer(writer, tokenizer: Tokenizer, kind: str) -> str:
+def add_tokenizer(writer, tokenizer: Tokenizer) -> str:
     """The tokenizer, where llama.cpp has its like; else a note that the file takes ids alone."""
     import gguf
 
     trained = processor(tokenizer) if isinstance(tokenizer, SentencePieceTokenizer) else None
     if trained is None or not is_bpe(trained):
-        return add_byte_level(writer, tokenizer, kind)
+        return add_byte_level(writer, tokenizer)
     ids = range(len(trained))
     types = {tokenizer.unk_id: gguf.TokenType.UNKNOWN}
     types |= {i: gguf.TokenType.CONTROL for i in (0, 2, 3)}
@@ -105,17 +127,16 @@ def add_tokenizer(writer, tokenizer: Tokenizer, kind: str) -> str:
     writer.add_token_types([types.get(i, gguf.TokenType.NORMAL) for i in ids])
     writer.add_add_space_prefix(False)
     writer.add_unk_token_id(tokenizer.unk_id)
-    add_special_tokens(writer, tokenizer, kind)
     return ""
 
 
-def add_byte_level(writer, tokenizer: Tokenizer, kind: str) -> str:
+def add_byte_level(writer, tokenizer: Tokenizer) -> str:
     """The same for one that merges bytes, in words cut as GPT-2 cuts them."""
     import gguf
 
     made = {}
     with contextlib.suppress(UserError):  # some have no such form
-        made = json.loads(to_tokenizers(tokenizer, kind).to_str())
+        made = json.loads(to_tokenizers(tokenizer, "stream").to_str())
     if not merges_bytes(made):
         writer.add_tokenizer_model("no_vocab")
         return "llama.cpp has no tokenizer like that of this run; give it ids, not text"
@@ -135,7 +156,6 @@ def add_byte_level(writer, tokenizer: Tokenizer, kind: str) -> str:
     writer.add_token_types(types)
     # it has to have one; this one is of no text
     writer.add_token_merges(merges or [f"{tokens[tokenizer.start_id]} {tokens[tokenizer.end_id]}"])
-    add_special_tokens(writer, tokenizer, kind)
     return ""
 
 
@@ -150,9 +170,9 @@ def merges_bytes(made: dict) -> bool:
     return is_plain and (in_words or not model.get("merges"))
 
 
-def add_special_tokens(writer, tokenizer: Tokenizer, kind: str):
+def add_special_tokens(writer, tokenizer: Tokenizer, kind: str, start_token: bool):
     """Those that start, end and pad; whether one stands before each text."""
-    writer.add_bos_token_id(tokenizer.start_id)
+    writer.add_bos_token_id(tokenizer.start_id if start_token else tokenizer.end_id)
     writer.add_eos_token_id(tokenizer.end_id)
     writer.add_pad_token_id(tokenizer.pad_id)
     writer.add_add_bos_token(kind in ("lines", "documents"))

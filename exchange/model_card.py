@@ -25,6 +25,9 @@ def model_card(checkpoint: Checkpoint, config: ModelConfig, kind: str, example: 
     """
     data, state = checkpoint.config["data"], checkpoint.state
     source = ", ".join(as_paths(data.get("path") or "")) or data.get("source", "unknown data")
+    trained = ("trained on", f"{source} ({kind})")
+    if "imported_from" in state:
+        trained = ("imported from", str(state["imported_from"]))
     norms = "pre-norm" if config.norm_first else "post-norm"
     rows = [
         ("parameters", f"{config.num_parameters():,}"),
@@ -35,7 +38,7 @@ def model_card(checkpoint: Checkpoint, config: ModelConfig, kind: str, example: 
         ("norms, activation, positions", f"{norms}, {config.activation}, {config.positions}"),
         ("context", f"{config.max_len:,} tokens"),
         ("vocabulary", f"{config.vocab_size:,} tokens"),
-        ("trained on", f"{source} ({kind})"),
+        trained,
         ("optimizer steps", f"{checkpoint.step:,}"),
         ("tokens seen", f"{state.get('tokens', 0):,}"),
         *figures(checkpoint),

@@ -34,8 +34,12 @@ PROBES = ("", " ", "a  b\n\n\tc \r\n", "caf\u00e9 \u4e2d\u6587 \U0001f600", f"{S
 PROBES += ("<start>a<end><pad><unk>", "<0x41><0x0A>", "def f(x):\n        return x  # 10000 It's")
 
 
-def to_tokenizers(tokenizer: Tokenizer, kind: str) -> "tokenizers.Tokenizer":
+def to_tokenizers(
+    tokenizer: Tokenizer, kind: str, start_token: bool = True
+) -> "tokenizers.Tokenizer":
     """The same tokenizer in Hugging Face's form, which frames a prompt as data of `kind` has it.
+
+    start_token: of the data; documents without it begin after the end of another.
 
     Raises UserError for a tokenizer that has no such form, or where `tokenizers` is missing.
     """
@@ -67,7 +71,7 @@ def to_tokenizers(tokenizer: Tokenizer, kind: str) -> "tokenizers.Tokenizer":
         )
     names = dict.fromkeys(special_tokens(tokenizer).values())
     made.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in names])
-    made.post_processor = framing(tokenizer, kind)
+    made.post_processor = framing(tokenizer, kind, start_token)
     made.encode_special_tokens = True  # a text that says <end> does not end; not kept in the file
     if not isinstance(tokenizer, HuggingFaceTokenizer):  # which it is already
         check(tokenizer, made)
@@ -188,11 +192,15 @@ def merges_of(ranked: list[str], known: set[str]) -> list[tuple[str, str]]:
     return [(left, right) for left, right in cuts if left in known and right in known]
 
 
-def framing(tokenizer: Tokenizer, kind: str) -> "tokenizers.processors.PostProcessor":
+def framing(
+    tokenizer: Tokenizer, kind: str, start_token: bool
+) -> "tokenizers.processors.PostProcessor":
     """What puts tokens around a prompt as `data.prompt_format.prompt_ids` has them."""
     from tokenizers import processors
 
     around = [] if kind == "stream" else prompt_ids(kind, tokenizer, "")
+    if kind == "documents" and not start_token:
+        around = [tokenizer.end_id]
     named = [(tokenizer.token(i), i) for i in around]
     tokens = [name for name, _ in named]
     return processors.TemplateProcessing(
@@ -238,7 +246,9 @@ def of_gpt2_files(vocab: bytes, merges: bytes, where: str) -> HuggingFaceTokeniz
     return HuggingFaceTokenizer(content, where=where)
 
 
-def tokenizer_files(tokenizer: Tokenizer, kind: str, max_len: int) -> dict[str, bytes]:
+def tokenizer_files(
+    tokenizer: Tokenizer, kind: str, max_len: int, start_token: bool = True
+) -> dict[str, bytes]:
     """tokenizer.json and tokenizer_config.json, which transformers reads. Raises UserError."""
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -249,7 +259,7 @@ def tokenizer_files(tokenizer: Tokenizer, kind: str, max_len: int) -> dict[str, 
         "model_input_names": ["input_ids", "attention_mask"],
         **special_tokens(tokenizer),
     }
-    made = to_tokenizers(tokenizer, kind)
+    made = to_tokenizers(tokenizer, kind, start_token)
     return {
         "tokenizer.json": made.to_str(pretty=True).encode(),
         "tokenizer_config.json": f"{json.dumps(settings, indent=2)}\n".encode(),

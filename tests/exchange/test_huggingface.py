@@ -143,17 +143,21 @@ def test_the_page_has_the_figures(exports):
     assert "| optimizer steps | 7 |" in page
 
 
-def test_a_full_disk_leaves_nothing(exports, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("form", ["huggingface", "gguf"])
+def test_a_full_disk_leaves_nothing(form, exports, tmp_path, monkeypatch, capsys):
     """A limit on the size of a file, below that of the weights."""
+    if form != "huggingface":
+        pytest.importorskip(form)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (6000, limits[1]))
     try:
-        status = exchanged(monkeypatch, "export", exports["pairs"][0], tmp_path / "out")
+        where = exports["lines"][0], tmp_path / "out"
+        status = exchanged(monkeypatch, "export", *where, "--format", form)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert status == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert "File too large; free some disk space" in line
+    assert "; free some disk space and try again" in line
     assert list(tmp_path.iterdir()) == []
 
 
@@ -164,5 +168,7 @@ def test_what_is_there_is_left_alone(exports, tmp_path, monkeypatch, capsys):
     assert "out: exists; choose another name" in capsys.readouterr().err
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine"]
     (tmp_path / "out" / "mine").unlink()
+    (tmp_path / ".out.partial").mkdir()  # as a kill leaves it
+    (tmp_path / ".out.partial" / "half").touch()
     assert exchanged(monkeypatch, "export", exports["pairs"][0], tmp_path / "out") == 0
     assert [path.name for path in tmp_path.iterdir()] == ["out"]

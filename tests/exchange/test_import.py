@@ -1,6 +1,7 @@
 """GPT-2 from transformers: the same logits and text here; what is not one is refused in a line."""
 
 import json
+import resource
 import shutil
 from pathlib import Path
 
@@ -155,6 +156,7 @@ def test_there_and_back(tmp_path, monkeypatch):
     ids = torch.randint(ours.config.vocab_size, (2, 24))
     assert torch.allclose(ours(ids), again(ids), rtol=1e-4, atol=1e-4)
     assert exchanged(monkeypatch, "export", tmp_path / "again", tmp_path / "twice") == 0
+    assert "| imported from | theirs |" in (tmp_path / "twice" / "README.md").read_text()
     first, second = (load_file(tmp_path / n / "model.safetensors") for n in ("theirs", "twice"))
     assert first.keys() == second.keys()
     assert all(torch.allclose(first[k], second[k], atol=1e-5) for k in first if "lm_" not in k)
@@ -246,6 +248,18 @@ def test_what_is_no_gpt2_is_refused_in_a_line(said, folder, tmp_path, monkeypatc
     (line,) = capsys.readouterr().err.splitlines()
     assert said in line and str(folder) in line
     assert not (tmp_path / "runs").exists() or not any((tmp_path / "runs").iterdir())
+
+
+def test_a_full_disk_leaves_nothing(gpt2, tmp_path, monkeypatch, capsys):
+    """A limit on the size of a file, below that of the weights."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    try:
+        status = exchanged(monkeypatch, "import", gpt2[0], tmp_path / "run")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert status == 2 and "free some disk space" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_numbers_that_no_float32_has_are_kept_as_they_are(folder, tmp_path, monkeypatch):

@@ -76,3 +76,4 @@ def test_framing():
         "stream": ["a"],
     }.items():
         assert to_tokenizers(ours, kind).encode("a").tokens == tokens
+    assert to_tokenizers(ours, "documents", start_token=False).encode("a").tokens == ["<end>", "a"]
