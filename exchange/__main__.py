@@ -200,6 +200,9 @@ def json_file(content: dict[str, Any]) -> bytes:
 # In -----------------------------------------------------------------------------------------------
 
 
+PADDING = 1024  # tokens beyond the tokenizer's by which vocabularies are made a round number
+
+
 def read_tokenizer(folder: Path) -> Tokenizer:
     """The tokenizer of a GPT-2, also as its older files have it. Raises UserError."""
     older = folder / "vocab.json", folder / "merges.txt"
@@ -216,13 +219,13 @@ def import_gpt2(source: Path, run: Path):
     """Makes the run of a GPT-2, with one checkpoint, whole or not at all. Raises UserError."""
     shape = huggingface.read_shape(source)
     tokenizer = read_tokenizer(source)
-    if tokenizer.vocab_size > shape.vocab_size:
+    unused = shape.vocab_size - tokenizer.vocab_size
+    if not 0 <= unused < PADDING:
         raise UserError(
             f"{source / 'tokenizer.json'}: has {tokenizer.vocab_size:,} tokens, but vocab_size of "
             f"config.json is {shape.vocab_size:,}; use the tokenizer of this model"
         )
     tensors = huggingface.read_tensors(source, shape)
-    unused = shape.vocab_size - tokenizer.vocab_size
     shape = replace(shape, vocab_size=tokenizer.vocab_size)
     weights = huggingface.Imported(shape, tensors)
     settings = replace(Config(), model=shape, data=DataConfig(kind="documents"))

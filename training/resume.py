@@ -141,6 +141,10 @@ def keep_resolved(stored: Config, wanted: Config) -> Config:
             settled[key] = getattr(stored, key)
     if wanted.data.kind == "auto" and bool(wanted.data.path) == bool(stored.data.path):
         settled["data"] = replace(wanted.data, kind=stored.data.kind)
+    if len(wanted.data.sources) == len(stored.data.sources):
+        pairs = zip(wanted.data.sources, stored.data.sources, strict=True)
+        sources = [replace(w, kind=s.kind) if w.kind in (None, "auto") else w for w, s in pairs]
+        settled["data"] = replace(settled.get("data", wanted.data), sources=tuple(sources))
     if wanted.model.vocab_size == 0:
         settled["model"] = replace(wanted.model, vocab_size=stored.model.vocab_size)
     if wanted.train.threads == 0:
@@ -153,18 +157,28 @@ def locate_data(data: DataConfig, checkpoint: Checkpoint, log: Log) -> DataConfi
 
     They stand for files in the folder where it was started; where there are none, for those here.
     """
-    started, found = checkpoint.state.get("cwd"), {}
+    started = checkpoint.state.get("cwd")
     if not isinstance(started, str) or started == os.getcwd():
         return data
-    for key in ("path", "val_path", "cache_dir"):
-        paths = as_paths(getattr(data, key))
-        if paths != as_paths(checkpoint.config["data"].get(key, "")):
-            continue
-        there = tuple(there_or_here(path, started) for path in paths)
-        if there != paths:
-            found[key] = there if isinstance(getattr(data, key), tuple) else there[0]
-            log(f"data.{key}: {', '.join(there)}, relative to where the run was started")
-    return replace(data, **found)
+
+    def located(part, stored: dict, prefix: str, started: str = started):
+        found = {}
+        for key in ("path", "val_path", "cache_dir"):
+            paths = as_paths(getattr(part, key, ""))
+            if paths != as_paths(stored.get(key, "")):
+                continue
+            there = tuple(there_or_here(path, started) for path in paths)
+            if there != paths:
+                found[key] = there if isinstance(getattr(part, key), tuple) else there[0]
+                log(f"{prefix}{key}: {', '.join(there)}, relative to where the run was started")
+        return replace(part, **found)
+
+    stored = checkpoint.config["data"]
+    known = [*stored.get("sources", ()), *[{}] * len(data.sources)]  # {}: one that is new
+    sources = tuple(
+        located(source, known[i], f"data.sources.{i}.") for i, source in enumerate(data.sources)
+    )
+    return located(replace(data, sources=sources), stored, "data.")
 
 
 def there_or_here(path: str, started: str) -> str:

@@ -234,6 +234,7 @@ REFUSED = {
     "n_embd = '16' must be of type int": config_says(n_embd="16"),
     "which do not fit": config_says(n_layer=4000),
     "but vocab_size of config.json is 300": config_says(vocab_size=300),
+    "but vocab_size of config.json is 2,000": config_says(vocab_size=2000),
     "config.json: must hold a JSON object": lambda f: (f / "config.json").write_text("[]"),
     "config.json: no such file": lambda folder: (folder / "config.json").unlink(),
     "tokenizer.json: ": lambda folder: (folder / "tokenizer.json").write_text("{}"),
