@@ -42,7 +42,12 @@ def train(spec: "RunSpec", processes: Processes) -> int:
     """
     # imported here, so that a mistake in the settings is told before PyTorch has loaded
     with defer_interrupts():
+        from checkpoint.reader import step_path
+        from checkpoint.writer import is_saved
+        from common.errors import UserError
+        from common.files import is_address
         from data.batches import Prefetch
+        from data.config import as_paths
         from training.checkpointer import Checkpointer
         from training.compile import compile_loss
         from training.cuda_graphs import choose_step
@@ -60,7 +65,8 @@ def train(spec: "RunSpec", processes: Processes) -> int:
     state = build(spec, tell, processes)
     config, progress = state.config, state.progress
     accumulation = config.train.accumulation_steps
-    batches = Prefetch(state.batches, accumulation, processes.index, processes.count)
+    depth = 8 if any(map(is_address, as_paths(config.data.path))) else 1
+    batches = Prefetch(state.batches, accumulation, processes.index, processes.count, depth)
     loss_module = state.loss_module
     if config.compile:
         first_micro_batch = state.batches(progress.step, accumulation, 0, accumulation)
@@ -96,6 +102,10 @@ def train(spec: "RunSpec", processes: Processes) -> int:
                 progress.step, progress.tokens = step + 1, progress.tokens + result.tokens
                 progress.skipped += not result.updated
                 recorder.end_step(result, lr)
+        except UserError:  # of data that cannot be read now, from an object store, say
+            if processes.count == 1 and not is_saved(step_path(spec.run, progress.step)):
+                checkpointer.save()
+            raise
         except NonFiniteError as error:
             if isinstance(recorder, Recorder):
                 recorder.bar.close()

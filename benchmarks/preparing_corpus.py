@@ -11,6 +11,7 @@ its own, PATH), encoding is timed beside `datasets.map` with a fast tokenizer of
 the same documents with as many processes.
 """
 
+import contextlib
 import json
 import os
 import subprocess
@@ -94,10 +95,12 @@ def prepare(folder: Path, cache: Path) -> dict:
 
 
 def children_of(parent: int) -> list[int]:
-    try:
-        return [int(n) for n in Path(f"/proc/{parent}/task/{parent}/children").read_text().split()]
-    except OSError:
-        return []
+    """The processes that any thread of a process has started."""
+    found = []
+    for file in Path(f"/proc/{parent}/task").glob("*/children"):
+        with contextlib.suppress(OSError):  # the thread has ended
+            found += [int(number) for number in file.read_text().split()]
+    return found
 
 
 def pss(process: int) -> int:
@@ -162,7 +165,8 @@ def compare(result: Result, folder: Path, megabytes: int, rounds: int):
     note = f"BPE of {VOCAB_SIZE:,} tokens each, {cores()} cores; start of the processes included."
     columns = ["side", "MB of text a second", "seconds", "times datasets.map"]
     result.table(f"Encoding and writing, {megabytes} MB of documents", columns, rows, note)
-    result.claim("encoding, times datasets.map", rows[0][3], BAR)
+    ratio = base / median(found["ours"], "seconds")
+    result.claim("encoding, times datasets.map", ratio, BAR)
 
 
 def main():

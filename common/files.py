@@ -176,15 +176,21 @@ class AppendFile:
 # Files that people give ---------------------------------------------------------------------------
 
 
+FILE = "file://"
+
+
 def user_path(path: Path | str) -> Path:
     """A path that a user wrote, with ~ as the home folder: no shell expands it in --flag=~/x.
 
+    file:// before an absolute path is dropped.
+
     A Path is left alone: it has been through here, or it is the program's own.
     """
-    return path if isinstance(path, Path) else Path(os.path.expanduser(path))
+    return path if isinstance(path, Path) else Path(os.path.expanduser(path.removeprefix(FILE)))
 
 
 URL = re.compile(r"[A-Za-z][\w+.-]+://")
+
 # how files begin that hold no text
 BINARY = {
     b"\x1f\x8b": "a gzip file", b"PK\3\4": "a zip file", b"BZh": "a bzip2 file",
@@ -195,12 +201,17 @@ BINARY = {
 CONTROL = re.compile(rb"[\0-\x08\x0e-\x1a\x1c-\x1f]")  # what no 8-bit encoding has in its texts
 
 
+def is_address(path: str) -> bool:
+    """Whether a path, as it was given, is one of an object store or of the web."""
+    return bool(URL.match(path)) and not path.startswith(FILE)
+
+
 def refuse_url(path: str, where: str):
     """Raises UserError, which begins with `where`, if a path, as it was given, is a URL.
 
     A `Path` would drop one of its slashes.
     """
-    if URL.match(path):
+    if is_address(path):
         raise UserError(f"{where}: a URL is not a file; download it and give the file's path")
 
 

@@ -230,11 +230,21 @@ class Batches:
 
 
 class Prefetch:
-    """The next step's batches of a process, made by a thread while this step computes."""
+    """The next step's batches of a process, made by a thread while this step computes.
 
-    def __init__(self, batches: Batches, accumulation: int, process: int = 0, processes: int = 1):
+    depth: of so many steps, by as many threads, where data comes from elsewhere and each waits.
+    """
+
+    def __init__(
+        self,
+        batches: Batches,
+        accumulation: int,
+        process: int = 0,
+        processes: int = 1,
+        depth: int = 1,
+    ):
         self.batches, self.cut = batches, (accumulation, process, processes)
-        self.pool = ThreadPoolExecutor(1)
+        self.pool, self.depth = ThreadPoolExecutor(depth), depth
         self.pending: dict[int, Future[tuple[list[Batch], int]]] = {}
 
     def make(self, step: int) -> tuple[list[Batch], int]:
@@ -247,7 +257,9 @@ class Prefetch:
         """
         future = self.pending.pop(step, None) or self.pool.submit(self.make, step)
         result = future.result()
-        self.pending = {step + 1: self.pool.submit(self.make, step + 1)}
+        for later in range(step + 1, step + 1 + self.depth):
+            if later not in self.pending:
+                self.pending[later] = self.pool.submit(self.make, later)
         return result
 
     def close(self):

@@ -12,6 +12,11 @@ from common.errors import refuse
 DEFAULT_CACHE_DIR = Path(__file__).parent / "cache"  # what an empty data.cache_dir means
 Kind = Literal["stream", "lines", "documents", "pairs"]
 SourceName = Literal["stdlib", "stdlib_words", "names", "tinyshakespeare", "nl2bash"]
+# a password, or a key in a query, that stands in an address; not ${NAME}, which stands for one
+SECRET = re.compile(
+    r"://[^/?#@]*:(?!\$\{)[^/?#]*@"
+    r"|[?&][^=&]*(sig|token|secret|passw|credential|key)[^=&]*=(?!\$\{)", re.IGNORECASE,
+)  # fmt: skip
 SOURCES: tuple[str, ...] = get_args(SourceName)
 
 
@@ -59,7 +64,8 @@ class DataConfig:
     source: SourceName = "stdlib"
     """Built-in source: stdlib* come from this Python's library, the others are downloaded once."""
     path: str | tuple[str, ...] = ""
-    """Your own file, folder or pattern, or several (docs/data.md: what is read); not source."""
+    """Your own file, folder, pattern or address, or several, or - for standard input (docs/data.md:
+    what is read); not source."""
     sources: tuple[SourceConfig, ...] = ()
     """A mixture, in TOML only: [[data.sources]], each with a weight and a path or source."""
     val_path: str = ""
@@ -105,6 +111,8 @@ class DataConfig:
     """Fraction held out for validation if there is no validation file; 0: no validation."""
     cache_dir: str = ""
     """Folder for prepared data; empty: data/cache in this repository."""
+    remote_cache_gb: float = 10.0
+    """At most so many GB of remote files are kept in the folder for prepared data."""
 
     def __post_init__(self):
         wrong = []
@@ -112,6 +120,8 @@ class DataConfig:
             wrong.append(f"vocab_size = {self.vocab_size} must be at least 300 (256 are bytes)")
         if self.seq_len < 0:
             wrong.append(f"seq_len = {self.seq_len} must be 0 (model.max_len) or more")
+        if not 0.1 <= self.remote_cache_gb < math.inf:
+            wrong.append(f"remote_cache_gb = {self.remote_cache_gb} must be at least 0.1")
         wrong += [
             f"{name} = {value!r} is of another tokenizer; set data.tokenizer_path, or leave it out"
             for name, value in self.given_tokens().items()
@@ -146,6 +156,13 @@ def wrong_reading(config: DataConfig | SourceConfig) -> list[str]:
         key = getattr(config, name)
         if key is not None and not key.strip(" ,"):
             wrong.append(f'{name} = "" must be the name of a key')
+    for path in (*as_paths(config.path), config.val_path):
+        if found := SECRET.search(path):
+            wrong.append(
+                f"path = {path[: found.start()]}...: the address holds a password or a key, which "
+                "would be kept with the run; set a variable of the environment to it, and write "
+                "${NAME} in its place"
+            )
     return wrong
 
 

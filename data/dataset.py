@@ -26,6 +26,7 @@ from common.errors import MISSING, UnreadableError, UserError
 from common.files import (
     checksummed_json,
     hash_file,
+    is_address,
     read_checksummed_json,
     refuse_no_file,
     replace_synced,
@@ -33,8 +34,11 @@ from common.files import (
 )
 from data.config import DEFAULT_CACHE_DIR, DataConfig, Kind, as_paths
 from data.encoding import Encoder, EndedError
+from data.paths import split_suffix
 from data.prompt_format import are_pairs
 from data.readers import Pair, Place, Source, open_source
+from data.remote import Store, has_magic, name_of
+from data.remote_shards import RemoteFolder, open_remote_split, verify_remote
 from data.round_trip import warning
 from data.special_tokens import FLAGS
 from data.token_files import Split, check_shard, check_shards, check_sizes, open_split
@@ -80,7 +84,7 @@ def prepare(
     `tokenizer` is used in place of the one that `config` describes. jobs: how many processes or
     threads encode; 0: as many as are of use. source: that of `config`, if it is open already.
     """
-    if folder := prepared_folder(config):
+    if folder := prepared_folder(config, log):
         return open_given(folder, config, tokenizer)
     cache = user_path(config.cache_dir or DEFAULT_CACHE_DIR)
     with writing(cache):
@@ -413,12 +417,14 @@ def named_tokenizer(config: DataConfig) -> Tokenizer | None:
 # Opening --------------------------------------------------------------------------------------
 
 
-def open_dataset(folder: Path, tokenizer_given: bool = False) -> Dataset:
-    """Memory-maps a prepared folder.
+def open_dataset(folder: Path | RemoteFolder, tokenizer_given: bool = False) -> Dataset:
+    """Memory-maps a prepared folder, or opens one in an object store.
 
     What is small is checked by its hashes. Of what is large, sizes are, and each id when it is
     read; `python -m tools.prepare --verify` checks all of it.
     """
+    remote = folder if isinstance(folder, RemoteFolder) else None
+    folder = local_copy(folder)
     with explained(folder):
         manifest = read_checksummed_json(folder / "manifest.json")
         check_manifest(manifest)
@@ -427,7 +433,9 @@ def open_dataset(folder: Path, tokenizer_given: bool = False) -> Dataset:
         shards = list(chain.from_iterable(manifest["splits"].values()))
         whole = sum(shard["tokens"] for shard in shards) <= SMALL
         splits = {
-            name: open_split(folder, manifest["kind"], shards, dtype, vocab_size, whole)
+            name: open_remote_split(remote, manifest["kind"], shards, dtype, vocab_size)
+            if remote
+            else open_split(folder, manifest["kind"], shards, dtype, vocab_size, whole)
             for name, shards in manifest["splits"].items()
         }
         check_files(folder, manifest["files"])
@@ -490,27 +498,45 @@ def check_files(folder: Path, hashes: dict[str, str]):
             raise UserError(f"{folder / name}: damaged (its sha256 is not that of manifest.json)")
 
 
-def verify(folder: Path, log: Log = print):
+def verify(folder: Path | RemoteFolder, log: Log = print):
     """Checks every file of a prepared folder by its hash. Raises UserError naming the first."""
+    remote = folder if isinstance(folder, RemoteFolder) else None
+    folder = local_copy(folder)
     with explained(folder):
         manifest = read_checksummed_json(folder / "manifest.json")
         check_manifest(manifest)
         check_files(folder, manifest["files"])
         dtype, vocab_size = np.dtype(manifest["dtype"]), manifest["vocab_size"]
         for name, shards in manifest["splits"].items():
-            for shard in tqdm(shards, name, unit="shard", leave=False, disable=None):
-                check_sizes(folder, manifest["kind"], shard, dtype)
-                check_shard(folder, manifest["kind"], shard, dtype, vocab_size)
+            if remote:
+                verify_remote(remote, manifest["kind"], shards, manifest["dtype"])
+            else:
+                for shard in tqdm(shards, name, unit="shard", leave=False, disable=None):
+                    check_sizes(folder, manifest["kind"], shard, dtype)
+                    check_shard(folder, manifest["kind"], shard, dtype, vocab_size)
             tokens = sum(shard["tokens"] for shard in shards)
             log(f"{name}: {len(shards):,} shards, {tokens:,} tokens: every hash is right")
+
+
+def local_copy(folder: Path | RemoteFolder) -> Path:
+    """A folder with manifest and tokenizer. Raises UserError."""
+    if isinstance(folder, Path):
+        return folder
+    if copied := folder.copy():
+        return copied
+    raise UserError(f"{folder}: has no manifest.json of prepared data; fix the address")
 
 
 # A prepared folder as data.path -------------------------------------------------------------------
 
 
-def prepared_folder(config: DataConfig) -> Path | None:
+def prepared_folder(config: DataConfig, log: Log) -> Path | RemoteFolder | None:
     """The folder that data.path names if it is one of prepared data."""
     paths = as_paths(config.path)
+    if len(paths) == 1 and is_address(paths[0]):
+        may_be = not has_magic(paths[0]) and not split_suffix(name_of(paths[0]).name)[0]
+        folder = RemoteFolder(paths[0], store_of(config, log))
+        return folder if may_be and folder.copy() else None
     folder = user_path(paths[0]) if len(paths) == 1 else Path()
     try:
         manifest = (folder / "manifest.json").read_bytes() if paths else b""
@@ -519,7 +545,15 @@ def prepared_folder(config: DataConfig) -> Path | None:
     return folder if b'"splits":' in manifest else None
 
 
-def open_given(folder: Path, config: DataConfig, tokenizer: Tokenizer | None) -> Dataset:
+def store_of(config: DataConfig, log: Log) -> Store:
+    """Where the blocks of remote files are kept."""
+    cache = user_path(config.cache_dir or DEFAULT_CACHE_DIR)
+    return Store.of(cache, config.remote_cache_gb, log)
+
+
+def open_given(
+    folder: Path | RemoteFolder, config: DataConfig, tokenizer: Tokenizer | None
+) -> Dataset:
     """A prepared folder as it is: its splits and its tokenizer are those it was prepared with."""
     data = open_dataset(folder, tokenizer is not None)
     if config.kind not in ("auto", data.kind):

@@ -97,7 +97,7 @@ def settings_of(config: DataConfig, source: SourceConfig) -> DataConfig:
 
 def open_part(config: DataConfig, log: Log, tokenizer: Tokenizer | None) -> Source | Dataset:
     """A source, open to be read; or as it was prepared, if it is a folder of that."""
-    if folder := single.prepared_folder(config):
+    if folder := single.prepared_folder(config, log):
         return single.open_given(folder, config, tokenizer)
     cache = user_path(config.cache_dir or DEFAULT_CACHE_DIR)
     with single.writing(cache):

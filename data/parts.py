@@ -34,6 +34,7 @@ from data.dataset import (
     writing,
 )
 from data.readers import Place, Reader, Source, open_source
+from data.remote_shards import RemoteFolder
 from data.tokenizer import Tokenizer, load_tokenizer
 
 SAME = ("format", "name", "kind", "fingerprint", "dtype", "vocab_size", "files")  # in all parts
@@ -48,9 +49,13 @@ def prepare_part(
     log: Log = print,
     tokenizer: Tokenizer | None = None,
     jobs: int = 0,
+    there: RemoteFolder | None = None,
 ) -> bool:
     """Prepares part `part` (from 1) of `parts` in the folder `to`, and merges all when they are
-    there; whether they are."""
+    there; whether they are.
+
+    there: the folder in an object store whose mirror `to` is, to which all is moved.
+    """
     cache = user_path(config.cache_dir or DEFAULT_CACHE_DIR)
     with writing(to, "--to"):
         to.mkdir(parents=True, exist_ok=True)
@@ -61,18 +66,24 @@ def prepare_part(
             'set data.kind = "documents" for many texts'
         )
     fingerprint = fingerprint_of(source, config, tokenizer)
-    tokenizer = tokenizer or shared_tokenizer(config, source, to, fingerprint, part == 1, log)
+    tokenizer = tokenizer or shared_tokenizer(
+        config, source, to, fingerprint, part == 1, log, there
+    )
     readers = [reader for reader in (source.train, source.val) if reader]
     cuts = [borders(reader, parts) for reader in readers] if parts > 1 else []
     share = [(cut[part - 1], cut[part]) for cut in cuts] or None
     folder = to / f"{part}-of-{parts}"
+    if there:
+        there.refuse_half(folder)
     with building(folder, fingerprint, "--to") as unfinished:
         if unfinished:
             build(source, config, fingerprint, unfinished, log, tokenizer, jobs, share)
     with explained(folder):
         if read_checksummed_json(folder / "manifest.json")["fingerprint"] != fingerprint:
             raise UserError(f"{folder}: of another corpus or other settings; give another --to")
-    return merge(to, parts, log)
+    if there:
+        there.move_part(folder)
+    return merge(to, parts, log, there)
 
 
 def borders(reader: Reader, parts: int) -> list[Place]:
@@ -94,15 +105,25 @@ def borders(reader: Reader, parts: int) -> list[Place]:
 
 
 def shared_tokenizer(
-    config: DataConfig, source: Source, to: Path, fingerprint: str, is_first: bool, log: Log
+    config: DataConfig,
+    source: Source,
+    to: Path,
+    fingerprint: str,
+    is_first: bool,
+    log: Log,
+    there: RemoteFolder | None = None,
 ) -> Tokenizer:
     """The tokenizer of all parts: the first makes it, and the others wait for it."""
     place = to / f"tokenizer-{fingerprint}"
-    if not is_first and not place.exists():
+
+    def is_here() -> bool:
+        return place.exists() or bool(there and there.fetch_folder(place.name))
+
+    if not is_first and not is_here():
         log(f"waiting for {place}: part 1 makes it")
-        while not place.exists():
+        while not is_here():
             time.sleep(INTERVAL)
-    if not place.exists():
+    if not is_here():
         tokenizer = make_tokenizer(config, source, count_characters(source, config), log)
         unfinished = to / f".{place.name}"
         with writing(to, "--to"):
@@ -110,15 +131,21 @@ def shared_tokenizer(
             unfinished.mkdir()
             tokenizer.save(unfinished)
             unfinished.rename(place)
+    if there and is_first:
+        there.send_folder(place)
     return load_tokenizer(place)
 
 
-def merge(to: Path, parts: int, log: Log = print) -> bool:
+def merge(to: Path, parts: int, log: Log = print, there: RemoteFolder | None = None) -> bool:
     """Makes all parts one data set, by a manifest; False if some are not there yet."""
     folders = [to / f"{part}-of-{parts}" for part in range(1, parts + 1)]
+    if there:
+        for folder in folders:
+            if not there.fetch(f"{folder.name}/manifest.json"):
+                (folder / "manifest.json").unlink(missing_ok=True)
     missing = [folder.name for folder in folders if not (folder / "manifest.json").exists()]
     if missing:
-        log(f"{to}: to be merged when {', '.join(missing)} is there")
+        log(f"{there or to}: to be merged when {', '.join(missing)} is there")
         return False
     manifests = []
     for folder in folders:
@@ -150,17 +177,26 @@ def merge(to: Path, parts: int, log: Log = print) -> bool:
                 "or set data.val_fraction = 0 for no validation"
             )
     content = checksummed_json({**whole, "held_out": hold_out(held_out), "splits": splits})
+    if there:
+        for name in whole["files"]:
+            there.fetch(f"{folders[0].name}/{name}")
     with writing(to, "--to"), FileLock(to / "manifest.lock"):
         for name in whole["files"]:
             replace_synced(to / name, (folders[0] / name).read_bytes())
         replace_synced(to / "manifest.json", content)
+    if there:
+        for name in (*whole["files"], "manifest.json"):
+            there.send(to / name)
     tokens = {name: sum(shard["tokens"] for shard in shards) for name, shards in splits.items()}
-    log(f"{to}: {', '.join(f'{name} {n:,} tokens' for name, n in tokens.items())}")
+    log(f"{there or to}: {', '.join(f'{name} {n:,} tokens' for name, n in tokens.items())}")
     return True
 
 
-def count_parts(to: Path) -> int:
+def count_parts(to: Path, there: RemoteFolder | None = None) -> int:
     """Of how many parts the folder is. Raises UserError if it holds none, or of several numbers."""
+    if there:
+        for name in there.names("*-of-*/manifest.json"):
+            there.fetch(name)
     found = {
         path.name.partition("-of-")[2] for path in to.glob("[1-9]*-of-[1-9]*") if path.is_dir()
     }

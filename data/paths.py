@@ -16,16 +16,17 @@ import struct
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PurePath, PurePosixPath
 from tarfile import HeaderError, ReadError
 from typing import Any, Protocol, Self, cast
 
 from common.errors import UserError
-from common.files import refuse_no_file, user_path
+from common.files import is_address, refuse_no_file, user_path
 from data.config import DataConfig
+from data.remote import RemoteFile, Store, find, has_magic
 
 HEAD = 1 << 20  # bytes by which a text is judged
 MAX_HEADER = 1 << 20  # bytes of a header in a tar file, which is held in memory
@@ -50,6 +51,9 @@ LONG_HEADERS = (
     tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE,
     tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK,
 )  # fmt: skip
+
+
+File = Path | RemoteFile  # which has what is used of a Path here
 
 
 class Readable(Protocol):
@@ -107,7 +111,7 @@ class Part:
     place: str  # for people: its path, or the archive's and its name there
     suffix: str  # in lower case, without that of a compression: ".jsonl" of corpus.jsonl.gz
     stream: io.BufferedReader
-    path: Path | None  # None: not a file as it is, which could be read in any order
+    path: "File | None"  # None: not a file as it is, which could be read in any order
 
     @property
     def head(self) -> bytes:
@@ -118,26 +122,33 @@ class Part:
 # Files --------------------------------------------------------------------------------------------
 
 
-def find_files(path: str, where: str, kind: str) -> list[Path]:
+def find_files(path: str, where: str, kind: str, store: Store) -> list[File]:
     """The files that one path stands for: a file, all in a folder, or what a pattern matches.
 
     In the order of their names. Raises UserError, which begins with `where`, if there are none.
     """
+    if is_address(path):
+        remote = find(path, where, store)
+        if "" in remote or has_magic(path):
+            return list(remote.values())
+        return choose(remote, path, where, kind)
     place = user_path(path)
     if not os.path.lexists(place) and glob.has_magic(path):
         found = (Path(name) for name in sorted(glob.glob(str(place), recursive=True)))
-        files = [file for file in found if file.is_file()]
+        files: list[File] = [file for file in found if file.is_file()]
         if not files:
             raise UserError(f"{where}: no file matches it; fix the pattern")
         return files
     refuse_no_file(path, where)
     if not place.is_dir():
         return [place]
-    files = [
-        file
-        for file in sorted(place.rglob("*"))
-        if file.is_file() and not is_hidden(file.relative_to(place).parts)
-    ]
+    found = (file for file in sorted(place.rglob("*")) if file.is_file())
+    return choose({str(file.relative_to(place)): file for file in found}, path, where, kind)
+
+
+def choose(found: Mapping[str, File], path: str, where: str, kind: str) -> list[File]:
+    """Those of a folder's files, by their names in it, that are read. Raises UserError."""
+    files = [file for name, file in found.items() if not is_hidden(PurePath(name).parts)]
     files = [file for file in files if is_wanted(file.name, kind)]
     if not files:
         known = " ".join(sorted(TEXTS | RECORDS | ARCHIVES))
@@ -150,9 +161,14 @@ def find_files(path: str, where: str, kind: str) -> list[Path]:
         other = next(file for file in files if file not in texts)
         raise UserError(
             f"{where}: this folder has both text ({texts[0].name}) and other files ({other.name}); "
-            f"give a pattern, such as '{path}/**/*{''.join(other.suffixes[-2:])}'"
+            f"give a pattern, such as '{path.rstrip('/')}/**/*{''.join(other.suffixes[-2:])}'"
         )
     return files
+
+
+def size_of(file: File) -> int:
+    """Bytes of a file."""
+    return file.size if isinstance(file, RemoteFile) else file.stat().st_size
 
 
 def is_wanted(name: str, kind: str) -> bool:
@@ -178,7 +194,7 @@ def split_suffix(name: str) -> tuple[str, str]:
 # Parts --------------------------------------------------------------------------------------------
 
 
-def open_parts(path: Path, kind: str, tally: Tally) -> Iterator[Part]:
+def open_parts(path: File, kind: str, tally: Tally) -> Iterator[Part]:
     """Each text in a file, which must be read before the next is asked for.
 
     Raises OSError, and UserError for damaged compression and for members that are no plain files.
@@ -186,7 +202,7 @@ def open_parts(path: Path, kind: str, tally: Tally) -> Iterator[Part]:
     suffix, compression = split_suffix(path.name)
     with path.open("rb", HEAD) as file:
         tally.file = cast(io.BufferedReader, file)
-        budget = Budget(max(FREE, MAX_RATIO * os.fstat(file.fileno()).st_size))
+        budget = Budget(max(FREE, MAX_RATIO * size_of(path)))
         stream = cast(io.BufferedReader, file)
         if compression:
             stream = expand(file, compression, str(path), budget)
@@ -212,7 +228,7 @@ def open_parts(path: Path, kind: str, tally: Tally) -> Iterator[Part]:
                 yield Part(shown, suffix, inner, None)
 
 
-def zip_members(path: Path, file: Readable) -> Iterator[tuple[str, str, Readable]]:
+def zip_members(path: File, file: Readable) -> Iterator[tuple[str, str, Readable]]:
     """(name, why it is refused or "", content) of each member but folders."""
     with damage(str(path)), zipfile.ZipFile(cast(Any, file)) as archive:
         for info in archive.infolist():
@@ -231,7 +247,7 @@ def zip_members(path: Path, file: Readable) -> Iterator[tuple[str, str, Readable
                 yield info.filename, "", content
 
 
-def tar_members(path: Path, file: Readable) -> Iterator[tuple[str, str, Readable]]:
+def tar_members(path: File, file: Readable) -> Iterator[tuple[str, str, Readable]]:
     """The same of a tar file, which is read from its beginning to its end once."""
     with (
         damage(str(path)),

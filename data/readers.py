@@ -19,10 +19,21 @@ from itertools import accumulate
 from pathlib import Path
 
 from common.errors import UserError
-from common.files import has_old_lines, refuse_binary, user_path
+from common.files import has_old_lines, is_address, refuse_binary, user_path
 from data.builtin import NAMED, named_files
 from data.config import DataConfig, Kind, as_paths
-from data.paths import ARCHIVES, HEAD, RECORDS, Part, Tally, find_files, open_parts, split_suffix
+from data.paths import (
+    ARCHIVES,
+    HEAD,
+    RECORDS,
+    File,
+    Part,
+    Tally,
+    find_files,
+    open_parts,
+    size_of,
+    split_suffix,
+)
 from data.records import (
     COLUMNAR,
     Pair,
@@ -33,6 +44,7 @@ from data.records import (
     kind_of,
     records,
 )
+from data.remote import RemoteFile, Store, has_magic, name_of
 from data.text import chunks, codec, numbered_lines, separated, whole
 
 VERSION = "1"  # goes into every fingerprint: raise it when the same bytes come to give other text
@@ -86,7 +98,9 @@ class Source:
     train: "Reader"
     val: "Reader | None"  # None: split by val_fraction
     fingerprint: str  # hex hash of all that the readers give
-    stamps: dict[Path, tuple[int, int]]  # size and time of change of each file before it was hashed
+    stamps: dict[
+        File, tuple[int, int | str]
+    ]  # size and time of change of each file before it was hashed
 
     def refuse_changes(self):
         """Raises UserError if a file has changed since `fingerprint` was made."""
@@ -103,7 +117,7 @@ class Files:
     """What one setting names: files to be read one after the other, or two line by line."""
 
     where: str  # the setting, as it was given, for errors
-    paths: tuple[Path, ...] = ()
+    paths: tuple[File, ...] = ()
     parallel: bool = False  # line i of one file belongs to line i of the other
     alone: bool = False  # one file, by its own name
 
@@ -118,13 +132,13 @@ def open_source(config: DataConfig, log: Callable[[str], object], cache: Path) -
     Raises UserError for a file that is missing, unreadable, empty, or not of the kind asked for.
     What only reading to the end can find, the readers raise it for, with the line or the byte.
     """
-    val = Files("")
+    val, store = Files(""), Store.of(cache, config.remote_cache_gb, log)
     if given := as_paths(config.path):
-        train = _own_files(given, "data.path", "train", config.kind)
+        train = _own_files(given, "data.path", "train", config.kind, store)
         name = _name(given[0])
         path = user_path(given[0])
         if len(given) == 1 and any((path / file).exists() for file in ("dev.nl", "dev.cm")):
-            val = _own_files(given, "data.path", "dev", config.kind)
+            val = _own_files(given, "data.path", "dev", config.kind, store)
             _choose_kind(val, config, log)
         kind = _choose_kind(train, config, log)
     else:
@@ -136,7 +150,7 @@ def open_source(config: DataConfig, log: Callable[[str], object], cache: Path) -
         if "pairs" in (kind, natural) and kind != natural:
             raise UserError(f'{train.where}: {natural}, but data.kind = "{kind}"; set it to "auto"')
     if config.val_path:
-        val = _own_files((config.val_path,), "data.val_path", "dev", config.kind)
+        val = _own_files((config.val_path,), "data.val_path", "dev", config.kind, store)
         own = _choose_kind(val, config, log)
         if ("pairs" in (kind, own) and kind != own) or (kind, own) == ("stream", "documents"):
             raise UserError(
@@ -151,18 +165,28 @@ def open_source(config: DataConfig, log: Callable[[str], object], cache: Path) -
         _check(reader)
     settings = f"{VERSION} {kind} {len(train.paths)}{_shape(train, val, kind, config)}"
     held_out = readers[1] if len(readers) == 2 else None
-    stamps = {path: stamp_of(path) for path in files}
+    stamps = {
+        path: (path.size, path.identity) if isinstance(path, RemoteFile) else stamp_of(path)
+        for path in files
+    }
     return Source(name, kind, readers[0], held_out, _fingerprint(settings, files), stamps)
 
 
-def stamp_of(path: Path) -> tuple[int, int]:
+def stamp_of(path: File) -> tuple[int, int | str]:
     """What changes when a file does."""
+    if isinstance(path, RemoteFile):
+        return path.stamp()
     found = path.stat()
     return found.st_size, found.st_mtime_ns
 
 
 def _name(path: str) -> str:
     """What data is called that stands at a path: by its file, or by where a pattern begins."""
+    if is_address(path):
+        place = name_of(path)
+        while has_magic(f"x://{place}"):
+            place = place.parent
+        return re.sub(r"[^\w-]", "_", place.stem)[:40] or "data"
     place = user_path(path)
     while glob.has_magic(str(place)) and not os.path.lexists(place):
         place = place.parent
@@ -183,15 +207,20 @@ def _shape(train: Files, val: Files, kind: str, config: DataConfig) -> str:
     return f" {json.dumps([forms, given])}" if new or given else ""
 
 
-def _fingerprint(settings: str, files: tuple[Path, ...]) -> str:
+def _fingerprint(settings: str, files: tuple[File, ...]) -> str:
+    """Of the bytes of files; of remote ones, of what their store says of these."""
     digest = hashlib.blake2b(settings.encode(), digest_size=16)
     for path in files:
+        if isinstance(path, RemoteFile):
+            told = f"{path.size} {path.identity}"
+            digest.update(hashlib.blake2b(told.encode()).digest())
+            continue
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "blake2b").digest())
     return digest.hexdigest()
 
 
-def _own_files(given: tuple[str, ...], key: str, split: str, kind: str) -> Files:
+def _own_files(given: tuple[str, ...], key: str, split: str, kind: str, store: Store) -> Files:
     """The files at the paths that a setting gives, each once; or the two of a folder of pairs."""
     where, found = f"{key} = {', '.join(given)}", []
     for path in given:
@@ -205,11 +234,13 @@ def _own_files(given: tuple[str, ...], key: str, split: str, kind: str) -> Files
                         f"{one}: there is no {file}; a folder must have {split}.nl and {split}.cm"
                     )
             return Files(one, pair, parallel=True)
-        found += find_files(path, one, kind)
+        found += find_files(path, one, kind, store)
     found = tuple(dict.fromkeys(found))
-    alone = (
-        found == tuple(map(user_path, given[:1])) and split_suffix(found[0].name)[0] not in ARCHIVES
-    )
+    first = given[0] if is_address(given[0]) else str(user_path(given[0]))
+    alone = [*map(str, found)] == [first] or (
+        len(found) == 1 and not isinstance(found[0], RemoteFile) and found[0].parent == store.folder
+    )  # the latter: a copy of it
+    alone = alone and split_suffix(found[0].name)[0] not in ARCHIVES
     return Files(where, found, alone=alone)
 
 
@@ -377,7 +408,7 @@ class Reader:
         self.told = False
         # the two files of parallel ones are read as one
         self.parts = [files.paths] if files.parallel else [(path,) for path in files.paths]
-        self.sizes = [sum(path.stat().st_size for path in part) for part in self.parts]
+        self.sizes = [sum(map(size_of, part)) for part in self.parts]
         self.before = [0, *accumulate(self.sizes)]
 
     def __call__(self, place: Place | None = None, end: Place | None = None) -> Iterator:
@@ -452,7 +483,7 @@ class Reader:
             if not isinstance(found, str) or found.strip():
                 yield found
 
-    def lines(self, path: Path) -> Iterator[str]:
+    def lines(self, path: File) -> Iterator[str]:
         tally = Tally(self.config)
         for part in open_parts(path, self.config.kind, tally):
             yield from (line for _, line in numbered_lines(part, tally))

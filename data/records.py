@@ -4,6 +4,7 @@ import csv
 import json
 from collections.abc import Iterator
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 from common.errors import UserError
@@ -142,7 +143,9 @@ def columnar(part: Part, config: DataConfig) -> Iterator[tuple[str, Any]]:
 
 def parquet_batches(part: Part, parquet: Any, known: list[str]) -> Iterator:
     """A few rows at a time, of one row group after the other."""
-    with parquet.ParquetFile(part.path, pre_buffer=False) as file:
+    # of a remote file, only what is asked for is fetched
+    path, size = (part.path, 0) if isinstance(part.path, Path) else (part.stream, 1 << 20)
+    with parquet.ParquetFile(path, pre_buffer=False, buffer_size=size) as file:
         columns = wanted(file.schema_arrow.names, known)
         for group in range(file.num_row_groups):
             yield from file.iter_batches(ROWS, [group], columns, use_threads=False)

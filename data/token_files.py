@@ -53,7 +53,7 @@ class Shards:
 
     def __init__(
         self,
-        paths: Sequence[Path],
+        paths: Sequence[Any],  # of Path, or what a subclass reads
         first: Sequence[int],
         dtype: np.dtype,
         added: Sequence[int] = (),
@@ -83,20 +83,24 @@ class Shards:
         while len(out):
             number = bisect_right(self.first, begin) - 1
             n = min(len(out), self.first[number + 1] - begin)
-            part, done = out[:n].data.cast("B"), 0
-            with self.lock:
-                file = self.file(number)
-                file.seek((begin - self.first[number]) * self.dtype.itemsize)
-                while done < len(part):
-                    if not (got := file.readinto(part[done:])):
-                        raise damaged(self.paths[number], "it has been cut")
-                    done += got
+            self.fill(number, begin - self.first[number], out[:n])
             if self.limit and (top := int(out[:n].max())) >= self.limit:
                 what = f"holds id {top}, the vocabulary has {self.limit}"
                 raise damaged(self.paths[number], what)
             if self.added:
                 out[:n] += self.added[number]
             begin, out = begin + n, out[n:]
+
+    def fill(self, number: int, begin: int, out: np.ndarray):
+        """Fills `out` with neighbours in one file from its number `begin` on."""
+        part, done = out.data.cast("B"), 0
+        with self.lock:
+            file = self.file(number)
+            file.seek(begin * self.dtype.itemsize)
+            while done < len(part):
+                if not (got := file.readinto(part[done:])):
+                    raise damaged(self.paths[number], "it has been cut")
+                done += got
 
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
@@ -338,7 +342,11 @@ def check_borders(folder: Path, kind: str, shard: dict):
         raise UserError(f"{path}: damaged (does not fit {path.with_suffix('.ids').name})")
 
 
-def damaged(path: Path, what: str) -> UserError:
-    return UserError(
-        f"{path}: damaged ({what}); remove {path.parent}, and it will be prepared again"
+def damaged(path: Any, what: str) -> UserError:
+    # in an object store nothing is prepared again for being gone
+    fix = (
+        f"remove {path.parent}, and it will be prepared again"
+        if isinstance(path, Path)
+        else "write it again"
     )
+    return UserError(f"{path}: damaged ({what}); {fix}")

@@ -15,14 +15,17 @@ import re
 import sys
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 
 from common import cli
 from common.errors import UserError
-from common.files import user_path
+from common.files import is_address, user_path
 from data.config import DataConfig
-from data.dataset import named_tokenizer, open_dataset, verify
+from data.dataset import named_tokenizer, open_dataset, store_of, verify
 from data.mixture import prepare
 from data.parts import count_parts, merge, prepare_part
+from data.remote_shards import RemoteFolder
+from data.spool import keep_standard_input
 from training.command_line import DEFAULT, kind_of_own, together, underscored
 from training.config import load
 
@@ -43,7 +46,7 @@ class Arguments:
     jobs: int = 0
     """Processes that encode; 0: one for each core."""
     to: str = ""
-    """Folder to prepare into, to be given as --data.path to train.py; empty: data.cache_dir."""
+    """Folder or address to prepare into, for train.py's --data.path; empty: data.cache_dir."""
     part: str = ""
     """i/n: prepare part i of n into --to, where others do theirs; the last one merges all."""
     merge: str = ""
@@ -61,13 +64,15 @@ def main() -> int:
     if arguments.jobs < 0:
         raise UserError(f"--jobs {arguments.jobs} must be at least 0")
     if arguments.verify:
-        verify(user_path(arguments.verify), log)
+        to, there = folders(arguments.verify, arguments.data)
+        verify(there or to, log)
     elif arguments.merge:
-        to = user_path(arguments.merge)
-        if not merge(to, count_parts(to), log):
+        to, there = folders(arguments.merge, arguments.data)
+        if not merge(to, count_parts(to, there), log, there):
             return 2
     else:
         given = replace(settings, data=arguments.data)
+        given = replace(given, data=keep_standard_input(given.data, log))
         make(kind_of_own(given, settings, argv).data, arguments)
     return 0
 
@@ -84,14 +89,23 @@ def make(config: DataConfig, arguments: Arguments):
             "leave it out, or give one of them as --data.path"
         )
     else:
-        to = user_path(arguments.to)
-        if not prepare_part(config, to, part, parts, log, tokenizer, jobs):
+        to, there = folders(arguments.to, config)
+        if not prepare_part(config, to, part, parts, log, tokenizer, jobs, there):
             return
-        data = open_dataset(to)
-        log(f"to train on it: python train.py --data.path {cli.quoted(to)}")
+        data = open_dataset(there or to)
+        where = cli.quoted(there.address if there else to)
+        log(f"to train on it: python train.py --data.path {where}")
     for name, split in (("train", data.train), ("validation", data.val)):
         if split:
             log(f"data: {data.name} ({data.kind}), {name}: {split.describe()}")
+
+
+def folders(path: str, config: DataConfig) -> tuple[Path, RemoteFolder | None]:
+    """The folder at a path; of one in an object store its mirror here, and itself."""
+    if not is_address(path):
+        return user_path(path), None
+    there = RemoteFolder(path, store_of(config, log))
+    return there.mirror(), there
 
 
 def read_part(arguments: Arguments) -> tuple[int, int]:

@@ -18,6 +18,7 @@ from common.errors import UserError
 from common.files import refuse_url, user_path
 from common.processes import Processes
 from data.readers import is_plain
+from data.spool import keep_standard_input
 from model.config import read_model_config
 from training.config import FREE_CHANGES, Config, load, to_toml
 from training.resume import (
@@ -112,7 +113,9 @@ def read_command_line(log, argv: list[str] | None = None) -> RunSpec | None:
         kept = {k: getattr(settings.model, k) for k in ("dropout", "attention_dropout")}
         settings = replace(settings, model=replace(shape, **kept))
     arguments = cli.parse(Arguments, DESCRIPTION, Arguments(settings), argv)
-    arguments = replace(arguments, settings=kind_of_own(arguments.settings, settings, argv))
+    given = arguments.settings
+    given = replace(given, data=keep_standard_input(given.data, log))
+    arguments = replace(arguments, settings=kind_of_own(given, settings, argv))
     if arguments.print_config:
         print(to_toml(arguments.settings))
         return None

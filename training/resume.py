@@ -17,7 +17,7 @@ from checkpoint.reader import (
 )
 from checkpoint.writer import newest_complete
 from common.errors import UserError
-from common.files import user_path
+from common.files import is_address, user_path
 from common.jsonl import read_records
 from data.config import DataConfig, as_paths
 from model.config import read_model_config
@@ -183,7 +183,7 @@ def locate_data(data: DataConfig, checkpoint: Checkpoint, log: Log) -> DataConfi
 
 def there_or_here(path: str, started: str) -> str:
     """A path or a pattern as it is found from the folder `started`, if there is something."""
-    if user_path(path).is_absolute():
+    if is_address(path) or user_path(path).is_absolute():
         return path
     if glob.has_magic(path) and glob.glob(path, root_dir=started, recursive=True):
         return os.path.join(glob.escape(started), path)

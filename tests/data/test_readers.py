@@ -193,7 +193,6 @@ def test_a_validation_file_of_another_kind(tmp_path):
 @pytest.mark.parametrize(
     ("path", "expected"),
     [
-        ("https://example.org/a.txt", "a URL is not a file"),
         ("-", "a pipe or a device cannot be read twice"),
         (os.devnull, "a pipe or a device cannot be read twice"),
         ("pipe", "a pipe or a device cannot be read twice"),

@@ -1,6 +1,7 @@
 """tools/prepare.py: two processes that prepare one corpus, and the command line."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -30,13 +31,19 @@ def test_two_processes_prepare_one_corpus(corpus, tmp_path):
     """Part 2 is there first, and waits for the tokenizer that part 1 trains."""
     flags = ["--data.path", corpus, "--data.vocab_size", "320", "--to", tmp_path / "to"]
     command = [sys.executable, "-m", "tools.prepare", *map(str, flags), "--part"]
-    started = [
-        subprocess.Popen([*command, part], cwd=ROOT, stdout=subprocess.PIPE, text=True)
-        for part in ("2/2", "1/2")
-    ]
-    said = "".join(process.communicate(timeout=100)[0] for process in started)
-    assert [process.returncode for process in started] == [0, 0]
-    assert "waiting for" in said and "to train on it" in said
+
+    def start(part: str) -> subprocess.Popen:
+        return subprocess.Popen(
+            [*command, part], cwd=ROOT, stdout=subprocess.PIPE, text=True,
+            env={**os.environ, "PYTHONUNBUFFERED": "1"},
+        )  # fmt: skip
+
+    second = start("2/2")
+    assert any("waiting for" in line for line in second.stdout)
+    first = start("1/2")
+    said = "".join(process.communicate(timeout=100)[0] for process in (second, first))
+    assert [second.returncode, first.returncode] == [0, 0]
+    assert "to train on it" in said
     found = open_dataset(tmp_path / "to")
     config = DataConfig(path=str(corpus), vocab_size=320, cache_dir=str(tmp_path / "cache"))
     whole = prepare(config, lambda _: None)

@@ -15,6 +15,7 @@ from common.cli import explain_error
 from common.errors import UserError
 from common.jsonl import parse_record, read_records
 from data.paths import find_files
+from data.remote import Store
 from tests.helpers import ROOT, command, losses, metrics, refused, run, write_config
 from training.resume import find_resume, there_or_here
 from training.run_folder import is_free, locked
@@ -135,7 +136,9 @@ def test_stored_paths_are_found_from_where_the_run_was_started(tmp_path):
         there = os.path.join(started, path)
         assert there_or_here(path, str(started)) == (there if os.path.exists(there) else path)
     found = there_or_here("**/*.txt", str(started))
-    assert find_files(found, "data.path", "auto") == [started / "corpus" / "one.txt"]
+    assert find_files(found, "data.path", "auto", Store.of(tmp_path, 1, print)) == [
+        started / "corpus" / "one.txt"
+    ]
 
 
 def test_a_fork_begins_with_a_checkpoint(home):
