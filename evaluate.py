@@ -260,7 +260,7 @@ def texts(config: DataConfig) -> Iterator[tuple[str, Pair]]:
         for source in config.sources:
             yield from texts(settings_of(config, source))
         return
-    if folder := prepared_folder(config):
+    if folder := prepared_folder(config, log):
         yield from decoded(open_dataset(folder))
         return
     cache = user_path(config.cache_dir or DEFAULT_CACHE_DIR)

@@ -121,6 +121,7 @@ def write_gguf(model: Any, dtype: str, file: Path):
         array = array.contiguous().numpy()
         kind = gguf.GGMLQuantizationType[dtype if array.ndim == 2 and "wpe" not in name else "F32"]
         mapped = names.get_name(name.removeprefix("transformer."), (".weight", ".bias"))
+        assert mapped is not None  # all of GPT-2's have one
         writer.add_tensor(mapped, gguf.quants.quantize(array, kind), raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()

@@ -206,11 +206,15 @@ def write(arrays: dict) -> bytes:
     return b"".join([head(header, [len(part) for part in parts]), *parts])
 
 
-def head(header: dict[str, dict], sizes: Sequence[int]) -> bytes:
+def head(
+    header: dict[str, dict], sizes: Sequence[int], metadata: dict[str, str] | None = None
+) -> bytes:
     """What stands before the numbers, for dtype and shape by name, and the bytes of each."""
     ends = list(accumulate(sizes))
     for info, end, size in zip(header.values(), ends, sizes, strict=True):
         info["data_offsets"] = [end - size, end]
+    if metadata:
+        header = {"__metadata__": metadata, **header}
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # the numbers begin at a multiple of their size
     return struct.pack("<Q", len(text)) + text
@@ -247,7 +251,9 @@ def in_file_order(kinds: "dict[str, Kind]") -> list[str]:
 
 
 def pieces(
-    kinds: "dict[str, Kind]", arrays: "Iterable[np.ndarray]"
+    kinds: "dict[str, Kind]",
+    arrays: "Iterable[np.ndarray]",
+    metadata: dict[str, str] | None = None,
 ) -> Iterator[bytes | memoryview]:
     """A file in pieces, which are views of bytes: its head, then each array's numbers.
 
@@ -261,7 +267,8 @@ def pieces(
         name: {"dtype": dtype_name(dtype), "shape": list(shape)}
         for name, (dtype, shape) in ordered.items()
     }
-    yield head(header, [math.prod(shape) * dtype.itemsize for dtype, shape in ordered.values()])
+    sizes = [math.prod(shape) * dtype.itemsize for dtype, shape in ordered.values()]
+    yield head(header, sizes, metadata)
     for kind, array in zip(ordered.values(), arrays, strict=True):
         assert (array.dtype, array.shape) == kind
         yield np.ascontiguousarray(array).reshape(-1).view(np.uint8).data

@@ -22,7 +22,7 @@ LEVELS = (
     {"model"},
     {"evaluation"},
     {"training"},
-    {"tools", "comparison"},
+    {"tools", "comparison", "exchange"},
     {"train", "generate", "evaluate", "compare"},
     {"benchmarks", "examples", "docs"},
 )

@@ -49,6 +49,11 @@ def build(spec: RunSpec, log: Log, processes: Processes | None = None) -> TrainS
     processes: those that train it together, which are connected here; None: this one alone.
     """
     config, processes = spec.config, processes or Processes()
+    if spec.resume and not spec.resume.files_of("optimizer.safetensors"):  # an imported model
+        raise UserError(
+            f"--resume {spec.resume.path}: has weights, but no state of an optimizer; use "
+            "--init_from, which starts a new run with them"
+        )
     device = choose_device(config.device, processes.local_index if processes.count > 1 else None)
     check_same_device(config.device, device, processes)
     processes.connect(device, timedelta(seconds=config.train.collective_timeout))

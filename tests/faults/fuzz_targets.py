@@ -18,6 +18,9 @@ import numpy as np
 from hypothesis import strategies as st
 
 import generate
+from checkpoint.reader import Checkpoint
+from checkpoint.safetensors_python import write_arrays
+from checkpoint.shards import index_json
 from common import cli
 from common.errors import UserError
 from data.batches import Examples
@@ -28,8 +31,12 @@ from data.readers import open_source
 from data.round_trip import warning
 from data.tokenizer import CharTokenizer, clean_text, load_tokenizer
 from data.train_tokenizer import train_sentencepiece
+from exchange.__main__ import import_gpt2
+from exchange.huggingface import gpt2_shapes, read_shape
+from exchange.tokenizers_json import to_tokenizers
 from tests.data.foreign_files import all_kinds, tiktoken_file
 from tests.faults.fuzz_inputs import (
+    MB,
     ODD,
     Target,
     edited,
@@ -298,3 +305,41 @@ def foreign_tokenizers(folder: Path) -> Target:
         warning(tokenizer, [text])
 
     return Target(inputs, feed)
+
+
+@target("models of others")
+def models_of_others(folder: Path) -> Target:
+    """A GPT-2 in shards, one of whose files is changed: a run that can be read, or nothing."""
+    settings = {"model_type": "gpt2", "vocab_size": 8, "n_embd": 8, "n_layer": 1, "n_head": 2}
+    settings |= {"n_positions": 16, "n_inner": None, "activation_function": "gelu_new"}
+    given, run = folder / "given", folder / "runs" / "run"
+    given.mkdir()
+    (given / "config.json").write_text(json.dumps(settings))
+    shapes = gpt2_shapes(read_shape(given))
+    arrays = {name: np.full(shape, 0.1, np.float32) for name, shape in shapes.items()}
+    shard, tokens = "model-00001-of-00001.safetensors", CharTokenizer("abcd")
+    valid = {
+        "config.json": json.dumps(settings).encode(),
+        "tokenizer.json": to_tokenizers(tokens, "stream").to_str().encode(),
+        "model.safetensors.index.json": index_json(
+            "model.safetensors", [list(arrays)], {name: a.nbytes for name, a in arrays.items()}
+        ),
+        shard: write_arrays(arrays),
+    }
+
+    def feed(name: str, content: bytes):
+        for other, whole in valid.items():
+            (given / other).write_bytes(content if other == name else whole)
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):
+                import_gpt2(given, run)
+        finally:
+            left = sorted(path.name for path in folder.glob("runs/*"))
+            assert left in ([], ["run"]), "half a run is left"
+            if left:
+                source = generate.read_source(Checkpoint.find(run, quiet), "numpy")
+                generate.plan(source, ["ab"], 1)
+                shutil.rmtree(run)
+
+    inputs = [like(whole, name) for name, whole in valid.items()]
+    return Target(st.one_of(*inputs), feed, slack=64 * MB)

@@ -1,0 +1,82 @@
+"""README.md of an exported model: what it is, how good it is, how it is loaded."""
+
+from checkpoint.reader import Checkpoint
+from common.jsonl import read_records
+from data.config import as_paths
+from model.config import ModelConfig
+
+MEASURES = {  # scalars of a run's log, by what people call them
+    "loss/val": "validation loss (nats a token)",
+    "perplexity/val": "validation perplexity",
+    "bits_per_byte/val": "bits a byte of validation text",
+}
+READS = {
+    "pairs": "It reads a prompt, then the token that starts an answer, and writes the answer.",
+    "lines": "Each text it knows is a line: it reads the token that starts one, and goes on.",
+    "documents": "It reads the token that starts a text, and goes on with what is given of it.",
+    "stream": "It goes on with whatever text it is given, and has no token that ends one.",
+}
+
+
+def model_card(checkpoint: Checkpoint, config: ModelConfig, kind: str, example: str) -> bytes:
+    """The page, in the form of Hugging Face's model cards, for a model that learned data of `kind`.
+
+    example: how it is loaded, a few lines of Python.
+    """
+    data, state = checkpoint.config["data"], checkpoint.state
+    source = ", ".join(as_paths(data.get("path") or "")) or data.get("source", "unknown data")
+    trained = ("trained on", f"{source} ({kind})")
+    if "imported_from" in state:
+        trained = ("imported from", str(state["imported_from"]))
+    norms = "pre-norm" if config.norm_first else "post-norm"
+    rows = [
+        ("parameters", f"{config.num_parameters():,}"),
+        (
+            "layers x width, heads, inner width",
+            f"{config.n_layers} x {config.d_model}, {config.n_heads}, {config.d_ff}",
+        ),
+        ("norms, activation, positions", f"{norms}, {config.activation}, {config.positions}"),
+        ("context", f"{config.max_len:,} tokens"),
+        ("vocabulary", f"{config.vocab_size:,} tokens"),
+        trained,
+        ("optimizer steps", f"{checkpoint.step:,}"),
+        ("tokens seen", f"{state.get('tokens', 0):,}"),
+        *figures(checkpoint),
+    ]
+    name = checkpoint.path.parent.parent.name.replace("\n", " ")
+    table = "\n".join(f"| {what} | {cell(value)} |" for what, value in rows)
+    return f"""---
+library_name: transformers
+pipeline_tag: text-generation
+---
+
+# {name}
+
+A decoder-only transformer. {READS.get(kind, "")}
+
+| | |
+|---|---|
+{table}
+
+## Use
+
+```python
+{example.strip()}
+```
+""".encode()
+
+
+def figures(checkpoint: Checkpoint) -> list[tuple[str, str]]:
+    """What the run's log says of this step."""
+    records = read_records(checkpoint.path.parent.parent / "metrics.jsonl")
+    found = {k: v for r in records if r.get("step") == checkpoint.step for k, v in r.items()}
+    return [
+        (name, f"{found[key]:.4f}")
+        for key, name in MEASURES.items()
+        if isinstance(found.get(key), float)
+    ]
+
+
+def cell(text: str) -> str:
+    """A text as a cell of a table in Markdown."""
+    return "".join(c if c.isprintable() else " " for c in text).replace("|", r"\|")
