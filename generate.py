@@ -38,6 +38,7 @@ from common.files import (
     user_path,
 )
 from data.prompt_format import end_id, prompt_ids, unread
+from data.slots import Slots
 from data.tokenizer import Tokenizer, clean_text, load_tokenizer
 from generation.explain import Explained, in_colour
 from generation.sampling import MAX_NEW_TOKENS, Sampling
@@ -112,6 +113,7 @@ class Source:
     model_config: ModelConfig
     weights: dict
     held_out: list[dict]  # pairs that training never saw
+    slots: bool  # whether it reads placeholders for a prompt's arguments
 
 
 @dataclass(frozen=True)
@@ -119,6 +121,7 @@ class Job:
     """One text to write."""
 
     prompt: str
+    slots: Slots
     ids: list[int]
     sample: int
     true: str = ""  # what the data has after this prompt, where that is known
@@ -207,6 +210,7 @@ def read_source(checkpoint: Checkpoint, engine: engines.Engine) -> Source:
         read_model_config(checkpoint),
         weights,
         checkpoint.state.get("held_out", []),
+        checkpoint.config["data"].get("slots", False) is True,
     )
 
 
@@ -238,8 +242,9 @@ def plan(source: Source, prompts: list[str], num_samples: int) -> list[Job]:
     jobs = []
     for prompt, true in pairs:
         prompt = clean_text(prompt)
-        ids = prompt_ids(source.kind, source.tokenizer, prompt)
-        jobs += [Job(prompt, ids, sample, true) for sample in range(num_samples or 1)]
+        slots = Slots(prompt, source.slots)
+        ids = prompt_ids(source.kind, source.tokenizer, slots.prompt)
+        jobs += [Job(prompt, slots, ids, sample, true) for sample in range(num_samples or 1)]
     return jobs
 
 
@@ -258,8 +263,8 @@ def write(arguments: Arguments, source: Source, model, jobs: list[Job]):
     size = engines.rows_at_once(arguments.engine, model, longest)
     for first in range(0, len(jobs), size):
         batch = jobs[first : first + size]
-        texts = [StreamedText(source.tokenizer, stops) for _ in batch]
-        explained = [Explained(source.tokenizer, rules) for _ in batch]
+        texts = [StreamedText(source.tokenizer, stops, job.slots) for job in batch]
+        explained = [Explained(source.tokenizer, rules, source.slots) for _ in batch]
 
         def on_token(row: int, token: int, texts=texts) -> bool:
             stopped = texts[row].add(token)

@@ -14,6 +14,7 @@ from checkpoint.safetensors_python import write_arrays
 from data.batches import Batch, Batches, Examples
 from data.dataset import Dataset, Log, prepare
 from data.prompt_format import end_id, prompt_ids, unread
+from data.slots import Slots, readable
 from data.rng import derive_seed
 from model.config import IGNORE_INDEX
 from model.transformer_lite import TransformerDecoderLite
@@ -39,7 +40,8 @@ class Job:
 
     def text(self, ids: list[int]) -> str:
         """What the ids of a sample say."""
-        return self.dataset.tokenizer.decode(ids)
+        text = self.dataset.tokenizer.decode(ids)
+        return readable(text) if self.dataset.slots else text
 
 
 def create(folder: Path, name: str, config: Config, steps: int, precision: str, log: Log) -> Job:
@@ -58,7 +60,8 @@ def create(folder: Path, name: str, config: Config, steps: int, precision: str, 
     folder.mkdir(parents=True)
     (folder / "weights.safetensors").write_bytes(write_arrays(weights))
     optimizer, kind = config.optimizer, dataset.kind
-    starts = [prompt_ids(kind, tokenizer, text) for text in prompts(dataset)]
+    asked = [Slots(text, dataset.slots).prompt for text in prompts(dataset)]
+    starts = [prompt_ids(kind, tokenizer, text) for text in asked]
     if note := unread(starts, tokenizer, shape.max_len):
         log(note)
     content = {

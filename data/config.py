@@ -32,6 +32,8 @@ class DataConfig:
     """Where records have their prompt; "a,b": both, with an empty line between them."""
     completion_key: str = "completion"
     """Where records have their completion."""
+    slots: bool = False
+    """Pairs: numbered placeholders for the names, numbers and quoted texts of a prompt."""
     separator: str = ""
     """What stands between the documents of a text file, such as <|endoftext|>; empty: nothing."""
     packing: Literal["concat"] = "concat"

@@ -27,6 +27,8 @@ from common.files import checksummed_json, hash_file, read_checksummed_json, use
 from data.config import DEFAULT_CACHE_DIR, DataConfig, Kind
 from data.prompt_format import are_pairs
 from data.readers import Pair, Source, open_source
+from data.slots import PLACEHOLDERS, Slots
+from data.slots import VERSION as SLOTS_VERSION
 from data.token_files import Split, open_split, write_documents, write_packed, write_stream
 from data.tokenizer import CharTokenizer, Tokenizer, load_tokenizer
 from data.train_tokenizer import train_sentencepiece
@@ -51,6 +53,7 @@ class Dataset:
     train: Split
     val: Split | None
     held_out: list[dict]
+    slots: bool = False  # pairs have placeholders for their arguments
 
 
 def prepare(config: DataConfig, log: Log = print, tokenizer: Tokenizer | None = None) -> Dataset:
@@ -69,6 +72,9 @@ def prepare(config: DataConfig, log: Log = print, tokenizer: Tokenizer | None = 
         "tokenizer": tokenizer.fingerprint if tokenizer else describe_tokenizer(config),
         "val_fraction": 0 if source.val else config.val_fraction,
     }
+    if config.slots:
+        check_slots(source)
+        settings["slots"] = SLOTS_VERSION
     fingerprint = hashlib.blake2b(json.dumps(settings).encode(), digest_size=8).hexdigest()
     folder = cache / f"{source.name}-{fingerprint}-{LAYOUT}"
     with writing(cache):
@@ -79,6 +85,15 @@ def prepare(config: DataConfig, log: Log = print, tokenizer: Tokenizer | None = 
             with published_folder(folder) as unfinished:
                 build(source, config, fingerprint, unfinished, log, tokenizer)
     return open_dataset(folder, tokenizer is not None)
+
+
+def check_slots(source: Source):
+    """Refuses argument slots for what has no prompts."""
+    if source.kind != "pairs":
+        raise UserError(
+            f"data.slots = true: takes pairs, but {source.name} is {source.kind}; leave it out, or "
+            "give prompts and completions"
+        )
 
 
 @contextmanager
@@ -144,6 +159,7 @@ def build(
         "vocab_size": tokenizer.vocab_size,
         "held_out": [],
         "splits": {},
+        **({"slots": True} if config.slots else {}),
     }
     log(f"tokens: {' and '.join(names)} split of {source.name}")
     paths = {name: folder / name for name in names}
@@ -156,7 +172,13 @@ def build(
     else:
         by_share = {}
         documents = collect_held_out(split_documents(source, config), by_share)
+        sizes = dict.fromkeys(names, 0)
+        if config.slots:
+            documents = with_slots(documents, sizes)
         manifest["splits"] = write_documents(documents, tokenizer, paths, dtype)
+        if config.slots:  # of the text that a placeholder stands for, too
+            for name, counts in manifest["splits"].items():
+                counts["bytes"] = sizes[name]
         if source.kind == "pairs":
             manifest["held_out"] = hold_out(by_share)
     check_not_empty(manifest["splits"], config, source)
@@ -269,6 +291,16 @@ def collect_held_out(documents: Iterable[tuple], by_share: dict) -> Iterator[tup
         yield name, document
 
 
+def with_slots(
+    documents: Iterable[tuple[str, Pair]], sizes: dict[str, int]
+) -> Iterator[tuple[str, Pair]]:
+    """Pairs with placeholders for their arguments; `sizes` gets each side's bytes without them."""
+    for name, (prompt, completion) in documents:
+        sizes[name] += len(completion.encode())
+        slots = Slots(prompt)
+        yield name, (slots.prompt, slots.hide(completion))
+
+
 def hold_out(by_share: dict[float, tuple[str, str]]) -> list[dict]:
     """A few pairs with different prompts, spread over the split by their hash."""
     chosen = [pair for _, pair in sorted(by_share.items())[:MAX_HELD_OUT]]
@@ -282,17 +314,21 @@ def make_tokenizer(
     config: DataConfig, source: Source, readers: dict[str, Reader] | None, log: Log
 ) -> Tokenizer:
     """Characters of the whole source, or a SentencePiece model of its training part."""
+    symbols = PLACEHOLDERS if config.slots else ""
     if config.tokenizer in ("bpe", "unigram"):
         log(f"tokenizer: training SentencePiece {config.tokenizer}, {config.vocab_size:,} tokens")
         if readers:
             texts = readers["train"]()
         else:
-            documents = (d for name, d in split_documents(source, config) if name == "train")
+            sides = split_documents(source, config)
+            if config.slots:
+                sides = with_slots(cast(Iterator, sides), {"train": 0, "val": 0})
+            documents = (document for name, document in sides if name == "train")
             pairs = source.kind == "pairs"
             # a document of another kind than pairs is its text
             texts = chain.from_iterable(documents) if pairs else cast(Iterator[str], documents)
-        return train_sentencepiece(texts, config.tokenizer, config.vocab_size, log)
-    characters = set()
+        return train_sentencepiece(texts, config.tokenizer, config.vocab_size, log, symbols)
+    characters = set(symbols)
     both = [source.train()] + ([source.val()] if source.val else [])
     for document in chain.from_iterable(both):
         characters.update(*((document,) if isinstance(document, str) else document))
@@ -330,6 +366,7 @@ def open_dataset(folder: Path, tokenizer_given: bool = False) -> Dataset:
             splits["train"],
             splits.get("val"),
             manifest["held_out"],
+            manifest.get("slots") is True,
         )
     except UnreadableError:
         raise

@@ -1,13 +1,16 @@
 """Tokens to text while they come: whole characters, cut in front of a stop string."""
 
+from data.slots import UNFINISHED, Slots
 from data.tokenizer import ESCAPE, Tokenizer
+
+NO_SLOTS = Slots("", on=False)
 
 
 class StreamedText:
-    """The text of one row as its tokens come."""
+    """The text of one row as its tokens come, with the arguments of its prompt put back."""
 
-    def __init__(self, tokenizer: Tokenizer, stops: tuple[str, ...]):
-        self.tokenizer, self.stops = tokenizer, stops
+    def __init__(self, tokenizer: Tokenizer, stops: tuple[str, ...], slots: Slots = NO_SLOTS):
+        self.tokenizer, self.stops, self.slots = tokenizer, stops, slots
         self.text = ""
         self.stopped = False
         self.pending: list[int] = []  # tokens that end inside a character
@@ -17,14 +20,15 @@ class StreamedText:
         """Takes a token; whether a stop string is complete."""
         self.pending.append(token)
         # U+FFFD: bytes of a character of which more may come; ESCAPE: half of an escaped one
-        if not self.tokenizer.decode(self.pending).endswith(("\ufffd", ESCAPE)):
+        text = self.tokenizer.decode(self.pending)
+        if not text.endswith(("\ufffd", ESCAPE)) and not UNFINISHED.search(text):
             self.flush()
         return self.stopped
 
     def flush(self):
         """Makes text of the tokens held back."""
         before = len(self.text)
-        self.text += self.tokenizer.decode(self.pending)
+        self.text += self.slots.show(self.tokenizer.decode(self.pending))
         self.pending = []
         found = [self.text.find(stop, max(0, before - len(stop))) for stop in self.stops]
         if any(at >= 0 for at in found):

@@ -10,6 +10,7 @@ import torch
 from data.batches import Examples, evaluation_batches
 from data.dataset import Dataset
 from data.prompt_format import end_id, prompt_ids
+from data.slots import Slots
 from generation.batched import generate
 from generation.sampling import Sampling
 from model.transformer_full import DecoderLayer, TransformerDecoder
@@ -29,14 +30,17 @@ class Sampler:
         else:
             self.shown = [("", "")] * (LINE_SAMPLES if dataset.kind == "lines" else 1)
         tokenizer = dataset.tokenizer
-        self.prompts = [prompt_ids(dataset.kind, tokenizer, prompt) for prompt, _ in self.shown]
+        self.slots = [Slots(prompt, dataset.slots) for prompt, _ in self.shown]
+        self.prompts = [prompt_ids(dataset.kind, tokenizer, slots.prompt) for slots in self.slots]
 
     def __call__(self, model: TransformerDecoder) -> list[str]:
         """One text for each of `shown`. Leaves the model in the mode it was in."""
         kind, tokenizer = self.dataset.kind, self.dataset.tokenizer
         end = end_id(kind, tokenizer)
         rows = generate(model, self.prompts, self.rules, seed=self.seed, end_id=end)
-        return [tokenizer.decode(row) for row in rows]
+        return [
+            slots.show(tokenizer.decode(row)) for slots, row in zip(self.slots, rows, strict=True)
+        ]
 
     def lines(self, texts: list[str]) -> list[str]:
         """For people: the text, for pairs with its prompt and the true completion."""
