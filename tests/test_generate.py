@@ -45,7 +45,7 @@ def save_run(run: Path, kind: str, step: int = 10, tokenizer=None, max_len: int 
     weights = {name: p.detach().numpy() for name, p in model.named_parameters()}
     data = {"kind": "pairs", "slots": True} if kind == "slots" else {"kind": kind}
     config = {"model": shape, "data": data}
-    state = {"step": step, "held_out": PAIRS if kind == "pairs" else []}
+    state = {"step": step, "held_out": PAIRS if data["kind"] == "pairs" else []}
     files = {
         "model.safetensors": to_safetensors(weights),
         "config.json": json.dumps(config).encode(),
