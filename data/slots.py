@@ -1,9 +1,9 @@
 """Argument slots: what a prompt and its answer share, as numbered placeholders of a few types.
 
     slots = Slots("Find all *.log files larger than 10M in /var")
-    slots.prompt                                      # Find all *<E1> files larger than <N1>M in <P1>
+    slots.prompt  # Find all *<E1> files larger than <N1>M in <P1>
     slots.hide("find /var -name '*.log' -size +10M")  # find <P1> -name '*<E1>' -size +<N1>M
-    slots.show("find <P1> -type f -size +<N1>M")      # find /var -type f -size +10M
+    slots.show("find <P1> -type f -size +<N1>M")  # find /var -type f -size +10M
 
 Which file, which number or which text is meant says little of what is asked, and a model cannot
 spell those that it has not seen. So they are taken out of the prompt, found there by their form
@@ -108,9 +108,9 @@ def find_bare(text: str, start: int, end: int) -> Iterator[tuple[int, int, str]]
         if PLAIN.fullmatch(word):
             continue
         found = list(find_in_token(text, first, last))
-        if not found and CALLED.search(text, max(0, first - 20), first):
-            if re.fullmatch(NAME, word) and not NO_NAME.fullmatch(word):
-                found = [(first, last, "W")]
+        called = CALLED.search(text, max(0, first - 20), first) is not None
+        if not found and called and re.fullmatch(NAME, word) and not NO_NAME.fullmatch(word):
+            found = [(first, last, "W")]
         yield from found
 
 

@@ -11,6 +11,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 Utility = Callable[[str, str], float]  # how alike two texts are, 0 to 1
 
@@ -20,7 +21,7 @@ def likeness(a: str, b: str) -> float:
     first, second = (re.findall(r"\w+|[^\w\s]", text) for text in (a, b))
     scores = [f1(Counter(first), Counter(second))]
     if len(first) > 1 or len(second) > 1:
-        scores.append(f1(Counter(zip(first, first[1:])), Counter(zip(second, second[1:]))))
+        scores.append(f1(Counter(pairwise(first)), Counter(pairwise(second))))
     return sum(scores) / len(scores)
 
 

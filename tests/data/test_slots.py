@@ -141,5 +141,5 @@ def test_what_was_prepared_without_slots_keeps_its_fingerprint(config):
 
 def test_slots_take_pairs(config, tmp_path):
     (tmp_path / "text.txt").write_text("one line\n" * 20)
-    with pytest.raises(UserError, match="data.slots = true: takes pairs, but text is stream"):
+    with pytest.raises(UserError, match=r"data\.slots = true: takes pairs, but text is stream"):
         prepare(replace(config, path=str(tmp_path / "text.txt")), lambda _: None)
