@@ -83,6 +83,7 @@ KNOWN = [
     r"pyrefly check",
     r"git clone \S+(?: \S+)?",
     r"cd \S+",
+    r"curl -LO https://\S+",
 ]
 
 
