@@ -14,7 +14,7 @@ import sys
 import sysconfig
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import count, pairwise
 from pathlib import Path
 
@@ -22,10 +22,11 @@ from benchmarks.harness import Result, in_turns, median, parser, spread, worker
 from common import cli
 from data.config import DataConfig, Kind
 from data.dataset import prepare
+from data.encoding import Encoder
 from data.text import CHUNK
-from data.token_files import write_documents, write_stream
 from data.tokenizer import SentencePieceTokenizer, cores, load_tokenizer
 from data.train_tokenizer import train_sentencepiece
+from data.writing import Progress, open_writers, write_shards
 
 KINDS = {"stream": "text.txt", "lines": "text.txt", "pairs": "pairs.jsonl"}
 SIDES = {
@@ -96,7 +97,7 @@ def measure(side: str, folder: str, kind: Kind):
             assert isinstance(tokenizer, SentencePieceTokenizer)  # train_sentencepiece's
             tokenizer._processor.encode(given, num_threads=cores())
         elif side == "write":
-            write(given, kind, tokenizer, Path(cache, "train"))
+            write(given, kind, tokenizer, Path(cache))
         else:
             prepare(config, lambda _: None, tokenizer)
         seconds = time.perf_counter() - began
@@ -104,15 +105,18 @@ def measure(side: str, folder: str, kind: Kind):
     print(json.dumps(found))
 
 
-def write(given: list[str], kind: str, tokenizer, path: Path):
+def write(given: list[str], kind: str, tokenizer, folder: Path):
     """Encodes strings and writes them as token files."""
     if kind == "stream":
         text = "\n".join(given)
-        parts = (text[i : i + CHUNK] for i in range(0, len(text), CHUNK))
-        write_stream(parts, tokenizer, path, "<u2")
-        return
-    documents = given if kind == "lines" else zip(given[::2], given[1::2], strict=True)
-    write_documents((("train", d) for d in documents), tokenizer, {"train": path}, "<u2")
+        documents: Iterable = (text[i : i + CHUNK] for i in range(0, len(text), CHUNK))
+    else:
+        documents = given if kind == "lines" else zip(given[::2], given[1::2], strict=True)
+    tokenizer.save(folder)
+    progress = Progress(folder, "")
+    writers = open_writers(folder, ["train"], kind, "<u2", progress)
+    encoder = Encoder(kind, tokenizer, "<u2", folder, tokenizer.threads)
+    write_shards((("train", document) for document in documents), writers, encoder, progress)
 
 
 def peak() -> float:

@@ -54,7 +54,7 @@ def nanogpt(checkout: Path, seed: int, path: str) -> dict:
 
     data = splits(path)
     assert data.val is not None  # the configuration holds some out
-    first = int(min(data.train.ids.min(), data.val.ids.min()))  # it has no special tokens
+    first = int(min(data.train.ids[:].min(), data.val.ids[:].min()))  # it has no special tokens
     ids = np.asarray(data.train.ids, dtype=np.uint16) - first
     torch.manual_seed(seed)
     model, optimizer = create(checkout, data.tokenizer.vocab_size - first)

@@ -4,41 +4,54 @@ A prepared data set is a folder in `data/cache/`, named by the hash of its sourc
 setting that shapes it: complete or absent, because it is built under a hidden name and renamed.
 
     manifest.json  tokenizer.json | tokenizer.model
-    train.* val.*               token files, as data/token_files.py has them
+    train-* val-*               shards of token files, as data/token_files.py has them
 """
 
 import hashlib
 import json
 import os
 import shutil
-import tempfile
-from collections.abc import Callable, Generator, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
-from itertools import chain
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass, replace
+from itertools import chain, takewhile
 from pathlib import Path
-from typing import cast, get_args
+from typing import get_args
 
 import numpy as np
-from filelock import FileLock
+from filelock import FileLock, Timeout
+from tqdm import tqdm
 
 from common.errors import MISSING, UnreadableError, UserError
-from common.files import checksummed_json, hash_file, read_checksummed_json, user_path
-from data.config import DEFAULT_CACHE_DIR, DataConfig, Kind
+from common.files import (
+    checksummed_json,
+    hash_file,
+    read_checksummed_json,
+    refuse_no_file,
+    replace_synced,
+    user_path,
+)
+from data.config import DEFAULT_CACHE_DIR, DataConfig, Kind, as_paths
+from data.encoding import Encoder, EndedError
 from data.prompt_format import are_pairs
-from data.readers import Pair, Source, open_source
-from data.slots import PLACEHOLDERS, Slots
+from data.readers import Pair, Place, Source, open_source
+from data.slots import PLACEHOLDERS, hidden
 from data.slots import VERSION as SLOTS_VERSION
-from data.token_files import Split, open_split, write_documents, write_packed, write_stream
+from data.token_files import Split, check_shard, check_shards, check_sizes, open_split
 from data.tokenizer import CharTokenizer, Tokenizer, load_tokenizer
 from data.train_tokenizer import train_sentencepiece
+from data.writing import PROGRESS, Progress, marks, open_writers, recorded, write_shards
 
 FORMAT = 1  # of the token ids: another one is other data, on which no older run can be resumed
-LAYOUT = 2  # of the folder: another one is prepared beside those of older versions
+LAYOUT = 3  # of the folder: another one is prepared beside those of older versions
 MAX_HELD_OUT = 10  # validation pairs that travel with every checkpoint
 
+SMALL = 1 << 26  # tokens that are checked by their hashes whenever they are opened
+
 Log = Callable[[str], object]
-Reader = Callable[[], Iterator[str]]  # of a stream
+# where to begin and to end in the texts, and in those for validation; None: at their end
+Share = Sequence[tuple[Place, Place | None]]
+WHOLE: Share = [(Place(), None)] * 2
 
 
 @dataclass(frozen=True)
@@ -56,15 +69,32 @@ class Dataset:
     slots: bool = False  # pairs have placeholders for their arguments
 
 
-def prepare(config: DataConfig, log: Log = print, tokenizer: Tokenizer | None = None) -> Dataset:
+def prepare(
+    config: DataConfig, log: Log = print, tokenizer: Tokenizer | None = None, jobs: int = 0
+) -> Dataset:
     """Opens the data set of `config`, after preparing it if it is not in the cache yet.
 
-    `tokenizer` is used in place of the one that `config` describes.
+    `tokenizer` is used in place of the one that `config` describes. jobs: how many processes or
+    threads encode; 0: as many as are of use.
     """
+    if folder := prepared_folder(config):
+        return open_given(folder, config, tokenizer)
     cache = user_path(config.cache_dir or DEFAULT_CACHE_DIR)
     with writing(cache):
         cache.mkdir(parents=True, exist_ok=True)
     source = open_source(config, log, cache)
+    check_slots(source, config)
+    fingerprint = fingerprint_of(source, config, tokenizer)
+    folder = cache / f"{source.name}-{fingerprint}-{LAYOUT}"
+    with building(folder, fingerprint) as unfinished:
+        if unfinished:
+            sweep(source, unfinished)
+            build(source, config, fingerprint, unfinished, log, tokenizer, jobs)
+    return open_dataset(folder, tokenizer is not None)
+
+
+def fingerprint_of(source: Source, config: DataConfig, tokenizer: Tokenizer | None) -> str:
+    """Hex hash of all that makes the token ids."""
     settings = {
         "format": FORMAT,
         "source": source.fingerprint,
@@ -73,23 +103,13 @@ def prepare(config: DataConfig, log: Log = print, tokenizer: Tokenizer | None = 
         "val_fraction": 0 if source.val else config.val_fraction,
     }
     if config.slots:
-        check_slots(source)
         settings["slots"] = SLOTS_VERSION
-    fingerprint = hashlib.blake2b(json.dumps(settings).encode(), digest_size=8).hexdigest()
-    folder = cache / f"{source.name}-{fingerprint}-{LAYOUT}"
-    with writing(cache):
-        is_there = (folder / "manifest.json").exists()  # and nothing need be written
-        lock = nullcontext() if is_there else FileLock(f"{folder}.lock").acquire()
-    with lock:  # two runs may prepare the same data at once
-        if not (folder / "manifest.json").exists():
-            with published_folder(folder) as unfinished:
-                build(source, config, fingerprint, unfinished, log, tokenizer)
-    return open_dataset(folder, tokenizer is not None)
+    return hashlib.blake2b(json.dumps(settings).encode(), digest_size=8).hexdigest()
 
 
-def check_slots(source: Source):
+def check_slots(source: Source, config: DataConfig):
     """Refuses argument slots for what has no prompts."""
-    if source.kind != "pairs":
+    if config.slots and source.kind != "pairs":
         raise UserError(
             f"data.slots = true: takes pairs, but {source.name} is {source.kind}; leave it out, or "
             "give prompts and completions"
@@ -97,37 +117,66 @@ def check_slots(source: Source):
 
 
 @contextmanager
-def writing(cache: Path) -> Generator[None]:
-    """Says what to do where a folder for prepared data cannot be written."""
+def writing(cache: Path, key: str = "data.cache_dir") -> Generator[None]:
+    """Says what to do where the folder for prepared data that a setting names cannot be written."""
     try:
         yield
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         reason = getattr(error, "strerror", None) or error
-        raise UserError(f"{cache}: {reason}; set data.cache_dir to a writable folder") from None
+        raise UserError(f"{cache}: {reason}; set {key} to a writable folder") from None
 
 
 @contextmanager
-def published_folder(folder: Path) -> Generator[Path]:
-    """A hidden folder that becomes `folder` when the block ends well, and vanishes otherwise."""
-    prefix = f".{folder.name}-"
-    for left in folder.parent.glob(prefix + "*"):  # of a process that was killed; we hold the lock
-        shutil.rmtree(left, ignore_errors=True)
-    with writing(folder.parent):
-        unfinished = Path(tempfile.mkdtemp(prefix=prefix, dir=folder.parent))
-    try:
-        yield unfinished
-        if folder.exists():  # a folder without a manifest is nobody's
-            shutil.rmtree(folder)
-        os.replace(unfinished, folder)
-    except BrokenPipeError:
-        raise  # of what is reported, not of what is written
-    except OSError as error:
-        raise UserError(
-            f"{folder}: {error.strerror or error} (nothing was kept); free some disk space, or set "
-            "data.cache_dir to another folder"
-        ) from None
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+def building(folder: Path, fingerprint: str, key: str = "data.cache_dir") -> Generator[Path | None]:
+    """A hidden folder that becomes `folder` when the block ends well; None if that is there.
+
+    It may hold what a process that was ended had made of the same. What has been recorded stays
+    for the next one, unless the block ends because the source or the settings are wrong.
+    """
+    with writing(folder.parent, key):
+        is_there = (folder / "manifest.json").exists()  # and nothing need be written
+        lock = nullcontext() if is_there else FileLock(f"{folder}.lock").acquire()
+    with lock:  # two runs may prepare the same data at once
+        if (folder / "manifest.json").exists():
+            yield None
+            return
+        unfinished = folder.with_name(f".{folder.name}")
+        with writing(folder.parent, key):
+            if Progress(unfinished, fingerprint)["tokenizer"] is None:
+                shutil.rmtree(unfinished, ignore_errors=True)
+            unfinished.mkdir(0o700, exist_ok=True)
+        keep = True
+        try:
+            yield unfinished
+            (unfinished / PROGRESS).unlink(missing_ok=True)
+            if folder.exists():  # a folder without a manifest is nobody's
+                shutil.rmtree(folder)
+            os.replace(unfinished, folder)
+        except (BrokenPipeError, EndedError):
+            raise  # BrokenPipeError: of what is reported, not of what is written
+        except UserError:
+            keep = False
+            raise
+        except OSError as error:
+            kept = (unfinished / PROGRESS).exists()
+            raise UserError(
+                f"{folder}: {error.strerror or error} "
+                f"({'what is done is kept for the next time' if kept else 'nothing was kept'}); "
+                f"free some disk space, or set {key} to another folder"
+            ) from None
+        finally:
+            if not (keep and (unfinished / PROGRESS).exists()):
+                shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def sweep(source: Source, unfinished: Path):
+    """Removes what is unfinished of earlier contents of the same files, unless it is worked at."""
+    for other in unfinished.parent.glob(f".{source.name}-*-{LAYOUT}"):
+        known = recorded(other).get("source")
+        lock = FileLock(f"{other.parent / other.name[1:]}.lock", blocking=False)
+        if other != unfinished and known != source.fingerprint:
+            with suppress(Timeout, OSError), lock:
+                shutil.rmtree(other, ignore_errors=True)
 
 
 def describe_tokenizer(config: DataConfig) -> list:
@@ -142,54 +191,72 @@ def build(
     folder: Path,
     log: Log,
     tokenizer: Tokenizer | None = None,
+    jobs: int = 0,
+    share: Share | None = None,
 ):
-    """Tokenizer, token files and manifest of a source, into an existing empty folder."""
+    """Tokenizer, shards and manifest of a source, into a folder that is empty or `building`'s.
+
+    share: the places between which to read, for one of several machines; None: everything.
+    """
+    if (folder / "manifest.json").exists():  # it has only not been published
+        return
     names = ["train", "val"] if source.val or config.val_fraction else ["train"]
-    check_sides(source, config)
-    readers = split_stream(source, config) if source.kind == "stream" else None
-    tokenizer = tokenizer or make_tokenizer(config, source, readers, log)
-    tokenizer.save(folder)
+    progress = Progress(folder, fingerprint)
+    if progress["tokenizer"] is None:
+        check_sides(source, config)
+        characters = count_characters(source, config)
+        tokenizer = tokenizer or make_tokenizer(config, source, characters, log)
+        tokenizer.save(folder)
+        progress.record(
+            source=source.fingerprint, characters=characters, tokenizer=tokenizer.fingerprint
+        )
+    else:
+        tokenizer = tokenizer or load_tokenizer(folder)
     dtype = "<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4"
-    manifest: dict = {
+    writers = open_writers(folder, names, source.kind, dtype, progress)
+    place = Place(**progress["place"]) if progress["place"] else replace((share or WHOLE)[0][0])
+    known = [(pair["prompt"], pair["completion"]) for pair in progress["held_out"] or []]
+    held_out: dict[float, Pair] = {hash_fraction(pair): pair for pair in known}
+    done = sum(shard["tokens"] for writer in writers.values() for shard in writer.shards)
+    log(
+        f"tokens: {' and '.join(names)} split of {source.name}"
+        + (f", {done:,} of them made before" if done else "")
+    )
+    readers = [reader for reader in (source.train, source.val) if reader]
+
+    def read() -> int:
+        return place.read() + sum(sum(reader.sizes) for reader in readers[: place.reader])
+
+    mark = marks(lambda: {"place": place.state(), "held_out": hold_out(held_out)})
+    documents = split_texts(source, config, progress["characters"], place, share, mark)
+    if source.kind == "pairs":
+        documents = collect_held_out(documents, held_out)
+    layout = "slots" if config.slots else source.kind
+    encoder = Encoder(layout, tokenizer, dtype, folder, jobs or tokenizer.threads)
+    total = sum(sum(reader.sizes) for reader in readers)
+    write_shards(documents, writers, encoder, progress, read, total)
+    source.refuse_changes()
+    if share is None:
+        check_not_empty({name: w.shards for name, w in writers.items()}, config, source)
+    manifest = {
         "format": FORMAT,
         "name": source.name,
         "kind": source.kind,
         "fingerprint": fingerprint,
         "dtype": dtype,
         "vocab_size": tokenizer.vocab_size,
-        "held_out": [],
-        "splits": {},
+        "held_out": hold_out(held_out),
+        "splits": {name: writer.shards for name, writer in writers.items()},
+        "files": {name: hash_file(folder / name) for name in tokenizer.files()},
         **({"slots": True} if config.slots else {}),
     }
-    log(f"tokens: {' and '.join(names)} split of {source.name}")
-    paths = {name: folder / name for name in names}
-    if readers:
-        for name, path in paths.items():
-            manifest["splits"][name] = write_stream(readers[name](), tokenizer, path, dtype)
-    elif source.kind == "documents":
-        texts = split_documents(source, config)
-        manifest["splits"] = write_packed(texts, tokenizer, paths, dtype)
-    else:
-        by_share = {}
-        documents = collect_held_out(split_documents(source, config), by_share)
-        sizes = dict.fromkeys(names, 0)
-        if config.slots:
-            documents = with_slots(documents, sizes)
-        manifest["splits"] = write_documents(documents, tokenizer, paths, dtype)
-        if config.slots:  # of the text that a placeholder stands for, too
-            for name, counts in manifest["splits"].items():
-                counts["bytes"] = sizes[name]
-        if source.kind == "pairs":
-            manifest["held_out"] = hold_out(by_share)
-    check_not_empty(manifest["splits"], config, source)
-    manifest["files"] = {path.name: hash_file(path) for path in sorted(folder.iterdir())}
-    (folder / "manifest.json").write_bytes(checksummed_json(manifest))
+    replace_synced(folder / "manifest.json", checksummed_json(manifest))
 
 
-def check_not_empty(splits: dict, config: DataConfig, source: Source):
+def check_not_empty(splits: dict[str, list[dict]], config: DataConfig, source: Source):
     """Refuses a split without a single token to predict."""
-    for name, counts in splits.items():
-        if counts["tokens"] < 2:
+    for name, shards in splits.items():
+        if sum(shard["tokens"] for shard in shards) < 2:
             if source.val:
                 key = "data.val_path" if name == "val" else "data.path"
                 raise UserError(
@@ -210,7 +277,7 @@ def check_sides(source: Source, config: DataConfig):
     if source.kind == "stream" or source.val or not config.val_fraction:
         return
     sides, different, count = set(), set(), 0
-    for side, document in split_documents(source, config):
+    for side, document in split_texts(source, config):
         sides.add(side)
         if len(sides) == 2:
             return
@@ -237,39 +304,53 @@ def check_sides(source: Source, config: DataConfig):
 # Splitting ------------------------------------------------------------------------------------
 
 
-def split_stream(source: Source, config: DataConfig) -> dict[str, Reader]:
-    """Readers of the training part and of the last `val_fraction` of the characters."""
-    if source.val:
-        return {"train": source.train, "val": source.val}
-    if not config.val_fraction:
-        return {"train": source.train}
-    total = sum(map(len, source.train()))
-    cut = total - round(total * config.val_fraction)
-
-    def part(start: int, end: int) -> Iterator[str]:
-        seen = 0
-        for text in source.train():
-            piece = text[max(0, start - seen) : max(0, end - seen)]
-            seen += len(text)
-            if piece:
-                yield piece
-            if seen >= end:
-                return
-
-    return {"train": lambda: part(0, cut), "val": lambda: part(cut, total)}
+def count_characters(source: Source, config: DataConfig) -> int:
+    """How long a stream is of which the end is held out; 0 where that is of no interest."""
+    splits = source.kind == "stream" and not source.val and config.val_fraction
+    return sum(map(len, source.train())) if splits else 0
 
 
-def split_documents(source: Source, config: DataConfig) -> Iterator[tuple[str, str | Pair]]:
-    """Each document with its side, in one pass: the hash of the normalised prompt decides.
+def split_texts(
+    source: Source,
+    config: DataConfig,
+    characters: int = 0,
+    place: Place | None = None,
+    share: Share | None = None,
+    mark: Callable[[str | Pair], Iterable[dict]] = lambda _: (),
+) -> Iterator:
+    """(its side, text or pair) of each document or piece of a stream, in one pass from `place` on.
 
-    So a prompt never stands on both sides, however often it occurs, and a document stays on its
-    side when others are added.
+    A stream of so many `characters` is cut in one place. For others the hash of the normalised
+    prompt decides, so that a prompt never stands on both sides, however often it occurs, and a
+    document stays on its side when others are added. After each comes what `mark` makes of it.
     """
+    place = place or Place()
     bound = 0 if source.val else config.val_fraction
-    for document in source.train():
-        yield "val" if bound and hash_fraction(document) < bound else "train", document
-    for document in source.val() if source.val else ():
-        yield "val", document
+    cut = characters - round(characters * bound)
+    for is_val, item in read_all(source, place, share or WHOLE):
+        if is_val or not bound or source.kind != "stream":
+            side = is_val or (bound and hash_fraction(item) < bound)
+            yield "val" if side else "train", item
+        else:
+            end = min(max(0, cut - place.characters), len(item))
+            place.characters += len(item)
+            for side, piece in (("train", item[:end]), ("val", item[end:])):
+                if piece:
+                    yield side, piece
+        yield from mark(item)
+
+
+def read_all(source: Source, place: Place, share: Share) -> Iterator[tuple[bool, str | Pair]]:
+    """(whether it is of the files for validation, item) of all from `place` on."""
+    for number, reader in enumerate(filter(None, (source.train, source.val))):
+        if number < place.reader:
+            continue
+        begin, end = share[number]
+        if number > place.reader:
+            place.reader, place.file, place.item = number, begin.file, begin.item
+            place.tally = begin.tally
+        for item in reader(place, end):
+            yield number == 1, item
 
 
 def hash_fraction(document: str | Pair) -> float:
@@ -280,25 +361,15 @@ def hash_fraction(document: str | Pair) -> float:
     return int.from_bytes(digest, "little") * 2.0**-64
 
 
-def collect_held_out(documents: Iterable[tuple], by_share: dict) -> Iterator[tuple]:
+def collect_held_out(documents: Iterable, by_share: dict[float, Pair]) -> Iterator:
     """The documents as they come; `by_share` gets what `hold_out` chooses from."""
-    for name, document in documents:
-        if name == "val":
-            by_share.setdefault(hash_fraction(document), document)
+    for item in documents:
+        if not isinstance(item, dict) and item[0] == "val":
+            by_share.setdefault(hash_fraction(item[1]), item[1])
             if len(by_share) > 100 * MAX_HELD_OUT:  # memory does not grow with the split
                 for each in sorted(by_share)[MAX_HELD_OUT:]:
                     del by_share[each]
-        yield name, document
-
-
-def with_slots(
-    documents: Iterable[tuple[str, Pair]], sizes: dict[str, int]
-) -> Iterator[tuple[str, Pair]]:
-    """Pairs with placeholders for their arguments; `sizes` gets each side's bytes without them."""
-    for name, (prompt, completion) in documents:
-        sizes[name] += len(completion.encode())
-        slots = Slots(prompt)
-        yield name, (slots.prompt, slots.hide(completion))
+        yield item
 
 
 def hold_out(by_share: dict[float, tuple[str, str]]) -> list[dict]:
@@ -310,46 +381,60 @@ def hold_out(by_share: dict[float, tuple[str, str]]) -> list[dict]:
 # Tokenising -----------------------------------------------------------------------------------
 
 
-def make_tokenizer(
-    config: DataConfig, source: Source, readers: dict[str, Reader] | None, log: Log
-) -> Tokenizer:
+def make_tokenizer(config: DataConfig, source: Source, characters: int, log: Log) -> Tokenizer:
     """Characters of the whole source, or a SentencePiece model of its training part."""
     symbols = PLACEHOLDERS if config.slots else ""
     if config.tokenizer in ("bpe", "unigram"):
         log(f"tokenizer: training SentencePiece {config.tokenizer}, {config.vocab_size:,} tokens")
-        if readers:
-            texts = readers["train"]()
-        else:
-            sides = split_documents(source, config)
-            if config.slots:
-                sides = with_slots(cast(Iterator, sides), {"train": 0, "val": 0})
-            documents = (document for name, document in sides if name == "train")
-            pairs = source.kind == "pairs"
-            # a document of another kind than pairs is its text
-            texts = chain.from_iterable(documents) if pairs else cast(Iterator[str], documents)
+        texts = split_texts(source, config, characters)
+        if source.kind == "stream":  # its training part comes first
+            texts = takewhile(lambda text: text[0] == "train", texts)
+        documents = (document for side, document in texts if side == "train")
+        if config.slots:
+            documents = (hidden(document) for document in documents)
+        # a document of another kind than pairs is its text
+        texts = chain.from_iterable(documents) if source.kind == "pairs" else documents
         return train_sentencepiece(texts, config.tokenizer, config.vocab_size, log, symbols)
-    characters = set(symbols)
+    alphabet = set(symbols)
     both = [source.train()] + ([source.val()] if source.val else [])
     for document in chain.from_iterable(both):
-        characters.update(*((document,) if isinstance(document, str) else document))
-    tokenizer = CharTokenizer(characters, config.tokenizer)
+        alphabet.update(*((document,) if isinstance(document, str) else document))
+    tokenizer = CharTokenizer(alphabet, config.tokenizer)
     log(f"tokenizer: {tokenizer.vocab_size:,} tokens (characters and special tokens)")
     return tokenizer
+
+
+def named_tokenizer(config: DataConfig) -> Tokenizer | None:
+    """The tokenizer at data.tokenizer_path, if that is given."""
+    path = config.tokenizer_path
+    if not path:
+        return None
+    refuse_no_file(path, f"data.tokenizer_path = {path}")
+    try:
+        return load_tokenizer(user_path(path))
+    except UserError as error:
+        raise UserError(f"data.tokenizer_path: {error}") from None
 
 
 # Opening --------------------------------------------------------------------------------------
 
 
 def open_dataset(folder: Path, tokenizer_given: bool = False) -> Dataset:
-    """Memory-maps a prepared folder; checks sizes, and that every id is in the vocabulary."""
-    try:
+    """Memory-maps a prepared folder.
+
+    What is small is checked by its hashes. Of what is large, sizes are, and each id when it is
+    read; `python -m tools.prepare --verify` checks all of it.
+    """
+    with explained(folder):
         manifest = read_checksummed_json(folder / "manifest.json")
         check_manifest(manifest)
         tokenizer = load_tokenizer(folder)
         dtype, vocab_size = np.dtype(manifest["dtype"]), int(manifest["vocab_size"])
+        shards = list(chain.from_iterable(manifest["splits"].values()))
+        whole = sum(shard["tokens"] for shard in shards) <= SMALL
         splits = {
-            name: open_split(folder / name, counts, dtype, vocab_size)
-            for name, counts in manifest["splits"].items()
+            name: open_split(folder, manifest["kind"], shards, dtype, vocab_size, whole)
+            for name, shards in manifest["splits"].items()
         }
         check_files(folder, manifest["files"])
         if tokenizer.vocab_size != vocab_size:
@@ -368,6 +453,13 @@ def open_dataset(folder: Path, tokenizer_given: bool = False) -> Dataset:
             manifest["held_out"],
             manifest.get("slots") is True,
         )
+
+
+@contextmanager
+def explained(folder: Path) -> Generator[None]:
+    """Says what to do about a prepared folder that is not as it was written."""
+    try:
+        yield
     except UnreadableError:
         raise
     except UserError as error:
@@ -381,18 +473,21 @@ def open_dataset(folder: Path, tokenizer_given: bool = False) -> Dataset:
         ) from None
 
 
-def check_manifest(manifest: dict):
+def check_manifest(manifest: dict, is_part: bool = False):
     """Raises ValueError unless a manifest is one that `build` could have written."""
-    counts = [count for split in manifest["splits"].values() for count in split.values()]
     if not (
         manifest["dtype"] in ("<u2", "<u4")  # not of objects, say, which NumPy would map, too
         and manifest["kind"] in get_args(Kind)
         and isinstance(manifest["name"], str)
         and isinstance(manifest["fingerprint"], str)
         and are_pairs(manifest["held_out"])
-        and all(type(count) is int for count in [manifest["vocab_size"], *counts])
+        and type(manifest["vocab_size"]) is int
+        and manifest["splits"].keys() <= {"train", "val"}
+        and (is_part or all(manifest["splits"].values()))
     ):
         raise ValueError("a field of manifest.json is missing or of the wrong type")
+    for shards in manifest["splits"].values():
+        check_shards(manifest["kind"], shards)
 
 
 def check_files(folder: Path, hashes: dict[str, str]):
@@ -400,3 +495,56 @@ def check_files(folder: Path, hashes: dict[str, str]):
     for name, digest in hashes.items():
         if Path(name).name != name or hash_file(folder / name) != digest:
             raise UserError(f"{folder / name}: damaged (its sha256 is not that of manifest.json)")
+
+
+def verify(folder: Path, log: Log = print):
+    """Checks every file of a prepared folder by its hash. Raises UserError naming the first."""
+    with explained(folder):
+        manifest = read_checksummed_json(folder / "manifest.json")
+        check_manifest(manifest)
+        check_files(folder, manifest["files"])
+        dtype, vocab_size = np.dtype(manifest["dtype"]), manifest["vocab_size"]
+        for name, shards in manifest["splits"].items():
+            for shard in tqdm(shards, name, unit="shard", leave=False, disable=None):
+                check_sizes(folder, manifest["kind"], shard, dtype)
+                check_shard(folder, manifest["kind"], shard, dtype, vocab_size)
+            tokens = sum(shard["tokens"] for shard in shards)
+            log(f"{name}: {len(shards):,} shards, {tokens:,} tokens: every hash is right")
+
+
+# A prepared folder as data.path -------------------------------------------------------------------
+
+
+def prepared_folder(config: DataConfig) -> Path | None:
+    """The folder that data.path names if it is one of prepared data."""
+    paths = as_paths(config.path)
+    folder = user_path(paths[0]) if len(paths) == 1 else Path()
+    try:
+        manifest = (folder / "manifest.json").read_bytes() if paths else b""
+    except (OSError, ValueError):  # ValueError: a NUL in the name
+        return None
+    return folder if b'"splits":' in manifest else None
+
+
+def open_given(folder: Path, config: DataConfig, tokenizer: Tokenizer | None) -> Dataset:
+    """A prepared folder as it is: its splits and its tokenizer are those it was prepared with."""
+    data = open_dataset(folder, tokenizer is not None)
+    if config.kind not in ("auto", data.kind):
+        raise UserError(
+            f"data.kind = {config.kind}: {folder} was prepared as {data.kind}; leave it out"
+        )
+    if config.slots and not data.slots:
+        raise UserError(
+            f"data.slots = true: {folder} was prepared without; leave it out, or give the texts"
+        )
+    if config.val_path:
+        raise UserError(
+            f"data.val_path = {config.val_path}: {folder} is prepared, with its own split; leave "
+            "it out, or give the texts as data.path"
+        )
+    if tokenizer and tokenizer.fingerprint != data.tokenizer.fingerprint:
+        raise UserError(
+            f"data.path = {folder}: is prepared with another tokenizer than the one that was given "
+            "or the checkpoint has; give the texts, to be prepared with that"
+        )
+    return data

@@ -67,6 +67,18 @@ class Tally:
     first: list[str] = field(default_factory=list)
     replaced: int = 0  # bytes that are no characters
     separators: int = 0
+    file: io.BufferedReader | None = None  # that is being read
+
+    def position(self) -> int:
+        """How much of that file has been read, in bytes."""
+        return self.file.tell() if self.file and not self.file.closed else 0
+
+    def counts(self) -> dict:
+        """What another tally can go on from."""
+        return {
+            "skipped": self.skipped, "first": self.first[:], "replaced": self.replaced,
+            "separators": self.separators,
+        }  # fmt: skip
 
     def skip(self, place: str, why: str, fix: str):
         """Leaves out what stands at `place`, if data.skip_bad says so. Raises UserError if not."""
@@ -173,6 +185,7 @@ def open_parts(path: Path, kind: str, tally: Tally) -> Iterator[Part]:
     """
     suffix, compression = split_suffix(path.name)
     with path.open("rb", HEAD) as file:
+        tally.file = cast(io.BufferedReader, file)
         budget = Budget(max(FREE, MAX_RATIO * os.fstat(file.fileno()).st_size))
         stream = cast(io.BufferedReader, file)
         if compression:

@@ -14,7 +14,8 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
 
 from common.errors import UserError
@@ -53,9 +54,28 @@ ENDINGS = {
 }  # fmt: skip
 
 
+@dataclass
+class Place:
+    """Where a pass over a source has come to. It begins there, and moves on with what it gives."""
+
+    reader: int = 0  # of the source: train, val
+    file: int = 0  # of the reader's
+    item: int = 0  # of that file's chunks, texts or pairs
+    characters: int = 0  # of a stream: before that
+    tally: dict = field(default_factory=dict)  # what had been left out before that file
+    read: Callable[[], int] = field(default=lambda: 0, compare=False)  # bytes, as on the disk
+
+    def state(self) -> dict:
+        """What `Place(**state)` is the same place with."""
+        return {
+            "reader": self.reader, "file": self.file, "item": self.item,
+            "characters": self.characters, "tally": self.tally,
+        }  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Source:
-    """Text to learn from, as readers that can be started any number of times.
+    """Text to learn from, as readers that can be started any number of times, at any place.
 
     They give chunks of text for a stream, one text at a time for lines and documents, `Pair`s for
     pairs.
@@ -63,9 +83,19 @@ class Source:
 
     name: str  # for people and for the cache folder's name
     kind: Kind
-    train: Callable[[], Iterator]
-    val: Callable[[], Iterator] | None  # None: split by val_fraction
+    train: "Reader"
+    val: "Reader | None"  # None: split by val_fraction
     fingerprint: str  # hex hash of all that the readers give
+    stamps: dict[Path, tuple[int, int]]  # size and time of change of each file before it was hashed
+
+    def refuse_changes(self):
+        """Raises UserError if a file has changed since `fingerprint` was made."""
+        for path, stamp in self.stamps.items():
+            if stamp_of(path) != stamp:
+                raise UserError(
+                    f"{path}: changed while it was read; run the same command again when nobody "
+                    "writes to it"
+                )
 
 
 @dataclass(frozen=True)
@@ -121,7 +151,14 @@ def open_source(config: DataConfig, log: Callable[[str], object], cache: Path) -
         _check(reader)
     settings = f"{VERSION} {kind} {len(train.paths)}{_shape(train, val, kind, config)}"
     held_out = readers[1] if len(readers) == 2 else None
-    return Source(name, kind, readers[0], held_out, _fingerprint(settings, files))
+    stamps = {path: stamp_of(path) for path in files}
+    return Source(name, kind, readers[0], held_out, _fingerprint(settings, files), stamps)
+
+
+def stamp_of(path: Path) -> tuple[int, int]:
+    """What changes when a file does."""
+    found = path.stat()
+    return found.st_size, found.st_mtime_ns
 
 
 def _name(path: str) -> str:
@@ -338,25 +375,48 @@ class Reader:
     def __init__(self, files: Files, kind: Kind, config: DataConfig, log: Callable[[str], object]):
         self.files, self.kind, self.config, self.log = files, kind, config, log
         self.told = False
+        # the two files of parallel ones are read as one
+        self.parts = [files.paths] if files.parallel else [(path,) for path in files.paths]
+        self.sizes = [sum(path.stat().st_size for path in part) for part in self.parts]
+        self.before = [0, *accumulate(self.sizes)]
 
-    def __call__(self) -> Iterator:
-        tally = Tally(self.config)
-        if self.files.parallel:
-            yield from self.parallel()
-        else:
-            for path in self.files.paths:
-                for part in open_parts(path, self.config.kind, tally):
-                    yield from self.read(part, tally)
+    def __call__(self, place: Place | None = None, end: Place | None = None) -> Iterator:
+        """All from `place` on, and not from `end` on; files before and after are not opened."""
+        place = place or Place()
+        first, skipped = place.file, place.item
+        whole = end is None and (bool(place.tally) or not (first or skipped))
+        end = end or Place(file=len(self.parts))
+        tally = Tally(self.config, **place.tally)
+        for number in range(first, len(self.parts)):
+            place.tally, place.file, place.item = tally.counts(), number, 0
+            place.read = lambda: self.before[place.file] + tally.position()
+            if (number, 0) == (end.file, end.item):
+                return
+            for item in self.of_file(number, tally):
+                place.item += 1
+                if number > first or place.item > skipped:
+                    yield item
+                if (number, place.item) == (end.file, end.item):
+                    return
+        place.tally, place.file, place.item = tally.counts(), len(self.parts), 0
         if not self.told:
             self.told = True
-            self.tell(tally)
+            self.tell(tally, whole)
 
-    def tell(self, tally: Tally):
-        """What a pass has found. Raises UserError for a separator that it has not."""
+    def of_file(self, number: int, tally: Tally) -> Iterator:
+        """What one file holds, or the two that are read line by line."""
+        if self.files.parallel:
+            yield from self.parallel()
+            return
+        for part in open_parts(self.files.paths[number], self.config.kind, tally):
+            yield from self.read(part, tally)
+
+    def tell(self, tally: Tally, whole: bool):
+        """What a pass has found. Raises UserError for a separator that a whole one has not."""
         for note in tally.notes():
             self.log(note)
         mark = self.config.separator
-        if self.kind == "documents" and mark and not tally.separators:
+        if whole and self.kind == "documents" and mark and not tally.separators:
             raise UserError(
                 f"data.separator = {mark!r}: does not occur in {self.files.where}; give what "
                 "stands between its texts, or leave it out"

@@ -217,6 +217,13 @@ class Slots:
         return not marks.isdisjoint(set(PLACEHOLDERS) - self.by_placeholder.keys())
 
 
+def hidden(pair: tuple[str, str]) -> tuple[str, str]:
+    """A prompt and its completion, both with placeholders."""
+    prompt, completion = pair
+    slots = Slots(prompt)
+    return slots.prompt, slots.hide(completion)
+
+
 def kind_of(placeholder: str) -> str:
     """The type of a placeholder, a letter of TYPES."""
     return list(TYPES)[(ord(placeholder) - FIRST) // MAX_SLOTS]

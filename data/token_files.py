@@ -1,30 +1,106 @@
-"""Token files: documents or one long text as ids, written once and memory-mapped ever after.
+"""Token files: documents or one long text as ids, in shards, written once and memory-mapped after.
 
-train.ids      the token ids, little-endian, uint16 or uint32, end to end
-train.starts   lines and pairs: int64, where each begins, and the end of the last
-train.prompts  lines and pairs: int32, how many of its ids are prompt and <start>
-train.borders  packed documents: int64, where each begins, and the end of the last
+NAME.ids      the token ids, little-endian, uint16 or uint32, end to end
+NAME.starts   lines and pairs: int64, where each begins in NAME.ids, and the end of the last
+NAME.prompts  lines and pairs: int32, how many of its ids are prompt and <start>
+NAME.borders  packed documents: int64, where each begins in NAME.ids, and the end of the last
+
+NAME is train-00000, train-00001 ... and val-00000 ...: shards, each of which ends with a document.
+A split is its shards one after the other, so that windows of a stream may cross their ends.
 """
 
-import gc
-from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+import contextlib
+import hashlib
+import os
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain, cycle
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import numpy as np
-from tqdm import tqdm
 
 from common.errors import UserError
-from common.memory import return_freed_memory
-from data.tokenizer import Tokenizer
+from common.files import hash_file
+from data.encoding import Encoded
 
-DOCUMENTS, CHARACTERS = 1 << 12, 1 << 18  # tokenised at a time: whichever is reached first
-TRIM_INTERVAL = 32  # pieces of work after which freed memory is given back
+SHARD_TOKENS = 1 << 28  # of a shard, unless a single document has more
 CHECK_SIZE = 1 << 20  # numbers checked at a time
+SUFFIXES = {
+    "stream": ("ids",),
+    "documents": ("ids", "borders"),
+    "lines": ("ids", "starts", "prompts"),
+    "pairs": ("ids", "starts", "prompts"),
+}
+COUNTS = ("tokens", "documents", "bytes", "top")  # of a shard; top: its highest id
+# in the folder itself, or in that of one of the machines that prepare it together
+NAME = re.compile(r"(\d+-of-\d+/)?(train|val)-\d{5,9}")
+
+
+class Shards:
+    """Numbers in several files as one array, as far as it is asked: files are mapped when read.
+
+    It answers len(), a slice without a step, an integer, and an int64 index array of any shape.
+    first: where each file begins, and the end of the last; added: what is added to a file's
+    numbers. Raises UserError for a number that is not below `limit`, if that is not 0.
+    """
+
+    def __init__(
+        self,
+        paths: Sequence[Path],
+        first: np.ndarray,
+        dtype: np.dtype,
+        added: Sequence[int] = (),
+        limit: int = 0,
+    ):
+        self.paths, self.first, self.dtype, self.limit = paths, first, dtype, limit
+        self.added = added or [0] * len(paths)
+        self.files: list[np.ndarray | None] = [None] * len(paths)
+
+    def __len__(self) -> int:
+        return int(self.first[-1])
+
+    def file(self, number: int) -> np.ndarray:
+        """The numbers of one file. Raises UserError if it has gone."""
+        found = self.files[number]
+        if found is None:
+            try:
+                found = np.asarray(np.memmap(self.paths[number], self.dtype, mode="r"))
+            except (OSError, ValueError) as error:  # ValueError: it is empty now
+                raise damaged(self.paths[number], str(error)) from None
+            if len(found) < self.first[number + 1] - self.first[number]:
+                raise damaged(self.paths[number], f"only {len(found):,} numbers")
+            self.files[number] = found
+        return found
+
+    def take(self, number: int, which: Any) -> np.ndarray:
+        """Numbers of one file, by their places in it."""
+        found = self.file(number)[which]
+        if self.limit and found.size and (top := int(found.max())) >= self.limit:
+            raise damaged(self.paths[number], f"holds id {top}, the vocabulary has {self.limit}")
+        return found + self.added[number] if self.added[number] else found
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            begin, end, _ = index.indices(len(self))
+            parts, at = [], begin
+            while at < end:
+                number = int(np.searchsorted(self.first, at, "right")) - 1
+                stop, base = min(end, int(self.first[number + 1])), int(self.first[number])
+                parts.append(self.take(number, slice(at - base, stop - base)))
+                at = stop
+            return (
+                parts[0] if len(parts) == 1 else np.concatenate([*parts, np.empty(0, self.dtype)])
+            )
+        index = np.asarray(index)
+        if not index.ndim:
+            return self[np.where(index < 0, index + len(self), index)[None]][0]
+        numbers = np.searchsorted(self.first, index, "right") - 1
+        found = np.empty(index.shape, self.dtype)
+        for number in np.unique(numbers):
+            here = numbers == number
+            found[here] = self.take(number, index[here] - self.first[number])
+        return found
 
 
 @dataclass(frozen=True)
@@ -34,11 +110,11 @@ class Split:
     Packed documents are one stream; `borders` has where each begins, and the end of the last.
     """
 
-    ids: np.ndarray
+    ids: np.ndarray | Shards
     starts: np.ndarray | None
     prompts: np.ndarray | None
     bytes: int  # of the text to predict, in UTF-8
-    borders: np.ndarray | None = None
+    borders: np.ndarray | Shards | None = None
 
     def describe(self) -> str:
         """Its size, for people."""
@@ -59,186 +135,195 @@ class Split:
         return targets / max(1, self.bytes)
 
 
+def file_sizes(kind: str, shard: dict, dtype: str) -> dict[str, int]:
+    """{suffix: bytes} of a shard's files, by its counts."""
+    n = shard["documents"]
+    sizes = {
+        "ids": shard["tokens"] * np.dtype(dtype).itemsize,
+        "starts": 8 * (n + 1),
+        "prompts": 4 * n,
+        "borders": 8 * (n + 1),
+    }
+    return {suffix: sizes[suffix] for suffix in SUFFIXES[kind]}
+
+
 # Writing ----------------------------------------------------------------------------------------
 
 
-def write_stream(texts: Iterable[str], tokenizer: Tokenizer, path: Path, dtype: str) -> dict:
-    """Writes the ids of one long text. Returns its counts."""
+class ShardWriter:
+    """Writes the shards of one split, one after the other.
 
-    def encode(text: str):
-        return tokenizer.encode_array(text).astype(dtype), len(text.encode())
-
-    tokens = size = 0
-    with open(f"{path}.ids", "wb") as file, progress("B") as bar, garbage_collection_paused():
-        for ids, n in ordered_map(encode, texts, tokenizer.threads):
-            file.write(ids)
-            tokens, size = tokens + len(ids), size + n
-            bar.update(n)
-    return {"tokens": tokens, "bytes": size}
-
-
-def write_packed(
-    texts: Iterable[tuple], tokenizer: Tokenizer, paths: dict[str, Path], dtype: str
-) -> dict[str, dict]:
-    """Writes documents as `<start> text <end>`, one after another, to be read as one stream.
-
-    A tokenizer with one token for both has it once, after the text. texts: (name of its split,
-    text); paths: where each split goes. Returns the counts of each split, {name: dict}.
-    """
-    start = [] if tokenizer.start_id == tokenizer.end_id else [tokenizer.start_id]
-
-    def encode(block: tuple[str, list]):
-        name, pairs = block
-        rows = [tokenizer.encode_array(text) for _, text in pairs]
-        parts = chain.from_iterable((start, row, [tokenizer.end_id]) for row in rows)
-        ids = np.concatenate([np.asarray(part, dtype) for part in parts])
-        lengths = np.array([len(start) + len(row) + 1 for row in rows], "<i8")
-        return name, ids, lengths, sum(len(text.encode()) for _, text in pairs)
-
-    counts = {name: {"tokens": 0, "borders": 0, "bytes": 0} for name in paths}
-    with ExitStack() as stack, progress("B") as bar:
-        files = {
-            (name, what): stack.enter_context(open(f"{path}.{what}", "wb"))
-            for name, path in paths.items()
-            for what in ("ids", "borders")
-        }
-        for name in paths:
-            files[name, "borders"].write(np.zeros(1, "<i8").data)
-        for name, ids, lengths, size in ordered_map(encode, blocks(texts), tokenizer.threads):
-            count = counts[name]
-            files[name, "ids"].write(ids)
-            files[name, "borders"].write(count["tokens"] + lengths.cumsum())
-            count["tokens"] += len(ids)
-            count["borders"] += len(lengths)
-            count["bytes"] += size
-            bar.update(size)
-    return counts
-
-
-def write_documents(
-    documents: Iterable[tuple], tokenizer: Tokenizer, paths: dict[str, Path], dtype: str
-) -> dict[str, dict]:
-    """Writes documents as `prompt <start> completion <end>`, lines as `<start> text <end>`.
-
-    documents: (name of its split, document); paths: where each split goes. Returns the counts of
-    each split, {name: dict}.
+    shards: what another process had written of them, as its own `shards` were after `sync`; the
+    writer goes on from there, in the last one if that is not closed. Raises OSError, and
+    ValueError where the files hold less than that.
     """
 
-    def encode(block: tuple[str, list]):
-        name, pairs = block
-        rows = tokenizer.encode_batch([text for pair in pairs for text in pair])
-        for row, special in zip(rows, cycle((tokenizer.start_id, tokenizer.end_id))):
-            row.append(special)
-        lengths = np.fromiter(map(len, rows), "<i8").reshape(-1, 2)  # of prompts and completions
-        size = sum(len(completion.encode()) for _, completion in pairs)
-        return name, np.fromiter(chain.from_iterable(rows), dtype), lengths, size
+    def __init__(
+        self, folder: Path, split: str, kind: str, dtype: str, shards: Sequence[dict] = ()
+    ):
+        self.folder, self.split, self.kind, self.dtype = folder, split, kind, dtype
+        self.shards = [dict(shard) for shard in shards]
+        self.files: dict[str, BinaryIO] = {}
+        for shard in self.shards:
+            for suffix, size in file_sizes(kind, shard, dtype).items():
+                path = folder / f"{shard['name']}.{suffix}"
+                if path.stat().st_size < size:
+                    raise ValueError(f"{path} is shorter than it was")
+                if "sha256" not in shard:
+                    os.truncate(path, size)
+                    self.files[suffix] = open(path, "ab")  # noqa: SIM115, closed in close()
 
-    counts = {name: {"tokens": 0, "documents": 0, "bytes": 0} for name in paths}
-    with ExitStack() as stack, progress("") as bar:
-        files = {
-            (name, what): stack.enter_context(open(f"{path}.{what}", "wb"))
-            for name, path in paths.items()
-            for what in ("ids", "starts", "prompts")
-        }
-        for name in paths:
-            files[name, "starts"].write(np.zeros(1, "<i8").data)
-        stack.enter_context(garbage_collection_paused())
-        for name, ids, lengths, size in ordered_map(encode, blocks(documents), tokenizer.threads):
-            count = counts[name]
-            files[name, "ids"].write(ids)
-            files[name, "starts"].write(count["tokens"] + lengths.sum(1).cumsum())
-            files[name, "prompts"].write(lengths[:, 0].astype("<i4"))
-            count["tokens"] += len(ids)
-            count["documents"] += len(lengths)
-            count["bytes"] += size
-            bar.update(len(lengths))
-    return counts
+    def write(self, block: Encoded):
+        """Adds documents, or a piece of a stream, to the shard, or to a new one."""
+        shard = self.shards[-1] if self.files else None
+        if shard is None or (shard["tokens"] and shard["tokens"] + len(block.ids) > SHARD_TOKENS):
+            self.close()
+            shard = self.begin()
+        self.files["ids"].write(block.ids.data)
+        if block.lengths is not None:
+            ends = shard["tokens"] + block.lengths.cumsum()
+            self.files["borders" if self.kind == "documents" else "starts"].write(ends.data)
+            shard["documents"] += len(ends)
+        if block.prompts is not None:
+            self.files["prompts"].write(block.prompts.data)
+        shard["tokens"] += len(block.ids)
+        shard["bytes"] += block.bytes
+        shard["top"] = max(shard["top"], int(block.ids.max(initial=0)))
 
+    def begin(self) -> dict:
+        shard = {"name": f"{self.split}-{len(self.shards):05}", **dict.fromkeys(COUNTS, 0)}
+        for suffix in SUFFIXES[self.kind]:
+            file = open(self.folder / f"{shard['name']}.{suffix}", "wb")  # noqa: SIM115, in close()
+            self.files[suffix] = file
+            if suffix in ("starts", "borders"):
+                file.write(bytes(8))  # the first begins at 0
+        self.shards.append(shard)
+        return shard
 
-def blocks(documents: Iterable[tuple]) -> Iterator[tuple[str, list]]:
-    """Documents of one split, as pairs, about as many as are worth a thread's while."""
-    waiting, room = {}, {}
-    for name, document in documents:
-        pair = ("", document) if isinstance(document, str) else document
-        block = waiting.setdefault(name, [])
-        block.append(pair)
-        room[name] = room.get(name, CHARACTERS) - len(pair[0]) - len(pair[1])
-        if room[name] <= 0 or len(block) == DOCUMENTS:
-            yield name, waiting.pop(name)
-            del room[name]
-    yield from waiting.items()
+    def sync(self):
+        """Waits until the disk has what was written."""
+        for file in self.files.values():
+            file.flush()
+            os.fsync(file.fileno())
 
+    def close(self):
+        """Ends the shard: it gets its hashes."""
+        self.sync()
+        self.abandon()
+        if self.shards and "sha256" not in self.shards[-1]:
+            shard = self.shards[-1]
+            paths = {suffix: f"{shard['name']}.{suffix}" for suffix in SUFFIXES[self.kind]}
+            shard["sha256"] = {s: hash_file(self.folder / path) for s, path in paths.items()}
 
-def ordered_map(work: Callable, items: Iterable, threads: int) -> Iterator:
-    """work(item) of each, in their order; threads do it, and few are ahead: memory is bounded."""
-    if threads == 1:
-        yield from map(work, items)
-        return
-    with ThreadPoolExecutor(threads) as pool:
-        waiting = deque()
-        try:
-            for number, item in enumerate(items):
-                waiting.append(pool.submit(work, item))
-                if len(waiting) > threads + 1:  # one is ready when a thread is
-                    yield waiting.popleft().result()
-                    if number % TRIM_INTERVAL == 0:
-                        return_freed_memory()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:  # of a signal, say: what runs ends soon, the rest is not begun
-            pool.shutdown(wait=False, cancel_futures=True)
-
-
-@contextmanager
-def garbage_collection_paused() -> Generator[None]:
-    """No search for cycles meanwhile: among lists of ids it would take a tenth of the time."""
-    collecting = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if collecting:
-            gc.enable()
-
-
-def progress(unit: str) -> tqdm:
-    """A bar on a terminal, nothing elsewhere."""
-    return tqdm(unit=unit or "example", unit_scale=bool(unit), leave=False, disable=None)
+    def abandon(self):
+        """Closes the files as they are."""
+        while self.files:
+            with contextlib.suppress(OSError):  # of a full disk, which has been told
+                self.files.popitem()[1].close()
 
 
 # Opening ----------------------------------------------------------------------------------------
 
 
-def open_split(path: Path, counts: dict, dtype: np.dtype, vocab_size: int) -> Split:
-    """One split's memory-mapped files. Raises UserError naming the file that is wrong."""
-    ids = open_array(Path(f"{path}.ids"), dtype, counts["tokens"])
-    with open(f"{path}.ids", "rb") as file:  # read, because what is mapped counts as this process's
-        while len(piece := np.fromfile(file, dtype, CHECK_SIZE)):
-            if (top := int(piece.max())) >= vocab_size:
-                raise UserError(f"{path}.ids: holds id {top}, the vocabulary has {vocab_size}")
-    if "borders" in counts:
-        borders = open_array(Path(f"{path}.borders"), np.dtype("<i8"), counts["borders"] + 1)
-        if borders[0] != 0 or borders[-1] != len(ids):
-            raise UserError(f"{path}.borders: damaged (does not fit {path}.ids)")
-        return Split(ids, None, None, counts["bytes"], borders)
-    if "documents" not in counts:
-        return Split(ids, None, None, counts["bytes"])
-    n = counts["documents"]
-    starts = open_array(Path(f"{path}.starts"), np.dtype("<i8"), n + 1)
-    prompts = open_array(Path(f"{path}.prompts"), np.dtype("<i4"), n)
-    fits = starts[0] == 0 and starts[-1] == len(ids)
-    for first in range(0, n, CHECK_SIZE):
-        known = prompts[first : first + CHECK_SIZE]
-        lengths = np.diff(starts[first : first + CHECK_SIZE + 1])
-        fits = fits and ((known >= 1) & (known < lengths)).all()
+def check_shards(kind: str, shards: list[dict]):
+    """Raises ValueError unless these are what `ShardWriter` could have written, by their form."""
+    for shard in shards:
+        if not (
+            NAME.fullmatch(shard["name"])
+            and all(type(shard[count]) is int and shard[count] >= 0 for count in COUNTS)
+            and shard["tokens"] > 0
+            and shard["sha256"].keys() == set(SUFFIXES[kind])
+        ):
+            raise ValueError("a shard in manifest.json is not as it must be")
+
+
+def open_split(
+    folder: Path, kind: str, shards: list[dict], dtype: np.dtype, vocab_size: int, whole: bool
+) -> Split:
+    """One split's memory-mapped files. Raises UserError naming the file that is wrong.
+
+    whole: they are checked to the last byte; else their sizes are, and the ids when they are read.
+    """
+    for shard in shards:
+        path, top = folder / f"{shard['name']}.ids", shard["top"]
+        if top >= vocab_size:
+            raise UserError(f"{path}: holds id {top}, the vocabulary has {vocab_size}")
+        check_sizes(folder, kind, shard, dtype)
+        if whole:
+            check_shard(folder, kind, shard, dtype, vocab_size)
+    tokens = np.cumsum([0] + [shard["tokens"] for shard in shards])
+    documents = np.cumsum([0] + [shard["documents"] for shard in shards])
+
+    def paths(suffix: str) -> list[Path]:
+        return [folder / f"{shard['name']}.{suffix}" for shard in shards]
+
+    def begins(suffix: str) -> np.ndarray | Shards:
+        """Where documents begin in the split, and the end of the last."""
+        if len(shards) == 1:
+            return np.memmap(paths(suffix)[0], "<i8", mode="r")
+        first = documents.copy()
+        first[-1] += 1  # of the files' ends, only the last one is taken
+        return Shards(paths(suffix), first, np.dtype("<i8"), tokens[:-1].tolist())
+
+    if whole and len(shards) == 1:
+        ids = np.memmap(paths("ids")[0], dtype, mode="r")
+    else:
+        ids = Shards(paths("ids"), tokens, dtype, limit=vocab_size)
+    text_bytes = sum(shard["bytes"] for shard in shards)
+    if kind == "stream":
+        return Split(ids, None, None, text_bytes)
+    for shard in shards:
+        check_borders(folder, kind, shard)
+    if kind == "documents":
+        return Split(ids, None, None, text_bytes, begins("borders"))
+    starts = begins("starts")[:]  # training holds them, too
+    if len(shards) == 1:
+        prompts = np.memmap(paths("prompts")[0], "<i4", mode="r")
+    else:
+        prompts = np.concatenate([np.fromfile(path, "<i4") for path in paths("prompts")])
+    return Split(ids, starts, prompts, text_bytes)
+
+
+def check_sizes(folder: Path, kind: str, shard: dict, dtype: np.dtype):
+    """Raises UserError naming the first file of a shard that has another size."""
+    for suffix, size in file_sizes(kind, shard, dtype.str).items():
+        path = folder / f"{shard['name']}.{suffix}"
+        if (found := path.stat().st_size) != size:
+            raise UserError(f"{path}: damaged ({found} bytes instead of {size})")
+
+
+def check_shard(folder: Path, kind: str, shard: dict, dtype: np.dtype, vocab_size: int):
+    """Raises UserError naming the first file of a shard that is not as it was written."""
+    for suffix in SUFFIXES[kind]:
+        path, digest, top = folder / f"{shard['name']}.{suffix}", hashlib.sha256(), 0
+        with open(path, "rb", 0) as file:  # read, for what is mapped counts as this process's
+            while piece := file.read(CHECK_SIZE):
+                digest.update(piece)
+                if suffix == "ids" and not len(piece) % dtype.itemsize:
+                    top = max(top, int(np.frombuffer(piece, dtype).max()))
+        if digest.hexdigest() != shard["sha256"][suffix]:
+            raise UserError(f"{path}: damaged (its sha256 is not that of manifest.json)")
+        if top >= vocab_size:
+            raise UserError(f"{path}: holds id {top}, the vocabulary has {vocab_size}")
+
+
+def check_borders(folder: Path, kind: str, shard: dict):
+    """Raises UserError unless what says where a shard's documents are fits its ids."""
+    suffix = "borders" if kind == "documents" else "starts"
+    path, n = folder / f"{shard['name']}.{suffix}", shard["documents"]
+    begins = np.memmap(path, "<i8", mode="r")
+    fits = begins[0] == 0 and begins[-1] == shard["tokens"]
+    if kind != "documents" and n:
+        prompts = np.memmap(path.with_suffix(".prompts"), "<i4", mode="r")
+        for first in range(0, n, CHECK_SIZE):
+            known = prompts[first : first + CHECK_SIZE]
+            lengths = np.diff(begins[first : first + CHECK_SIZE + 1])
+            fits = fits and ((known >= 1) & (known < lengths)).all()
     if not fits:
-        raise UserError(f"{path}.starts: damaged (does not fit {path}.ids)")
-    return Split(ids, starts, prompts, counts["bytes"])
+        raise UserError(f"{path}: damaged (does not fit {path.with_suffix('.ids').name})")
 
 
-def open_array(path: Path, dtype: np.dtype, count: int) -> np.ndarray:
-    """A memory-mapped file of exactly `count` numbers."""
-    size = path.stat().st_size
-    if size != count * dtype.itemsize:
-        raise UserError(f"{path}: damaged ({size} bytes instead of {count * dtype.itemsize})")
-    return np.memmap(path, dtype, mode="r") if count else np.empty(0, dtype)
+def damaged(path: Path, what: str) -> UserError:
+    return UserError(
+        f"{path}: damaged ({what}); remove {path.parent}, and it will be prepared again"
+    )

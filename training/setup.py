@@ -12,13 +12,12 @@ from torch.utils.checkpoint import checkpoint
 
 from common.device import PRECISIONS, Precision, check_precision, choose_device, processor
 from common.errors import UserError
-from common.files import refuse_no_file, user_path
 from common.memory import keep_freed_memory
 from common.processes import Processes
 from common.signals import defer_interrupts
 from data.batches import Batches, Examples
 from data.config import as_paths
-from data.dataset import Dataset, prepare
+from data.dataset import Dataset, named_tokenizer, prepare
 from data.rng import derive_seed
 from data.tokenizer import Tokenizer, load_tokenizer
 from model.cpu_layers import use_cpu_layers
@@ -241,14 +240,7 @@ def given_tokenizer(spec: RunSpec) -> Tokenizer | None:
         return load_tokenizer(spec.resume.path) if given else None
     if spec.weights:
         return load_tokenizer(spec.weights.path)
-    path = spec.config.data.tokenizer_path
-    if not path:
-        return None
-    refuse_no_file(path, f"data.tokenizer_path = {path}")
-    try:
-        return load_tokenizer(user_path(path))
-    except UserError as error:
-        raise UserError(f"data.tokenizer_path: {error}") from None
+    return named_tokenizer(spec.config.data)
 
 
 def check_same_device(name: str, device: torch.device, processes: Processes):
@@ -282,7 +274,7 @@ def resolve(config: Config, device: torch.device, dataset: Dataset, processes: P
         config,
         device=str(device) if processes.count == 1 else device.type,  # each has an index of its own
         model=replace(config.model, vocab_size=vocab_size),
-        data=replace(config.data, kind=dataset.kind),
+        data=replace(config.data, kind=dataset.kind, slots=dataset.slots),
         train=replace(config.train, threads=torch.get_num_threads()),
     )
 

@@ -180,14 +180,17 @@ def test_a_given_tokenizer_is_used(config, tmp_path):
     ("damage", "said"),
     [
         (
-            lambda f: (f / "train.ids").write_bytes(b"\1\0\2"),
-            r"train.ids: damaged \(3 bytes instead of",
+            lambda f: (f / "train-00000.ids").write_bytes(b"\1\0\2"),
+            r"train-00000.ids: damaged \(3 bytes instead of",
         ),
-        (lambda f: (f / "train.ids").unlink(), "not a prepared data set"),
+        (lambda f: (f / "train-00000.ids").unlink(), "not a prepared data set"),
         (lambda f: (f / "manifest.json").write_text("{"), "not a prepared data set"),
         (lambda f: (f / "manifest.json").write_text("[]"), "not a prepared data set"),
-        (lambda f: overwrite(f / "train.ids", 60000), "holds id 60000, the vocabulary has"),
-        (lambda f: overwrite(f / "train.ids", 5), "train.ids: damaged .its sha256 is not that"),
+        (lambda f: overwrite(f / "train-00000.ids", 60000), "damaged .its sha256 is not that"),
+        (
+            lambda f: overwrite(f / "train-00000.ids", 5),
+            "train-00000.ids: damaged .its sha256 is not that",
+        ),
         (lambda f: cut_seal(f / "manifest.json"), "does not match its own sha256"),
     ],
 )

@@ -6,12 +6,14 @@ import functools
 import shutil
 import tempfile
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 
 from checkpoint.reader import Checkpoint, CheckpointError, list_steps, read_best
 from checkpoint.writer import newest_complete
 from common.errors import UserError
+from data import encoding, token_files
 from data.config import DataConfig
 from data.dataset import prepare
 from tests.faults.campaign import TINY, Tally, campaign, home, one_line, same_run
@@ -178,7 +180,7 @@ def give_to_programs(tally: Tally, damaged: Path, *names: str):
 
 
 @campaign("token_files", "10", "prepared data cut, flipped, swapped", "files", 1000, 150)
-def token_files(tally: Tally, count: int, folder: Path, dice):
+def damaged_files(tally: Tally, count: int, folder: Path, dice):
     """Each is refused, or what is opened is what was prepared. A few are given to train.py."""
     places = prepared(folder)
     for number in range(count):
@@ -216,18 +218,27 @@ def prepared(folder: Path) -> list[tuple]:
     pairs.write_text(
         "".join(f'{{"prompt": "{i} plus {i}", "completion": "{2 * i}"}}\n' for i in range(300))
     )
+    texts = folder / "texts.jsonl"
+    texts.write_text("".join(f'{{"text": "{i} is a text, {i * i} another"}}\n' for i in range(99)))
     configs = [
         load(write_config(folder)).data,
         DataConfig(path=str(TEXT), kind="lines", tokenizer="char_bos"),
         DataConfig(path=str(pairs), tokenizer="char"),
         DataConfig(path=str(TEXT), kind="lines", tokenizer="bpe", vocab_size=320),
+        DataConfig(path=str(texts), tokenizer="char"),
     ]
     found = []
     for number, config in enumerate(configs):
         if number:
             cache = folder / f"cache{number}"
             config = DataConfig(**{**vars(config), "cache_dir": str(cache)})
-        whole = facts(prepare(config, lambda line: None))
+        # each but the first in several shards
+        size, blocks = (1 << 28, 1 << 18) if not number else (400, 100)
+        with (
+            mock.patch.object(token_files, "SHARD_TOKENS", size),
+            mock.patch.object(encoding, "CHARACTERS", blocks),
+        ):
+            whole = facts(prepare(config, lambda line: None))
         (manifest,) = Path(config.cache_dir).glob("*/manifest.json")
         found.append((config, manifest.parent, whole))
     return found
@@ -236,7 +247,7 @@ def prepared(folder: Path) -> list[tuple]:
 def facts(dataset) -> tuple:
     """All that training takes from a data set."""
     splits = [
-        (split.bytes, *(None if a is None else a.tobytes() for a in arrays(split)))
+        (split.bytes, *(None if a is None else a[:].tobytes() for a in arrays(split)))
         for split in (dataset.train, dataset.val)
     ]
     head = (dataset.name, dataset.kind, dataset.fingerprint, dataset.tokenizer.files())
@@ -244,7 +255,7 @@ def facts(dataset) -> tuple:
 
 
 def arrays(split) -> tuple:
-    return split.ids, split.starts, split.prompts
+    return split.ids, split.starts, split.prompts, split.borders
 
 
 def spoil(place: Path, others: list[Path], dice, real: bool) -> str:
@@ -252,7 +263,7 @@ def spoil(place: Path, others: list[Path], dice, real: bool) -> str:
     names = [path.name for path in sorted(place.iterdir()) if path.stat().st_size]
     name = dice.choice([n for n in names if n.endswith(".ids")] if real else names)
     file, content = place / name, (place / name).read_bytes()
-    split, _, suffix = name.partition(".")
+    split, suffix = name.partition("-")[0], name.rpartition(".")[2]
     changes = {
         "odd length": content[:-1],
         "half length": content[: len(content) // 2],
@@ -266,8 +277,8 @@ def spoil(place: Path, others: list[Path], dice, real: bool) -> str:
             changes["of other data"] = (other / name).read_bytes()
     if split in ("train", "val"):
         mate = {"train": "val", "val": "train"}[split]
-        changes["of the other split"] = (place / f"{mate}.{suffix}").read_bytes()
-        changes["out of order"] = out_of_order(content, {"ids": 2, "starts": 8}.get(suffix, 4))
+        changes["of the other split"] = (place / f"{mate}-00000.{suffix}").read_bytes()
+        changes["out of order"] = out_of_order(content, {"ids": 2, "prompts": 4}.get(suffix, 8))
     if suffix == "ids":
         beyond = np.frombuffer(content, "<u2").copy()
         beyond[dice.randrange(len(beyond))] = dice.randrange(1000, 1 << 16)

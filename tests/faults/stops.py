@@ -171,11 +171,15 @@ def children_of(parent: int) -> list[int]:
 
 
 def look_around(tally: Tally, folder: Path, children: list[int]):
-    """What a stop while data is prepared must leave: no process, no cache, no run, no traceback."""
+    """What a stop while data is prepared must leave: no process, no run, no traceback, and of the
+    cache nothing but what the same command goes on from."""
     said = (folder / "output.txt").read_text()
     if "Traceback" in said:
         tally.undetected.append(f"a traceback: {said.splitlines()[-1]}")
-    cached = [path.name for path in (folder / "cache").iterdir() if path.suffix != ".lock"]
+    cache = [path for path in (folder / "cache").iterdir() if path.suffix != ".lock"]
+    cached = [path.name for path in cache if not (path / "progress.json").exists()]
+    for path in cache:
+        shutil.rmtree(path)
     if cached or (folder / "runs" / "never").exists():
         tally.lost.append(f"left behind: {cached}, {[*(folder / 'runs').iterdir()]}")
     time.sleep(0.3)  # in which a process notices that its parent has gone

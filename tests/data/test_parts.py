@@ -1,0 +1,127 @@
+"""data/parts.py: a corpus in parts is the same data, each document once, whatever their number."""
+
+import json
+import shutil
+from dataclasses import replace
+from itertools import chain, pairwise
+
+import pytest
+
+from common.errors import UserError
+from data import parts
+from data.config import DataConfig
+from data.dataset import open_dataset, prepare, verify
+from data.parts import borders, merge, prepare_part
+from data.readers import open_source
+
+
+def quiet(_):
+    pass
+
+
+@pytest.fixture(params=["few files", "many files", "pairs"])
+def config(tmp_path, request):
+    """Few files of many texts, many of a few, and pairs of which whole prompts are held out."""
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    count = 40 if request.param == "many files" else 3
+    for number in range(count):
+        rows = [{"text": f"Text {number} {i} of {'words ' * (i % 5)}"} for i in range(240 // count)]
+        if request.param == "pairs":
+            rows = [
+                {"prompt": f"{number} {i}", "completion": row["text"]} for i, row in enumerate(rows)
+            ]
+        path = folder / f"{number:02}.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows[: 2 + 40 * number]))
+    return DataConfig(path=str(folder), tokenizer="char", cache_dir=str(tmp_path / "cache"))
+
+
+def facts(data) -> list:
+    found = [data.name, data.kind, data.fingerprint, data.tokenizer.files(), data.held_out]
+    for split in (data.train, data.val):
+        found += [split.ids[:].tolist(), split.bytes]
+        found += [None if a is None else a[:].tolist() for a in (split.starts, split.borders)]
+        found += [None if split.prompts is None else split.prompts.tolist()]
+    return found
+
+
+@pytest.mark.parametrize("number", [1, 2, 5])
+def test_it_is_the_same_data_whatever_the_number_of_parts(config, tmp_path, number):
+    whole, to = facts(prepare(config, quiet)), tmp_path / "to"
+    order = [1, *range(number, 1, -1)]  # the first makes the tokenizer, which others wait for
+    ends = [prepare_part(config, to, part, number, quiet) for part in order]
+    assert ends == [False] * (number - 1) + [True]
+    assert facts(open_dataset(to)) == whole
+    assert facts(prepare(replace(config, path=str(to)), quiet)) == whole
+    assert prepare_part(config, to, 1, number, quiet)  # again, with nothing to do
+    verify(to, quiet)
+    (shard,) = [*to.glob("*/train-00000.ids")][:1]
+    shard.write_bytes(shard.read_bytes()[::-1])
+    with pytest.raises(UserError, match=r"train-00000.ids: damaged .its sha256.*remove"):
+        verify(to, quiet)
+    with pytest.raises(UserError, match=r"train-00000.ids: damaged"):
+        open_dataset(to)
+
+
+def test_parts_by_files_open_no_others(config, monkeypatch):
+    source = open_source(config, quiet, config.cache_dir)
+    cuts = borders(source.train, 4)
+    whole, found, opened = list(source.train()), [], []
+    original = type(source.train).of_file
+    monkeypatch.setattr(
+        type(source.train), "of_file",
+        lambda self, number, tally: opened.append(number) or original(self, number, tally),
+    )  # fmt: skip
+    for begin, end in pairwise(cuts):
+        found.append(list(source.train(replace(begin), end)))
+    assert [*chain.from_iterable(found)] == whole and all(found)
+    if len(source.train.parts) > 3:
+        assert opened == list(range(len(source.train.parts)))
+
+
+def test_parts_of_other_settings_are_not_mixed(config, tmp_path):
+    to = tmp_path / "to"
+    prepare_part(config, to, 1, 2, quiet)
+    other = replace(config, val_fraction=0.3)
+    with pytest.raises(UserError, match=r"1-of-2: of another corpus or other settings; give"):
+        prepare_part(other, to, 1, 2, quiet)
+    shutil.rmtree(to / "1-of-2")
+    prepare_part(other, to, 1, 2, quiet)
+    with pytest.raises(UserError, match=r"2-of-2: not of the same corpus as part 1 .fingerprint"):
+        prepare_part(config, to, 2, 2, quiet)
+    assert not (to / "manifest.json").exists()
+    with pytest.raises(UserError, match="must have folders 1-of-N"):
+        parts.count_parts(tmp_path)
+    assert parts.count_parts(to) == 2
+
+
+def test_a_stream_is_not_prepared_in_parts(tmp_path):
+    (tmp_path / "a.txt").write_text("a long text " * 99)
+    config = DataConfig(path=str(tmp_path / "a.txt"), tokenizer="char", cache_dir=str(tmp_path))
+    with pytest.raises(UserError, match="--part 1/2: one long text"):
+        prepare_part(config, tmp_path / "to", 1, 2, quiet)
+    assert prepare_part(config, tmp_path / "to", 1, 1, quiet)
+    assert facts(open_dataset(tmp_path / "to")) == facts(prepare(config, quiet))
+    assert not merge(tmp_path / "to", 3, quiet)
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ({"kind": "lines"}, r"data.kind = lines: .* was prepared as documents; leave it out"),
+        ({"val_path": "x"}, r"data.val_path = x: .* is prepared, with its own split; leave"),
+    ],
+)
+def test_a_prepared_folder_is_used_as_it_is(tmp_path, more, said):
+    (tmp_path / "a.jsonl").write_text("".join(f'{{"text": "text {i}"}}\n' for i in range(99)))
+    config = DataConfig(
+        path=str(tmp_path / "a.jsonl"), tokenizer="char", cache_dir=str(tmp_path / "c")
+    )
+    prepare_part(config, tmp_path / "to", 1, 1, quiet)
+    given = replace(config, path=str(tmp_path / "to"), vocab_size=400)
+    assert prepare(given, quiet).fingerprint == prepare(config, quiet).fingerprint
+    with pytest.raises(UserError, match=said):
+        prepare(replace(given, **more), quiet)
+    other = prepare(replace(config, tokenizer="char_bos"), quiet).tokenizer
+    with pytest.raises(UserError, match="prepared with another tokenizer"):
+        prepare(given, quiet, other)
