@@ -14,8 +14,8 @@ from checkpoint.safetensors_python import write_arrays
 from data.batches import Batch, Batches, Examples
 from data.dataset import Dataset, Log, prepare
 from data.prompt_format import end_id, prompt_ids, unread
-from data.slots import Slots, readable
 from data.rng import derive_seed
+from data.slots import Slots, readable
 from model.config import IGNORE_INDEX
 from model.transformer_lite import TransformerDecoderLite
 from torchlite import nn

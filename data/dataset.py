@@ -83,7 +83,6 @@ def prepare(
     with writing(cache):
         cache.mkdir(parents=True, exist_ok=True)
     source = open_source(config, log, cache)
-    check_slots(source, config)
     fingerprint = fingerprint_of(source, config, tokenizer)
     folder = cache / f"{source.name}-{fingerprint}-{LAYOUT}"
     with building(folder, fingerprint) as unfinished:
@@ -102,6 +101,7 @@ def fingerprint_of(source: Source, config: DataConfig, tokenizer: Tokenizer | No
         "tokenizer": tokenizer.fingerprint if tokenizer else describe_tokenizer(config),
         "val_fraction": 0 if source.val else config.val_fraction,
     }
+    check_slots(source, config)
     if config.slots:
         settings["slots"] = SLOTS_VERSION
     return hashlib.blake2b(json.dumps(settings).encode(), digest_size=8).hexdigest()
