@@ -390,10 +390,10 @@ def make_tokenizer(config: DataConfig, source: Source, characters: int, log: Log
         if source.kind == "stream":  # its training part comes first
             texts = takewhile(lambda text: text[0] == "train", texts)
         documents = (document for side, document in texts if side == "train")
-        if config.slots:
-            documents = (hidden(document) for document in documents)
         # a document of another kind than pairs is its text
-        texts = chain.from_iterable(documents) if source.kind == "pairs" else documents
+        texts = documents
+        if source.kind == "pairs":
+            texts = chain.from_iterable(map(hidden, documents) if config.slots else documents)
         return train_sentencepiece(texts, config.tokenizer, config.vocab_size, log, symbols)
     alphabet = set(symbols)
     both = [source.train()] + ([source.val()] if source.val else [])

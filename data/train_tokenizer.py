@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from common.errors import UserError
 from data.tokenizer import SPECIALS, SentencePieceTokenizer, escape
@@ -112,6 +113,7 @@ def _train_from_stdin(model_type: str, vocab_size: str, symbols: str) -> None:
 
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     model = io.BytesIO()
+    more: dict[str, Any] = {"user_defined_symbols": list(symbols)} if symbols else {}
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=(line.removesuffix(b"\n") for line in sys.stdin.buffer),
         model_writer=model,
@@ -125,7 +127,7 @@ def _train_from_stdin(model_type: str, vocab_size: str, symbols: str) -> None:
         unk_piece=SPECIALS[1],
         bos_piece=SPECIALS[2],
         eos_piece=SPECIALS[3],
-        **({"user_defined_symbols": list(symbols)} if symbols else {}),
+        **more,
         # exact round trips
         normalization_rule_name="identity",
         add_dummy_prefix=False,
