@@ -39,7 +39,7 @@ from common.files import (
 )
 from data.prompt_format import end_id, prompt_ids, unread
 from data.slots import Slots
-from data.tokenizer import Tokenizer, clean_text, load_tokenizer
+from data.tokenizer import TOKENIZER_FILES, Tokenizer, clean_text, load_tokenizer
 from generation.explain import Explained, in_colour
 from generation.sampling import MAX_NEW_TOKENS, Sampling
 from generation.streaming import StreamedText
@@ -199,7 +199,7 @@ def open_source(arguments: Arguments) -> Source:
 
 def read_source(checkpoint: Checkpoint, engine: engines.Engine) -> Source:
     """Reads all that is needed at once. Raises UserError."""
-    for name in ("tokenizer.json", "tokenizer.model"):
+    for name in TOKENIZER_FILES:
         if name in checkpoint.manifest["files"]:
             checkpoint.read(name)  # which verifies it
     weights = engines.read_weights(engine, checkpoint)  # first, because the settings may not fit
@@ -263,7 +263,7 @@ def write(arguments: Arguments, source: Source, model, jobs: list[Job]):
     size = engines.rows_at_once(arguments.engine, model, longest)
     for first in range(0, len(jobs), size):
         batch = jobs[first : first + size]
-        texts = [StreamedText(source.tokenizer, stops, job.slots) for job in batch]
+        texts = [StreamedText(source.tokenizer, stops, job.ids, job.slots) for job in batch]
         explained = [Explained(source.tokenizer, rules, source.slots) for _ in batch]
 
         def on_token(row: int, token: int, texts=texts) -> bool:

@@ -9,7 +9,7 @@ from dataclasses import replace
 from common.errors import UserError
 from comparison.code_size import ROOT
 from comparison.markdown import NONE, figure, table
-from data.tokenizer import SPECIALS
+from data.tokenizer import SPECIALS, ByteTokenizer
 from model.config import ModelConfig
 from training.config import Config, load
 
@@ -55,6 +55,10 @@ def dimensions(shape: ModelConfig) -> str:
 def vocabulary(config: Config) -> int:
     """Tokens that the model knows; 0 where only the data can tell."""
     data = config.data
+    if data.tokenizer_path:
+        return 0
+    if data.tokenizer == "byte":
+        return ByteTokenizer.vocab_size
     if data.tokenizer in MARKS:
         characters = 0 if data.path else CHARACTERS.get(data.source, 0)
         return characters and characters + MARKS[data.tokenizer]

@@ -44,12 +44,22 @@ class DataConfig:
     """Bytes that are no characters of the encoding: refused, or U+FFFD in their place."""
     skip_bad: bool = False
     """Leave out records and archives' members that cannot be read, and say how many."""
-    tokenizer: Literal["bpe", "unigram", "char", "char_bos"] = "bpe"
-    """bpe, unigram: SentencePiece; char: characters; char_bos: with one special token."""
+    tokenizer: Literal["bpe", "unigram", "char", "char_bos", "byte"] = "bpe"
+    """bpe, unigram: SentencePiece; char: characters; char_bos: with one special token; byte."""
     tokenizer_path: str = ""
-    """Trained tokenizer to use: a tokenizer.model or tokenizer.json, or its folder."""
+    """Trained tokenizer to use, anybody's: tokenizer.json, .model or .tiktoken, or its folder."""
+    tokenizer_pattern: str = ""
+    """How a .tiktoken file cuts words: gpt2, cl100k_base, o200k_base, or a regular expression."""
+    bos_token: str = ""
+    """With tokenizer_path: the token that starts a text; empty: found, else end_token."""
+    end_token: str = ""
+    """With tokenizer_path: the token that ends a text; empty: found."""
+    pad_token: str = ""
+    """With tokenizer_path: the token that pads; empty: found, else end_token."""
+    unk_token: str = ""
+    """With tokenizer_path: the token of what is unknown; empty: found, else none."""
     vocab_size: int = 2048
-    """Vocabulary size of bpe and unigram; char and char_bos ignore it."""
+    """Vocabulary size of bpe and unigram; the others ignore it."""
     seq_len: int = 0
     """Tokens in a training sequence, at most model.max_len; 0: model.max_len."""
     val_fraction: float = 0.1
@@ -65,6 +75,11 @@ class DataConfig:
             wrong.append(f"seq_len = {self.seq_len} must be 0 (model.max_len) or more")
         if not 0 <= self.val_fraction < 1:
             wrong.append(f"val_fraction = {self.val_fraction} must be at least 0 and below 1")
+        wrong += [
+            f"{name} = {value!r} is of another tokenizer; set data.tokenizer_path, or leave it out"
+            for name, value in self.given_tokens().items()
+            if not self.tokenizer_path
+        ]
         if self.path == ():
             wrong.append('path = () must be "", a path or a list of paths')
         try:
@@ -77,6 +92,11 @@ class DataConfig:
             if not getattr(self, name).strip(" ,")
         ]
         refuse(wrong)
+
+    def given_tokens(self) -> dict[str, str]:
+        """What is set of the settings that only somebody else's tokenizer has."""
+        names = ("tokenizer_pattern", "bos_token", "end_token", "pad_token", "unk_token")
+        return {name: getattr(self, name) for name in names if getattr(self, name)}
 
 
 def as_paths(path: str | Sequence[str]) -> tuple[str, ...]:

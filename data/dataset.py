@@ -3,7 +3,7 @@
 A prepared data set is a folder in `data/cache/`, named by the hash of its source and of every
 setting that shapes it: complete or absent, because it is built under a hidden name and renamed.
 
-    manifest.json  tokenizer.json | tokenizer.model
+    manifest.json  tokenizer's files, as in a checkpoint
     train-* val-*               shards of token files, as data/token_files.py has them
 """
 
@@ -35,10 +35,12 @@ from data.config import DEFAULT_CACHE_DIR, DataConfig, Kind, as_paths
 from data.encoding import Encoder, EndedError
 from data.prompt_format import are_pairs
 from data.readers import Pair, Place, Source, open_source
+from data.round_trip import warning
 from data.slots import PLACEHOLDERS, hidden
 from data.slots import VERSION as SLOTS_VERSION
+from data.special_tokens import FLAGS
 from data.token_files import Split, check_shard, check_shards, check_sizes, open_split
-from data.tokenizer import CharTokenizer, Tokenizer, load_tokenizer
+from data.tokenizer import ByteTokenizer, CharTokenizer, ForeignTokenizer, Tokenizer, load_tokenizer
 from data.train_tokenizer import train_sentencepiece
 from data.writing import PROGRESS, Progress, marks, open_writers, recorded, write_shards
 
@@ -83,6 +85,10 @@ def prepare(
     with writing(cache):
         cache.mkdir(parents=True, exist_ok=True)
     source = open_source(config, log, cache)
+    if isinstance(tokenizer, ForeignTokenizer):
+        log(f"tokenizer: {tokenizer.describe()}")
+        if found := warning(tokenizer, source.train()):
+            log(found)
     fingerprint = fingerprint_of(source, config, tokenizer)
     folder = cache / f"{source.name}-{fingerprint}-{LAYOUT}"
     with building(folder, fingerprint) as unfinished:
@@ -395,6 +401,8 @@ def make_tokenizer(config: DataConfig, source: Source, characters: int, log: Log
         if source.kind == "pairs":
             texts = chain.from_iterable(map(hidden, documents) if config.slots else documents)
         return train_sentencepiece(texts, config.tokenizer, config.vocab_size, log, symbols)
+    if config.tokenizer == "byte":
+        return ByteTokenizer()
     alphabet = set(symbols)
     both = [source.train()] + ([source.val()] if source.val else [])
     for document in chain.from_iterable(both):
@@ -410,8 +418,10 @@ def named_tokenizer(config: DataConfig) -> Tokenizer | None:
     if not path:
         return None
     refuse_no_file(path, f"data.tokenizer_path = {path}")
+    tokens = {role: getattr(config, flag.removeprefix("data.")) for role, flag in FLAGS.items()}
     try:
-        return load_tokenizer(user_path(path))
+        given = {role: token for role, token in tokens.items() if token}
+        return load_tokenizer(user_path(path), given, config.tokenizer_pattern)
     except UserError as error:
         raise UserError(f"data.tokenizer_path: {error}") from None
 

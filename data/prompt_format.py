@@ -19,7 +19,7 @@ def prompt_ids(kind: str, tokenizer: "Tokenizer", prompt: str) -> list[int]:
         return [*ids, tokenizer.start_id]
     if kind in ("lines", "documents"):
         return [tokenizer.start_id, *ids]
-    if not ids and tokenizer.unk_id is not None:
+    if not ids and tokenizer.kind != "char_bos":  # which may refuse it
         ids = tokenizer.encode("\n")
         ids = [] if tokenizer.unk_id in ids else ids
     return ids or [tokenizer.start_id]

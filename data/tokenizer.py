@@ -1,93 +1,42 @@
-"""Text to ids and back, exactly: one token a character, or SentencePiece pieces.
+"""Text to ids and back: characters, bytes, and whatever a tokenizer's files hold.
 
-Imports the standard library only; NumPy and SentencePiece are loaded where they are needed, so that
-a model of characters can be read without either.
+Imports the standard library only; NumPy, SentencePiece and other libraries are loaded where they
+are needed, so that a model of characters or bytes can be read without any of them.
 """
 
-import hashlib
 import json
-import os
-import re
-from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import cached_property
-from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from common.errors import UnreadableError, UserError
+from data.foreign_tokenizers import (
+    MAX_VOCAB,
+    PATTERNS,
+    SETTINGS,
+    ForeignSentencePieceTokenizer,
+    ForeignTokenizer,
+    HuggingFaceTokenizer,
+    TiktokenTokenizer,
+    looks_like_tiktoken,
+)
+from data.sentencepiece_tokenizer import ESCAPE, SPACE, SentencePieceTokenizer, escape
+from data.special_tokens import FLAGS, Roles, hints_beside
+from data.tokenizer_base import SPECIALS, SURROGATE, Tokenizer, clean_text, cores
 
 if TYPE_CHECKING:
     import numpy as np
 
-SPECIALS = ("<pad>", "<unk>", "<start>", "<end>")  # ids 0 to 3; text never encodes to these
-SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can spell these, UTF-8 cannot hold them
+__all__ = [  # what other folders take from here
+    "ESCAPE", "SPACE", "SPECIALS", "SURROGATE", "TOKENIZER_FILES", "ByteTokenizer", "CharTokenizer",
+    "ForeignTokenizer", "HuggingFaceTokenizer", "SentencePieceTokenizer", "TiktokenTokenizer",
+    "Tokenizer", "clean_text", "cores", "escape", "load_tokenizer", "tokenizer_from_files",
+]  # fmt: skip
 
-# SentencePiece writes a space as U+2581, and so cannot tell the two apart. A private-use character
-# makes room: U+2581 travels as ESCAPE + "b", and ESCAPE itself as ESCAPE + "e".
-SPACE, ESCAPE = "\u2581", "\ue000"
-
-LINES = 2048  # of a stream encoded at a time, so that few lists of ids are alive at once
-MAX_JSON_BYTES = 1 << 24  # more than every character there is would take
-
-
-def clean_text(text: str) -> str:
-    """`text` with U+FFFD for lone surrogates (bytes of a command line that are not UTF-8)."""
-    return SURROGATE.sub("\ufffd", text)
-
-
-def cores() -> int:
-    """How many cores this process may use."""
-    allowed = getattr(os, "sched_getaffinity", None)  # Linux
-    return len(allowed(0)) if allowed else os.cpu_count() or 1
-
-
-class Tokenizer(ABC):
-    """What both tokenizers share: ids, files, and the fingerprint of these."""
-
-    kind: str
-    threads = 1  # that may encode at once and gain by it
-    vocab_size: int
-    pad_id: int
-    unk_id: int | None  # None: text with unknown characters is refused
-    start_id: int
-    end_id: int
-
-    @abstractmethod
-    def encode(self, text: str) -> list[int]:
-        """The ids of a text. Raises UserError for what has none."""
-
-    @abstractmethod
-    def encode_array(self, text: str) -> "np.ndarray":
-        """The same as an int32 array (T,), faster."""
-
-    @abstractmethod
-    def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        """The ids of many texts."""
-
-    @abstractmethod
-    def decode(self, ids: "Iterable[int | np.integer]") -> str:
-        """The text of `ids`; special tokens have none."""
-
-    @abstractmethod
-    def token(self, i: int) -> str:
-        """One token, for people to read."""
-
-    @abstractmethod
-    def files(self) -> dict[str, bytes]:
-        """All that is needed to load it again: file name -> content."""
-
-    def save(self, folder: Path) -> None:
-        for name, content in self.files().items():
-            (folder / name).write_bytes(content)
-
-    @property
-    def fingerprint(self) -> str:
-        """Hex hash of the files."""
-        parts = [
-            part for name, content in self.files().items() for part in (name.encode(), content)
-        ]
-        return hashlib.blake2b(b"\0".join(parts), digest_size=16).hexdigest()
+MODELS = ("tokenizer.json", "tokenizer.model", "tokenizer.tiktoken")  # one of them, in this order
+TOKENIZER_FILES = (*MODELS, SETTINGS)  # all that a checkpoint may have
+MAX_BYTES = 1 << 27  # four times the largest that are used
 
 
 class CharTokenizer(Tokenizer):
@@ -161,122 +110,136 @@ class CharTokenizer(Tokenizer):
         return {"tokenizer.json": f"{json.dumps(stored)}\n".encode()}
 
 
-class SentencePieceTokenizer(Tokenizer):
-    """Pieces of words, and bytes for what the pieces lack: any text comes back as it was.
+class ByteTokenizer(Tokenizer):
+    """A token a byte of UTF-8, whose value is its id; then `<pad>`, `<start>` and `<end>`."""
 
-    `model` is the content of a SentencePiece model file of `train_sentencepiece`; another, which
-    may change text, is refused with UserError.
-    """
-
-    kind = "sentencepiece"
-    threads = min(cores(), 16)  # more would wait for Python's lock
-    pad_id, unk_id, start_id, end_id = range(4)
-
-    def __init__(self, model: bytes):
-        import sentencepiece
-
-        self._model = model
-        probe = f"  a{SPACE}{ESCAPE}\n<start>\r \0 "
-        try:
-            self._processor = sentencepiece.SentencePieceProcessor()
-            self._processor.LoadFromSerializedProto(model)
-            self.vocab_size = self._processor.get_piece_size()
-            self.decode(range(self.vocab_size))  # each piece is text
-            named = [self.token(i) for i in range(4)] == list(SPECIALS)
-            exact = named and self.decode(self.encode(probe)) == probe
-            # BPE's scores are ranks, whole numbers; those of unigram are log probabilities
-            self._by_merges = all(
-                self._processor.get_score(i).is_integer() and "\n" not in self.token(i)
-                for i in range(self.vocab_size)
-            )
-        except (RuntimeError, IndexError, ValueError):  # what SentencePiece raises for other bytes
-            exact = False
-        if not exact:
-            raise UserError("not a SentencePiece model that this project has trained")
+    kind = "byte"
+    vocab_size = 259
+    pad_id, start_id, end_id = 256, 257, 258
+    unk_id = None  # any text is bytes
 
     def encode(self, text: str) -> list[int]:
-        return self._processor.encode(escape(text))
+        return [*clean_text(text).encode()]
 
     def encode_array(self, text: str) -> "np.ndarray":
-        """The same as an int32 array (T,), twice as fast for a long text.
-
-        No merge of BPE crosses a newline, which no piece holds, so lines are encoded one by one. A
-        unigram model is given all at once: it chooses by float32 sums, which round by what stood
-        before.
-        """
+        """The same as an int32 array (T,), many times faster."""
         import numpy as np
 
-        if not self._by_merges:
-            return np.array(self.encode(text), np.int32)
-        lines, newline, parts = escape(text).split("\n"), self._processor.encode("\n"), []
-        for start in range(0, len(lines), LINES):
-            rows = self._processor.encode(lines[start : start + LINES], num_threads=1)
-            for row in rows:
-                row += newline
-            parts.append(np.fromiter(chain.from_iterable(rows), np.int32))
-        ids = np.concatenate(parts)
-        return ids[: len(ids) - len(newline)]  # the last line has no end
+        return np.frombuffer(clean_text(text).encode(), np.uint8).astype(np.int32)
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        """Many texts at once, by this thread alone, which does not hold Python's lock meanwhile."""
-        return self._processor.encode([escape(text) for text in texts], num_threads=1)
+        return [self.encode(text) for text in texts]
 
     def decode(self, ids: "Iterable[int | np.integer]") -> str:
         """The text of `ids`; special tokens have none, bytes that are not UTF-8 give U+FFFD."""
-        text = self._processor.decode([int(i) for i in ids if i >= len(SPECIALS)])
-        # a space that comes as bytes, because the training text had none, still reads U+2581
-        text = text.replace(SPACE, " ")
-        return text.replace(f"{ESCAPE}b", SPACE).replace(f"{ESCAPE}e", ESCAPE)
+        return bytes(int(i) for i in ids if i < 256).decode("utf-8", "replace")
 
     def token(self, i: int) -> str:
-        """One piece as SentencePiece writes it: U+2581 for a space, <0x0A> for a byte."""
-        return self._processor.id_to_piece(i)
+        """One token: a character of ASCII, or <0xE2> for a byte of another."""
+        if i >= 256:
+            return ("<pad>", "<start>", "<end>")[i - 256]
+        return chr(i) if i < 128 else f"<0x{i:02X}>"
 
     def files(self) -> dict[str, bytes]:
-        return {"tokenizer.model": self._model}
-
-
-def escape(text: str) -> str:
-    """`text` as SentencePiece is given it: with U+2581 apart from a space."""
-    if text.isascii():  # quickly told
-        return text
-    return clean_text(text).replace(ESCAPE, f"{ESCAPE}e").replace(SPACE, f"{ESCAPE}b")
+        return {"tokenizer.json": b'{"kind": "byte"}\n'}
 
 
 # Loading ------------------------------------------------------------------------------------------
 
 
-def load_tokenizer(place: Path) -> CharTokenizer | SentencePieceTokenizer:
-    """The tokenizer in a folder, or that file. Raises UserError for none or a damaged one."""
-    for name, load in (("tokenizer.json", _load_characters), ("tokenizer.model", _load_model)):
-        path = place if place.is_file() else place / name
-        if path.is_file() and path.suffix == Path(name).suffix:
-            try:
-                return load(path)
-            except OSError as error:
-                raise UnreadableError(error, path) from None
-            # KeyError and TypeError: JSON of another shape; RecursionError: JSON nested too deep
-            except (ValueError, KeyError, TypeError, RecursionError) as error:
-                raise UserError(
-                    f"{path}: not a tokenizer ({error}); restore it from a copy, or train again"
-                ) from None
+def load_tokenizer(place: Path, special: Roles | None = None, pattern: str = "") -> Tokenizer:
+    """The tokenizer in a folder, or that file. Raises UserError for none or a damaged one.
+
+    special, pattern: of somebody else's, what its files do not say: tokens by role, and
+    data.tokenizer_pattern.
+    """
+    path = find_tokenizer(place)
+    try:
+        content = read(path)
+        settings = path.with_name(SETTINGS)
+        stored = read(settings) if settings.is_file() else b""
+    except OSError as error:
+        raise UnreadableError(error, path) from None
+    return from_content(path, content, stored, special or {}, pattern)
+
+
+def tokenizer_from_files(files: Mapping[str, bytes]) -> Tokenizer:
+    """The tokenizer that has these `files()`: the same one in another process."""
+    name = next(name for name in MODELS if name in files)
+    return from_content(Path(name), files[name], files.get(SETTINGS, b""))
+
+
+def find_tokenizer(place: Path) -> Path:
+    """The file of a tokenizer that a path stands for. Raises UserError."""
     if place.is_file():
-        raise UserError(f"{place}: must be a .json or .model file")
-    raise UserError(
-        f"{place}: neither tokenizer.json nor tokenizer.model is here; give a folder with one"
-    )
+        if place.suffix not in (".json", ".model", ".tiktoken"):
+            raise UserError(f"{place}: must be a .json, .model or .tiktoken file")
+        return place
+    for name in MODELS:
+        if (place / name).is_file():
+            return place / name
+    alone = [*place.glob("*.tiktoken"), *place.glob("*.model")] if place.is_dir() else []
+    if len(alone) == 1 and alone[0].is_file():
+        return alone[0]
+    raise UserError(f"{place}: neither {' nor '.join(MODELS)} is here; give a folder with one")
 
 
-def _load_model(path: Path) -> SentencePieceTokenizer:
-    return SentencePieceTokenizer(path.read_bytes())
+def read(path: Path) -> bytes:
+    """A file's content. Raises OSError, or UserError if it is too large to be a tokenizer's."""
+    if path.stat().st_size > MAX_BYTES:
+        raise UserError(f"{path}: larger than {MAX_BYTES} bytes; give a tokenizer")
+    return path.read_bytes()
 
 
-def _load_characters(path: Path) -> CharTokenizer:
-    if path.stat().st_size > MAX_JSON_BYTES:
-        raise ValueError(f"larger than {MAX_JSON_BYTES} bytes")
-    stored = json.loads(path.read_bytes())
+def from_content(
+    path: Path, content: bytes, stored: bytes, special: Roles | None = None, pattern: str = ""
+) -> Tokenizer:
+    """A tokenizer from a file that was read, and from its SETTINGS, b"" without."""
+    where, settings = str(path), {}
+    try:
+        if stored:
+            settings = read_settings(stored)
+        own = None if looks_like_tiktoken(content) else own_tokenizer(path, content)
+    # KeyError and TypeError: JSON of another shape; RecursionError: JSON nested too deep
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(
+            f"{path}: not a tokenizer ({error}); restore it from a copy, or train again"
+        ) from None
+    if own is not None:
+        if special or pattern:
+            flag = next((FLAGS[role] for role in special or {}), "data.tokenizer_pattern")
+            raise UserError(f"{flag}: {path} was trained here and has its own; leave it out")
+        return own
+    roles = {**settings.get("special", {}), **(special or {})}
+    hints = {} if stored else hints_beside(path)
+    if looks_like_tiktoken(content) or path.suffix == ".tiktoken":
+        known = path.stem if path.stem in PATTERNS else ""
+        pattern = pattern or settings.get("pattern", "") or known
+        return TiktokenTokenizer(content, roles, pattern, settings.get("added"), where)
+    if pattern:
+        raise UserError(f"data.tokenizer_pattern: {path} has its own; leave it out")
+    if path.suffix == ".json":
+        return HuggingFaceTokenizer(content, roles, hints, where)
+    return ForeignSentencePieceTokenizer(content, roles, hints, where)
+
+
+def own_tokenizer(path: Path, content: bytes) -> Tokenizer | None:
+    """The tokenizer of a file that this project has made; None for somebody else's.
+
+    Raises ValueError, KeyError, TypeError and RecursionError for what is neither.
+    """
+    if path.suffix == ".model":
+        try:
+            return SentencePieceTokenizer(content)
+        except UserError:
+            return None
+    stored = json.loads(content)
+    if isinstance(stored, dict) and "model" in stored and "kind" not in stored:
+        return None
+    if stored == {"kind": "byte"}:
+        return ByteTokenizer()
     if not isinstance(stored, dict) or not stored.keys() >= {"kind", "characters"}:
-        raise ValueError("not one that this project has made")
+        raise ValueError("neither one that this project has made, nor one of Hugging Face")
     kind, characters = stored["kind"], stored["characters"]
     if kind not in ("char", "char_bos"):
         raise ValueError('"kind" is neither "char" nor "char_bos"')
@@ -286,3 +249,17 @@ def _load_characters(path: Path) -> CharTokenizer:
     if tokenizer.characters != characters:
         raise ValueError('"characters" are not in order, each once')
     return tokenizer
+
+
+def read_settings(stored: bytes) -> dict:
+    """The content of SETTINGS, checked. Raises ValueError, TypeError and RecursionError."""
+    settings = json.loads(stored)
+    special, added = settings.get("special", {}), settings.get("added", {})
+    if not (
+        special.keys() <= FLAGS.keys()
+        and all(token is None or isinstance(token, str) for token in special.values())
+        and isinstance(settings.get("pattern", ""), str)
+        and all(type(i) is int and 0 <= i < MAX_VOCAB for i in added.values())
+    ):
+        raise ValueError(f"{SETTINGS} is not one that this project has made")
+    return settings

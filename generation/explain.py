@@ -55,7 +55,8 @@ class Explained:
 
     def name(self, token: int, quote: Callable[[str], str] = repr) -> str:
         """A token's text in quotes, control characters escaped; <end> and lone bytes by name."""
-        text = self.tokenizer.decode([token])
+        # after a token, because some tokenizers drop the space that a text begins with
+        text = self.tokenizer.continuation([token], [token])
         if text and "\ufffd" not in text and ESCAPE not in text:
             return quote(readable(text) if self.slots else text)
         return cli.visible(self.tokenizer.token(token))

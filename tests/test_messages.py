@@ -61,7 +61,7 @@ EXCEPTIONS = {
         "--device {name}: not on this machine ({",
     ): "the fix is in the placeholder",
     ("data/tokenizer.py", "{unknown"): "names the characters of the prompt; there is no file",
-    ("data/tokenizer.py", "not a SentencePiece model"): "load_tokenizer names the file and the fix",
+    ("data/sentencepiece_tokenizer.py", "not a SentencePiece model"): "taken for somebody else's",
     ("data/token_files.py", "{path}"): "open_dataset says to remove the folder",
     ("data/dataset.py", "{folder / name}"): "open_dataset says to remove the folder",
     ("data/dataset.py", "{folder}: its tokenizer"): "open_dataset says to remove the folder",

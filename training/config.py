@@ -321,6 +321,11 @@ REFUSED_CHANGES = {
     "seed": "the order of the data would change",
     "data.seq_len": "the training data would change",
     "train.batch_size": "the order of the data would change",
+    **dict.fromkeys(
+        (f"data.{role}_token" for role in ("bos", "end", "pad", "unk")),
+        "the special tokens are those of the run's tokenizer",
+    ),
+    "data.tokenizer_pattern": "the tokenizer would change",
     "optimizer.name": "the optimizer's state would not fit",
     "optimizer.schedule_steps": "the end of the learning-rate schedule would move",
 }
