@@ -23,7 +23,7 @@ import sys
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Annotated, Literal, cast
+from typing import TYPE_CHECKING, Annotated, Literal, cast
 
 import tyro
 
@@ -41,10 +41,13 @@ from data.prompt_format import end_id, prompt_ids, unread
 from data.slots import Slots
 from data.tokenizer import TOKENIZER_FILES, Tokenizer, clean_text, load_tokenizer
 from generation.explain import Explained, in_colour
-from generation.sampling import MAX_NEW_TOKENS, Sampling
+from generation.sampling import MAX_BEAMS, MAX_NEW_TOKENS, Sampling
 from generation.streaming import StreamedText
 from model import engines
 from model.config import ModelConfig, read_model_config
+
+if TYPE_CHECKING:
+    from evaluation.memorization import Memory
 
 DESCRIPTION = "Generates text with a trained model, with or without prompts."
 MAX_PROMPTS = 1 << 26  # bytes of a file of prompts
@@ -65,6 +68,9 @@ class Arguments:
     """Ask for prompts until Ctrl-D (Windows: Ctrl-Z, Enter) or Ctrl-C."""
     num_samples: int = 0
     """Texts per prompt; 0: one (without a prompt, ten if the run was trained on lines)."""
+    beams: int = 1
+    """Texts kept in a beam search, of which num_samples are written, the most probable first; 1:
+    none, tokens are sampled."""
     stop: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """End a text before this string."""
     sampling: Annotated[Sampling, tyro.conf.OmitArgPrefixes] = field(default_factory=Sampling)
@@ -82,6 +88,9 @@ class Arguments:
     second or two; faster, the more so the smaller the model."""
     explain: bool = False
     """Print a table of all tokens: probability, rank, entropy in bits, what top_k, top_p remove."""
+    memorization: bool = False
+    """Say of each text how much of it stands word for word in the data that the run was trained
+    on: the longest run of tokens, where, how often. The data has to be there."""
     json: bool = False
     """One JSON object per text: prompt, sample, text, tokens, stop (end, stop, length), seed."""
     runs_dir: str = "runs"
@@ -97,6 +106,15 @@ class Arguments:
             wrong.append(
                 "--stop: an empty string would end every text at once; give one character or more"
             )
+        if not 1 <= self.beams <= MAX_BEAMS:
+            wrong.append(f"beams = {self.beams} must be 1 (none) to {MAX_BEAMS}")
+        elif self.num_samples > self.beams > 1:
+            wrong.append(
+                f"num_samples = {self.num_samples} must be at most beams = {self.beams}, the texts "
+                "that a beam search has found"
+            )
+        if self.beams > 1 and (self.explain or self.engine != "torch"):
+            wrong.append("--beams: takes --engine torch, and no --explain; leave one of them out")
         if self.interactive and (self.prompt or self.prompt_file):
             wrong.append("--interactive asks for prompts; leave --prompt and --prompt_file out")
         if wrong:
@@ -138,7 +156,8 @@ def main() -> int:
     if arguments.interactive:
         return converse(arguments, source)
     jobs = plan(source, prompts, arguments.num_samples)
-    write(arguments, source, load_model(arguments, source), jobs)
+    memory = open_memory(arguments, source)
+    write(arguments, source, load_model(arguments, source), jobs, memory)
     return 0
 
 
@@ -214,6 +233,15 @@ def read_source(checkpoint: Checkpoint, engine: engines.Engine) -> Source:
     )
 
 
+def open_memory(arguments: Arguments, source: Source) -> "Memory | None":
+    """What looks for texts in the training data; None if nobody asks."""
+    if not arguments.memorization:
+        return None
+    from evaluation.memorization import Memory
+
+    return Memory.of(source.checkpoint, source.tokenizer, partial(print, file=sys.stderr))
+
+
 def load_model(arguments: Arguments, source: Source):
     """The decoder, on its device. From here on there is torch, if it is the engine."""
     engine, device, shape = arguments.engine, arguments.device, source.model_config
@@ -251,16 +279,21 @@ def plan(source: Source, prompts: list[str], num_samples: int) -> list[Job]:
 # Writing ------------------------------------------------------------------------------------------
 
 
-def write(arguments: Arguments, source: Source, model, jobs: list[Job]):
+def write(
+    arguments: Arguments, source: Source, model, jobs: list[Job], memory: "Memory | None" = None
+):
     """Generates and prints; a single text appears token by token."""
     prompts = [job.ids for job in jobs if job.sample == jobs[0].sample]
     if note := unread(prompts, source.tokenizer, source.model_config.max_len):
         print(note, file=sys.stderr, flush=True)
-    generate = engines.generator(arguments.engine, arguments.compile)
+    beams = arguments.beams
+    generate = engines.generator(arguments.engine, arguments.compile, beams)
     rules, alone = arguments.sampling, len(jobs) == 1 and not arguments.json
     stops = tuple(map(clean_text, arguments.stop))
     longest = max((len(job.ids) for job in jobs), default=0) + rules.max_new_tokens
     size = engines.rows_at_once(arguments.engine, model, longest)
+    if beams > 1:  # all texts of a prompt come of one search
+        size = max(1, size // beams) * (arguments.num_samples or 1)
     for first in range(0, len(jobs), size):
         batch = jobs[first : first + size]
         texts = [StreamedText(source.tokenizer, stops, job.ids, job.slots) for job in batch]
@@ -293,6 +326,8 @@ def write(arguments: Arguments, source: Source, model, jobs: list[Job]):
                 answer = as_json(job, text, len(ids), arguments)
                 if arguments.explain:
                     answer["tokens_explained"] = explained[i].as_json()
+                if memory is not None:
+                    answer["memorization"] = memory.look_up(ids)
                 # non-ASCII characters escaped, so that it survives any terminal or pipe
                 print(json.dumps(answer), flush=True)
             elif alone:
@@ -301,6 +336,8 @@ def write(arguments: Arguments, source: Source, model, jobs: list[Job]):
                 show(layout(source.kind, jobs, first + i, text.text))
             if arguments.explain and not arguments.json:
                 print(explained[i].table(in_colour(sys.stdout)), flush=True)
+            if memory is not None and not arguments.json:
+                print(memory.describe(ids, in_colour(sys.stdout)), flush=True)
 
 
 def as_json(job: Job, text: StreamedText, tokens: int, arguments: Arguments) -> dict:
@@ -333,7 +370,7 @@ def converse(arguments: Arguments, source: Source) -> int:
     """Prompts from stdin, one a line, until it ends. Asked again, a prompt is answered anew."""
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401, line editing and history, where the system has them
-    model = load_model(arguments, source)
+    memory, model = open_memory(arguments, source), load_model(arguments, source)
     cast(io.TextIOWrapper, sys.stdin).reconfigure(errors="replace")
     asked = Counter()
     try:
@@ -345,7 +382,7 @@ def converse(arguments: Arguments, source: Source) -> int:
                 print(error, file=sys.stderr)
                 continue
             jobs = [replace(job, sample=asked[prompt] + job.sample) for job in jobs]
-            write(arguments, source, model, jobs)
+            write(arguments, source, model, jobs, memory)
             asked[prompt] += len(jobs)
     except (EOFError, KeyboardInterrupt):
         print(file=sys.stderr)

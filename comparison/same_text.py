@@ -17,6 +17,7 @@ import time
 from dataclasses import fields
 
 from checkpoint.reader import Checkpoint
+from checkpoint.run_data import locate_data
 from common import cli
 from common.errors import UserError
 from data.config import DataConfig
@@ -26,7 +27,6 @@ from data.tokenizer import Tokenizer, load_tokenizer
 from generation.sampling import Sampling
 from model.config import read_model_config
 from model.engines import Engine, generator, load_model, read_weights
-from training.resume import locate_data
 
 ENGINES: tuple[Engine, ...] = ("torch", "numpy", "python")
 RULES = {  # name: (rules, precision of torch and numpy)

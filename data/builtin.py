@@ -1,4 +1,4 @@
-"""Built-in sources: two made from this Python's standard library, three downloaded once.
+"""Built-in sources: two made from this Python's standard library, the others downloaded once.
 
 Either way they end up as files in the cache, which data/readers.py reads like anyone's own.
 
@@ -46,6 +46,7 @@ NAMED: dict[str, tuple[Kind, str]] = {  # name: (kind, what it is)
     "names": ("lines", "32,033 first names"),
     "tinyshakespeare": ("stream", "1.1 million characters of Shakespeare's plays"),
     "nl2bash": ("pairs", "12,607 descriptions of a task -> its Bash command"),
+    "nl2bash_paper": ("pairs", "9,305 of them in the split of the paper: train, dev, test"),
 }
 
 
@@ -96,8 +97,13 @@ DOWNLOADS = {
 
 
 def named_files(name: str, cache: Path, log: Callable[[str], object]) -> tuple[Path, ...]:
-    """The files of a source by name, made or downloaded where they are not in `cache` yet."""
+    """The files of a source by name, made or downloaded where they are not in `cache` yet.
+
+    One, or for pairs line by line two; or four, of which the last two are validation data.
+    """
     try:
+        if name == "nl2bash_paper":
+            return _split_of_the_paper(cache, log)
         if name in DOWNLOADS:
             return fetch(name, cache, log)
         return (_standard_library(name, cache, log),)
@@ -174,6 +180,30 @@ def _words(texts: list[str]) -> list[str]:
     """The distinct runs of letters that are a-z only and 2 to 15 long, sorted."""
     runs = set().union(*(re.findall(r"[^\W\d_]+", text) for text in texts))
     return sorted(run for run in runs if re.fullmatch("[a-z]{2,15}", run))
+
+
+# The split of a paper -----------------------------------------------------------------------------
+
+
+def _split_of_the_paper(cache: Path, log: Callable[[str], object]) -> tuple[Path, ...]:
+    """nl2bash as Lin et al. (2018) split it: train.nl, train.cm, dev.nl and dev.cm; beside, test.
+
+    For each line of the download, nl2bash_paper.txt has t, d or e for train, dev and test, and .
+    for one that their filter leaves out. It is what data/scripts/filter_data.py and split_data.py
+    of TellinaTool/nl2bash (commit 99952372, random.seed(100)) make of it: 8,090, 609 and 606 pairs.
+    """
+    folder = cache / "nl2bash_paper"
+    paths = {
+        f"{s}.{e}": folder / f"{s}.{e}" for s in ("train", "dev", "test") for e in ("nl", "cm")
+    }
+    if not all(path.exists() for path in paths.values()):
+        sides = "".join(Path(__file__).with_name("nl2bash_paper.txt").read_text("ascii").split())
+        for ending, file in zip(("nl", "cm"), fetch("nl2bash", cache, log), strict=True):
+            lines = file.read_text("utf-8").removesuffix("\n").split("\n")
+            for split, letter in (("train", "t"), ("dev", "d"), ("test", "e")):
+                chosen = (line for line, side in zip(lines, sides, strict=True) if side == letter)
+                _publish(paths[f"{split}.{ending}"], [line.strip() for line in chosen])
+    return tuple(paths.values())[:4]
 
 
 def _publish(path: Path, lines: list[str]) -> None:

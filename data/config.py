@@ -9,7 +9,9 @@ from common.errors import refuse
 
 DEFAULT_CACHE_DIR = Path(__file__).parent / "cache"  # what an empty data.cache_dir means
 Kind = Literal["stream", "lines", "documents", "pairs"]
-SourceName = Literal["stdlib", "stdlib_words", "names", "tinyshakespeare", "nl2bash"]
+SourceName = Literal[
+    "stdlib", "stdlib_words", "names", "tinyshakespeare", "nl2bash", "nl2bash_paper"
+]
 SOURCES: tuple[str, ...] = get_args(SourceName)
 
 

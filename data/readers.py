@@ -130,7 +130,9 @@ def open_source(config: DataConfig, log: Callable[[str], object], cache: Path) -
     else:
         name = config.source
         paths = named_files(name, cache, log)
-        train = Files(f"data.source = {name}", paths, len(paths) == 2, len(paths) == 1)
+        train = Files(f"data.source = {name}", paths[:2], len(paths) > 1, len(paths) == 1)
+        if len(paths) > 2:
+            val = Files(train.where, paths[2:], parallel=True)
         natural = NAMED[name][0]
         kind = natural if config.kind == "auto" else config.kind
         if "pairs" in (kind, natural) and kind != natural:
@@ -196,6 +198,10 @@ def _own_files(given: tuple[str, ...], key: str, split: str, kind: str) -> Files
     where, found = f"{key} = {', '.join(given)}", []
     for path in given:
         place, one = user_path(path), f"{key} = {path}"
+        pair = (place, place.with_suffix(".cm"))
+        named = len(given) == 1 and place.suffix == ".nl" and kind in ("auto", "pairs")
+        if named and all(map(os.path.isfile, pair)):
+            return Files(one, pair, parallel=True)
         names = [f"{name}.{end}" for name in ("train", "dev") for end in ("nl", "cm")]
         if len(given) == 1 and any(os.path.isfile(place / name) for name in names):
             pair = (place / f"{split}.nl", place / f"{split}.cm")

@@ -19,6 +19,7 @@ from itertools import accumulate
 
 from common.errors import refuse
 
+MAX_BEAMS = 64  # texts that a beam search keeps
 MAX_NEW_TOKENS = 10**6  # tokens, or texts, that are asked for at once: more is a slip of the finger
 
 

@@ -112,11 +112,18 @@ def decoder_class(engine: Engine) -> type:
     return Decoder
 
 
-def generator(engine: Engine, compiled: bool = False) -> Callable[..., list[list[int]]]:
+def generator(
+    engine: Engine, compiled: bool = False, beams: int = 1
+) -> Callable[..., list[list[int]]]:
     """The `generate` of the engine: many prompts at once with torch, one by one with the others.
 
-    compiled: as in `generation.batched.generate`, for torch alone.
+    compiled: as in `generation.batched.generate`; beams: above 1, that of a beam search; both for
+    torch alone.
     """
+    if beams > 1:
+        from generation.beams import generate
+
+        return partial(generate, beams=beams)
     if engine == "torch":
         from generation.batched import generate
 

@@ -158,3 +158,35 @@ def in_shards(files: dict[str, bytes], count: int) -> list[dict[str, Content]]:
             share[shard] = pieces(kinds, [arrays[tensor] for tensor in in_file_order(kinds)])
         shares[0][name + INDEX] = index_json(name, dealt, sizes)
     return shares
+
+
+def as_gpt2(decoder):
+    """The GPT-2 of transformers with the weights of a pre-norm decoder with learned positions."""
+    import torch
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    shape = decoder.config
+    settings = GPT2Config(
+        vocab_size=shape.vocab_size, n_positions=shape.max_len, n_embd=shape.d_model,
+        n_layer=shape.n_layers, n_head=shape.n_heads, n_inner=shape.d_ff,
+        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, attn_implementation="eager",
+    )  # fmt: skip
+    theirs = GPT2LMHeadModel(settings).double()
+    body = theirs.transformer
+    with torch.no_grad():
+        body.wte.weight.copy_(decoder.embed.weight)
+        body.wpe.weight.copy_(decoder.pos_encoding)
+        for layer, block in zip(decoder.layers, body.h, strict=True):
+            mine = layer.self_attn
+            block.attn.c_attn.weight.copy_(  # a Conv1D: transposed
+                torch.cat([mine.W_q.weight, mine.W_k.weight, mine.W_v.weight]).T
+            )
+            block.attn.c_attn.bias.zero_()
+            for a, b in (
+                (mine.W_o, block.attn.c_proj),
+                (layer.feed_forward.linear1, block.mlp.c_fc),
+                (layer.feed_forward.linear2, block.mlp.c_proj),
+            ):
+                b.weight.copy_(a.weight.T)
+                b.bias.copy_(a.bias)
+    return theirs.eval()

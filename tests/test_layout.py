@@ -23,11 +23,11 @@ LEVELS = (
     {"evaluation"},
     {"training"},
     {"tools", "comparison"},
-    {"train", "generate", "compare"},
+    {"train", "generate", "evaluate", "compare"},
     {"benchmarks", "examples", "docs"},
 )
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
-PROGRAMS = {"train", "generate", "compare"}
+PROGRAMS = {"train", "generate", "evaluate", "compare"}
 
 
 def sources() -> dict[str, ast.Module]:

@@ -15,6 +15,7 @@ from itertools import product
 import pytest
 
 import compare
+import evaluate
 import generate
 from tests.helpers import ROOT
 from training import command_line
@@ -24,7 +25,9 @@ ERRORS = {"UserError", "CheckpointError"}
 MANY = 64  # forms of a message that are looked at
 
 KEYS = {*flatten(Config())} | {f.name for f in fields(Config)}
-FLAGS = {f.name for part in (command_line, generate, compare) for f in fields(part.Arguments)}
+FLAGS = {
+    f.name for part in (command_line, generate, evaluate, compare) for f in fields(part.Arguments)
+}
 FLAGS |= {key.split(".")[-1] for key in KEYS}
 
 FILE = re.compile(

@@ -13,6 +13,7 @@ from typing import Annotated
 import tyro
 
 from checkpoint.reader import Checkpoint, list_steps, newest_run
+from checkpoint.run_data import locate_data
 from common import cli
 from common.errors import UserError
 from common.files import refuse_url, user_path
@@ -27,7 +28,6 @@ from training.resume import (
     is_finished,
     keep_resolved,
     load_weights_of,
-    locate_data,
     plan_resume,
     stored_config,
     to_json,

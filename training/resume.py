@@ -1,7 +1,6 @@
 """Which run train.py works on: a new one, or one that it resumes, with which settings. No torch."""
 
 import contextlib
-import glob
 import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -17,9 +16,7 @@ from checkpoint.reader import (
 )
 from checkpoint.writer import newest_complete
 from common.errors import UserError
-from common.files import user_path
 from common.jsonl import read_records
-from data.config import DataConfig, as_paths
 from model.config import read_model_config
 from training import config as configuration
 from training.config import Change, Config
@@ -146,35 +143,6 @@ def keep_resolved(stored: Config, wanted: Config) -> Config:
     if wanted.train.threads == 0:
         settled["train"] = replace(wanted.train, threads=stored.train.threads)
     return replace(wanted, **settled)
-
-
-def locate_data(data: DataConfig, checkpoint: Checkpoint, log: Log) -> DataConfig:
-    """`data` with the relative paths that a run has stored as they are found from this folder.
-
-    They stand for files in the folder where it was started; where there are none, for those here.
-    """
-    started, found = checkpoint.state.get("cwd"), {}
-    if not isinstance(started, str) or started == os.getcwd():
-        return data
-    for key in ("path", "val_path", "cache_dir"):
-        paths = as_paths(getattr(data, key))
-        if paths != as_paths(checkpoint.config["data"].get(key, "")):
-            continue
-        there = tuple(there_or_here(path, started) for path in paths)
-        if there != paths:
-            found[key] = there if isinstance(getattr(data, key), tuple) else there[0]
-            log(f"data.{key}: {', '.join(there)}, relative to where the run was started")
-    return replace(data, **found)
-
-
-def there_or_here(path: str, started: str) -> str:
-    """A path or a pattern as it is found from the folder `started`, if there is something."""
-    if user_path(path).is_absolute():
-        return path
-    if glob.has_magic(path) and glob.glob(path, root_dir=started, recursive=True):
-        return os.path.join(glob.escape(started), path)
-    there = os.path.join(started, path)
-    return there if os.path.exists(there) else path
 
 
 def stored_config(checkpoint: Checkpoint) -> Config:

@@ -288,6 +288,26 @@ def test_named_download(tmp_path, monkeypatch):
     assert len(asked) == 2
 
 
+def test_the_split_of_the_paper(tmp_path, monkeypatch):
+    """With the sizes that the paper gives, each line where the authors' scripts put it."""
+    files = []
+    for ending in ("nl", "cm"):
+        file = tmp_path / "downloads" / f"nl2bash.{ending}"
+        file.parent.mkdir(exist_ok=True)
+        file.write_text("".join(f"{ending} {i} \n" for i in range(12_607)))
+        digest = hashlib.sha256(file.read_bytes()).hexdigest()
+        files.append(Download("https://x/y", file.name, digest, 1 << 20))
+    monkeypatch.setitem(builtin.DOWNLOADS, "nl2bash", tuple(files))
+    source = open_source(DataConfig(source="nl2bash_paper"), lambda line: None, tmp_path)
+    sides = [list(source.train()), list(source.val())]
+    test = DataConfig(path=str(tmp_path / "nl2bash_paper" / "test.nl"))
+    sides.append(list(open_source(test, lambda line: None, tmp_path).train()))
+    assert [len(side) for side in sides] == [8090, 609, 606]
+    assert len({pair for side in sides for pair in side}) == 8090 + 609 + 606
+    assert all(nl.split()[1] == cm.split()[1] for side in sides for nl, cm in side)
+    assert sides[2][0] == ("nl 4", "cm 4")  # as their scripts have it
+
+
 def test_table_of_downloads():
     for downloads in builtin.DOWNLOADS.values():
         for url, file, sha256, _ in downloads:

@@ -10,7 +10,7 @@ from torch import nn
 from common.errors import UserError
 from model.config import ModelConfig
 from model.transformer_full import DecoderLayer, TransformerDecoder, create_positional_encoding
-from tests.helpers import ROOT
+from tests.helpers import ROOT, as_gpt2
 from training.config import load
 
 SHAPES = {path.stem: load(path).model for path in sorted((ROOT / "configs").glob("*.toml"))}
@@ -88,35 +88,12 @@ def test_a_layer_is_torchs_encoder_layer_with_a_causal_mask(norm_first, activati
 
 
 def test_a_pre_norm_decoder_with_learned_positions_is_gpt2():
-    from transformers import GPT2Config, GPT2LMHeadModel
-
     torch.manual_seed(0)
     ours = decoder(
         positions="learned", norm_first=True, final_norm=True, activation="gelu",
         scale_embedding=False, tie_embeddings=True, init_std=0.3,
     )  # fmt: skip
-    settings = GPT2Config(
-        vocab_size=50, n_positions=24, n_embd=32, n_layer=2, n_head=4, n_inner=48,
-        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, attn_implementation="eager",
-    )  # fmt: skip
-    theirs = GPT2LMHeadModel(settings).double()
-    body = theirs.transformer
-    with torch.no_grad():
-        body.wte.weight.copy_(ours.embed.weight)
-        body.wpe.weight.copy_(ours.pos_encoding)
-        for layer, block in zip(ours.layers, body.h, strict=True):
-            mine = layer.self_attn
-            block.attn.c_attn.weight.copy_(  # a Conv1D: transposed
-                torch.cat([mine.W_q.weight, mine.W_k.weight, mine.W_v.weight]).T
-            )
-            block.attn.c_attn.bias.zero_()
-            for a, b in (
-                (mine.W_o, block.attn.c_proj),
-                (layer.feed_forward.linear1, block.mlp.c_fc),
-                (layer.feed_forward.linear2, block.mlp.c_proj),
-            ):
-                b.weight.copy_(a.weight.T)
-                b.bias.copy_(a.bias)
+    theirs = as_gpt2(ours)
     ids = torch.randint(0, 50, (2, 24))
     torch.testing.assert_close(ours(ids), theirs(ids).logits, rtol=0, atol=1e-10)
 

@@ -11,12 +11,13 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from checkpoint.reader import Checkpoint, list_steps, read_best, step_path
+from checkpoint.run_data import there_or_here
 from common.cli import explain_error
 from common.errors import UserError
 from common.jsonl import parse_record, read_records
 from data.paths import find_files
 from tests.helpers import ROOT, command, losses, metrics, refused, run, write_config
-from training.resume import find_resume, there_or_here
+from training.resume import find_resume
 from training.run_folder import is_free, locked
 from training.tensorboard_files import find_difference
 

@@ -1,0 +1,62 @@
+"""The data that a checkpoint's run was trained on: its settings, and where its files are found."""
+
+import glob
+import os
+from collections.abc import Callable
+from dataclasses import replace
+
+from checkpoint.reader import Checkpoint, CheckpointError
+from common.files import user_path
+from data.config import DataConfig, as_paths
+
+Log = Callable[[str], object]
+
+
+def data_config(checkpoint: Checkpoint, log: Log) -> DataConfig:
+    """The settings of a run's data, its paths as they are found from here. Raises UserError."""
+    stored, default = dict(checkpoint.config["data"]), DataConfig()
+    if isinstance(stored.get("path"), list):
+        stored["path"] = tuple(stored["path"])
+    for name, value in stored.items():
+        known = getattr(default, name, None)
+        number = isinstance(known, float) and type(value) is int
+        if type(value) is not type(known) and not number and not is_paths(name, value):
+            raise CheckpointError(
+                f"{checkpoint.path / 'config.json'}: data.{name}: must be a setting of this "
+                f"version, of its type (found {value!r:.40}); use the version that wrote it"
+            )
+    return locate_data(DataConfig(**stored), checkpoint, log)
+
+
+def is_paths(name: str, value: object) -> bool:
+    """Whether a setting is a list of paths."""
+    return name == "path" and isinstance(value, tuple) and all(isinstance(p, str) for p in value)
+
+
+def locate_data(data: DataConfig, checkpoint: Checkpoint, log: Log) -> DataConfig:
+    """`data` with the relative paths that a run has stored as they are found from this folder.
+
+    They stand for files in the folder where it was started; where there are none, for those here.
+    """
+    started, found = checkpoint.state.get("cwd"), {}
+    if not isinstance(started, str) or started == os.getcwd():
+        return data
+    for key in ("path", "val_path", "cache_dir"):
+        paths = as_paths(getattr(data, key))
+        if paths != as_paths(checkpoint.config["data"].get(key, "")):
+            continue
+        there = tuple(there_or_here(path, started) for path in paths)
+        if there != paths:
+            found[key] = there if isinstance(getattr(data, key), tuple) else there[0]
+            log(f"data.{key}: {', '.join(there)}, relative to where the run was started")
+    return replace(data, **found)
+
+
+def there_or_here(path: str, started: str) -> str:
+    """A path or a pattern as it is found from the folder `started`, if there is something."""
+    if user_path(path).is_absolute():
+        return path
+    if glob.has_magic(path) and glob.glob(path, root_dir=started, recursive=True):
+        return os.path.join(glob.escape(started), path)
+    there = os.path.join(started, path)
+    return there if os.path.exists(there) else path

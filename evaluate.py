@@ -1,0 +1,407 @@
+"""Scores a trained model: perplexity, and for prompts with known answers how right its own are.
+
+python evaluate.py                                     the newest run, on its validation split
+python evaluate.py --checkpoint runs/nl2bash --beams 5 --num_samples 5
+python evaluate.py --checkpoint runs/my-run --split my_pairs.jsonl --examples 20
+python evaluate.py --help
+
+What is found stands in evaluation.json in the run's folder, and in TensorBoard. Answers are never
+run. Beside the model's stand those of two look-ups, which a model has to be better than.
+"""
+
+import signal
+
+if __name__ == "__main__":  # before what takes time: until cli.run() listens, Ctrl-C is silent
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+import json
+import re
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Annotated, Literal, cast
+
+import tyro
+from tqdm import tqdm
+
+from checkpoint.reader import Checkpoint, newest_run
+from checkpoint.run_data import data_config
+from common import cli
+from common.errors import UserError, at_least, refuse
+from common.files import refuse_url, replace_synced, user_path
+from data.batches import Examples
+from data.builtin import named_files
+from data.config import DEFAULT_CACHE_DIR, DataConfig, as_paths
+from data.dataset import prepare, split_documents
+from data.prompt_format import end_id, prompt_ids
+from data.readers import Pair, open_source
+from data.rng import permutation
+from data.tokenizer import Tokenizer, load_tokenizer
+from evaluation.answers import answer
+from evaluation.memorization import Index, index_file, open_index, shares
+from evaluation.scores import kind_of, measure, side_by_side, table
+from evaluation.similarity import Neighbours, has_sacrebleu
+from generation.sampling import Sampling
+from model import engines
+from model.config import ModelConfig, read_model_config
+
+DESCRIPTION = "Scores a trained model: perplexity, and how right its answers are."
+LOOK_UPS_AT_MOST = 50_000  # training pairs that look-ups search unasked
+FREE_TEXTS = 20  # that are written to see how much of them is memorized
+FORMAT = 1  # of evaluation.json
+log = partial(print, file=sys.stderr, flush=True)
+
+
+@dataclass(frozen=True)
+class Answering(Sampling):
+    """How answers are generated."""
+
+    temperature: float = 0.8
+    max_new_tokens: int = 128
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """The command line."""
+
+    checkpoint: str = ""
+    """Folder of a run (its best checkpoint, else the newest) or checkpoint; empty: newest run."""
+    split: str = "val"
+    """val: what the run was not trained on; test: that of data with a test split; or a file,
+    folder or pattern of the same kind, as data.path has it."""
+    limit: int = 0
+    """So many examples, drawn evenly, always the same ones; 0: all."""
+    answers: Literal["auto", "bash", "python", "text"] = "auto"
+    """What the answers of pairs are, and so how they are scored; auto: by the data."""
+    beams: int = 1
+    """Texts kept in a beam search for each answer; 1: greedy."""
+    num_samples: int = 1
+    """Answers to each prompt, of which the best counts in top-N: of the beams, or sampled."""
+    sampling: Annotated[Answering, tyro.conf.OmitArgPrefixes] = field(default_factory=Answering)
+    seed: int = 1337
+    """Of what is sampled."""
+    look_ups: Literal["auto", "yes", "no"] = "auto"
+    """Score a look-up's answers, too: the nearest neighbour's and the most frequent one; auto: if
+    there are at most 50,000 training pairs."""
+    examples: int = 0
+    """So many examples side by side, as Markdown in evaluation.md."""
+    memorization: bool = False
+    """How much of the answers, or of texts written freely, stands word for word in the training
+    data: the longest runs of tokens."""
+    no_bleu: bool = False
+    """Without BLEU, which takes pip install -e '.[eval]'."""
+    batch_size: int = 32
+    """Examples in a forward pass, for the perplexity."""
+    device: str = "auto"
+    """auto (cuda, else mps, else cpu), cpu, cuda, cuda:1, mps."""
+    precision: Literal["auto", "fp32", "bf16", "fp64"] = "fp32"
+    """Of weights and computing; auto: the faster of fp32 and bf16, measured."""
+    cache_dir: str = ""
+    """Folder for prepared data; empty: that of the run."""
+    runs_dir: str = "runs"
+    """Folder of the runs, among which the newest is looked for."""
+
+    def __post_init__(self):
+        wrong = at_least(self, 0, "limit", "examples")
+        wrong += at_least(self, 1, "beams", "num_samples", "batch_size")
+        if self.beams > 1 and self.num_samples > self.beams:
+            wrong.append(
+                f"num_samples = {self.num_samples} must be at most beams = {self.beams}, of which "
+                "they are"
+            )
+        refuse(wrong)
+
+
+@dataclass(frozen=True)
+class Data:
+    """A split as ids, and for pairs the texts of it and of what look-ups know."""
+
+    name: str
+    kind: str
+    examples: Examples
+    pairs: list[Pair]
+    known: list[Pair]
+    index: Index | None  # of the training data
+
+
+def main() -> int:
+    """Reads the command line, scores, prints and writes. Returns the exit status."""
+    arguments = cli.parse(Arguments, DESCRIPTION)
+    checkpoint = find(arguments)
+    weights = engines.read_weights("torch", checkpoint)  # first, because the settings may not fit
+    shape = read_model_config(checkpoint)
+    tokenizer = load_tokenizer(checkpoint.path)
+    data = read_data(arguments, checkpoint, tokenizer, shape)
+    precision, why = engines.choose_precision("torch", shape, arguments.device, arguments.precision)
+    log(f"precision: {precision} ({why})")
+    model = engines.load_model("torch", shape, weights, arguments.device, precision)
+    found = {"step": checkpoint.step, "checkpoint": checkpoint.path.name, "data": data.name}
+    found |= losses(arguments, data, model, precision)
+    print(
+        f"loss {found['loss']:.4f}, perplexity {found['perplexity']:.3f}, "
+        f"{found['bits_per_byte']:.4f} bits per byte"
+    )
+    if data.kind == "pairs":
+        found |= score(arguments, checkpoint, data, tokenizer, model)
+    elif data.index is not None:
+        found |= memorized(data.index, {"free": write_freely(arguments, data, tokenizer, model)})
+    publish(checkpoint, arguments.split, found)
+    return 0
+
+
+# Reading ------------------------------------------------------------------------------------------
+
+
+def find(arguments: Arguments) -> Checkpoint:
+    """The checkpoint that is meant, of which a line tells."""
+    refuse_url(arguments.checkpoint, f"--checkpoint {arguments.checkpoint}")
+    path = arguments.checkpoint or newest_run(user_path(arguments.runs_dir), log)
+    if path is None:
+        raise UserError(
+            f"--runs_dir {arguments.runs_dir}: no run with a checkpoint there; "
+            "train one with python train.py, or name it with --checkpoint"
+        )
+    checkpoint = Checkpoint.find(path, log)
+    for name in ("tokenizer.json", "tokenizer.model"):
+        if name in checkpoint.manifest["files"]:
+            checkpoint.read(name)  # which verifies it
+    log(f"{checkpoint.path}: step {checkpoint.step:,}")
+    return checkpoint
+
+
+def read_data(
+    arguments: Arguments, checkpoint: Checkpoint, tokenizer: Tokenizer, shape: ModelConfig
+) -> Data:
+    """The split to evaluate, prepared as the run's own data is. Raises UserError."""
+    config = data_config(checkpoint, log)
+    if arguments.cache_dir:
+        config = replace(config, cache_dir=arguments.cache_dir)
+    given = tokenizer if checkpoint.state.get("tokenizer_given") else None
+    own = arguments.split == "val"
+    chosen = config if own else other_split(arguments.split, config)
+    dataset = prepare(chosen, log, given if own else tokenizer)
+    now = dataset.fingerprint, dataset.tokenizer.fingerprint
+    if own and now != (checkpoint.state.get("data"), checkpoint.state.get("tokenizer")):
+        raise UserError(
+            f"--split val: the data differs from what {checkpoint.path} was trained on, and may "
+            "have in it what that was; give a file that training has not seen with --split FILE"
+        )
+    split = dataset.val if own else dataset.train
+    if split is None:
+        raise UserError(
+            "--split val: the run has no validation data (data.val_fraction = 0); give a file with "
+            "--split FILE"
+        )
+    examples = Examples(split, config.seq_len or shape.max_len, tokenizer.pad_id)
+    if split.starts is not None and not examples.count:
+        raise UserError(
+            f"--split {arguments.split}: every example is longer than the model's "
+            f"{examples.seq_len} tokens; give another file"
+        )
+    log(f"data: {dataset.name} ({dataset.kind}): {split.describe()}")
+    pairs, known = [], []
+    if dataset.kind == "pairs":
+        pairs = [pair for side, pair in texts(chosen) if side == ("val" if own else "train")]
+        pairs = [
+            pairs[i]
+            for i in sorted(permutation(len(pairs), "evaluation")[: arguments.limit or None])
+        ]
+        if arguments.look_ups != "no":
+            most = LOOK_UPS_AT_MOST if arguments.look_ups == "auto" else None
+            trained = (pair for side, pair in texts(config) if side == "train")
+            known = [*islice(trained, most and most + 1)]
+            if most and len(known) > most:
+                log(f"note: without look-ups, which search over {most:,} pairs with --look_ups yes")
+                known = []
+    index = None
+    if arguments.memorization:
+        trained = dataset if own else prepare(config, lambda line: None, given)
+        cache = user_path(config.cache_dir or DEFAULT_CACHE_DIR)
+        index = open_index(trained.train.ids, index_file(cache, trained))
+    return Data(dataset.name, dataset.kind, examples, pairs, known, index)
+
+
+def other_split(split: str, config: DataConfig) -> DataConfig:
+    """The settings that read a file, or the test split of a run's data, as its data is read."""
+    path = split
+    if split == "test":
+        folder = test_folder(config)
+        if folder is None:
+            raise UserError(
+                "--split test: the run's data has no test split; give a file with --split FILE"
+            )
+        path = str(folder / "test.nl")
+    return replace(config, path=path, val_path="", val_fraction=0.0)
+
+
+def test_folder(config: DataConfig) -> Path | None:
+    """The folder that has a run's test.nl; None if there is none."""
+    paths = as_paths(config.path)
+    folder = user_path(paths[0]) if len(paths) == 1 else None
+    if not paths:
+        cache = user_path(config.cache_dir or DEFAULT_CACHE_DIR)
+        folder = named_files(config.source, cache, log)[0].parent
+    return folder if folder is not None and (folder / "test.nl").is_file() else None
+
+
+def texts(config: DataConfig) -> Iterator[tuple[str, Pair]]:
+    """The pairs that settings read, with their sides."""
+    cache = user_path(config.cache_dir or DEFAULT_CACHE_DIR)
+    source = open_source(config, lambda line: None, cache)
+    return cast(Iterator[tuple[str, Pair]], split_documents(source, config))
+
+
+# Scoring ------------------------------------------------------------------------------------------
+
+
+def losses(arguments: Arguments, data: Data, model, precision: str) -> dict:
+    """Loss in nats a token, perplexity, and bits a byte."""
+    from common.device import PRECISIONS
+    from common.signals import StopRequest
+    from evaluation.validation import evaluate
+    from model.loss import LossModule
+
+    values = evaluate(
+        LossModule(model),
+        data.examples,
+        arguments.batch_size,
+        arguments.limit,
+        PRECISIONS[precision],
+        StopRequest(),
+    )
+    return {name.removesuffix("/val"): value for name, value in values.items()}
+
+
+def score(
+    arguments: Arguments, checkpoint: Checkpoint, data: Data, tokenizer: Tokenizer, model
+) -> dict:
+    """Answers to all prompts, their scores beside those of look-ups, printed and for the file."""
+    prompts, true = [list(side) for side in zip(*data.pairs, strict=True)]
+    kind = arguments.answers
+    if kind == "auto":
+        kind = kind_of(true, data.name)
+    count, beams = arguments.num_samples, arguments.beams
+    # disable=None: no bar where stderr is not a terminal
+    with tqdm(total=len(prompts), unit="answer", leave=False, disable=None) as bar:
+        answers = {
+            f"{beams} beams" if beams > 1 else "greedy": answer(
+                model,
+                tokenizer,
+                prompts,
+                arguments.sampling,
+                count=count,
+                beams=beams,
+                seed=arguments.seed,
+                advance=bar.update,
+            )
+        }
+    if data.known:
+        answers |= look_ups(prompts, data.known, count)
+    bleu = not arguments.no_bleu and has_sacrebleu()
+    if not bleu:
+        log("note: without BLEU; it is computed after pip install -e '.[eval]'")
+    columns = {name: measure(kind, several, true, bleu) for name, several in answers.items()}
+    print(f"\n{table(columns)}\n\n{len(prompts):,} {kind} answers; in brackets, 95 % confidence")
+    if arguments.examples:
+        first = [several[0] for several in next(iter(answers.values()))]
+        chosen = sorted(permutation(len(prompts), "examples")[: arguments.examples])
+        shown = side_by_side(*([side[i] for i in chosen] for side in (prompts, true, first)))
+        path = run_of(checkpoint) / "evaluation.md"
+        replace_synced(path, shown.encode("utf-8", "replace"))
+        print(f"{len(chosen)} of them side by side: {path}")
+    settings = {"answers": kind, "beams": beams, "num_samples": count, "examples": len(prompts)}
+    if beams == 1 < count:
+        settings |= {**asdict(arguments.sampling), "seed": arguments.seed}
+    scores = {name: {n: asdict(s) for n, s in column.items()} for name, column in columns.items()}
+    found = {"settings": settings, "scores": scores}
+    if data.index is not None:
+        first = {name: [several[0] for several in rows] for name, rows in answers.items()}
+        chosen = {"answers": next(iter(first.values())), "true": true}
+        found |= memorized(
+            data.index, {name: [*map(tokenizer.encode, t)] for name, t in chosen.items()}
+        )
+    return found
+
+
+def write_freely(arguments: Arguments, data: Data, tokenizer: Tokenizer, model) -> list[list[int]]:
+    """Texts without a prompt, sampled, as ids."""
+    from generation.batched import generate
+
+    count = max(arguments.num_samples, FREE_TEXTS)
+    prompts = [prompt_ids(data.kind, tokenizer, "")] * count
+    end = end_id(data.kind, tokenizer)
+    return generate(model, prompts, arguments.sampling, seed=arguments.seed, end_id=end)
+
+
+def memorized(index: Index, texts: dict[str, list[list[int]]]) -> dict:
+    """How much of texts stands in the training data, printed and for the file."""
+    found = {name: shares(index, several) for name, several in texts.items()}
+    for name, share in found.items():
+        print(
+            f"word for word in the training data, {name}: the longest run is "
+            f"{share['longest_run']:.1%} of a text; all of it, of {share['verbatim']:.1%}"
+        )
+    return {"memorization": found}
+
+
+def look_ups(prompts: list[str], known: list[Pair], count: int) -> dict[str, list[list[str]]]:
+    """What is answered without a model: the nearest prompts' answers, and the most frequent."""
+    neighbours = Neighbours([prompt for prompt, _ in known])
+    nearest = []
+    for prompt in tqdm(prompts, desc="look-up", unit="prompt", leave=False, disable=None):
+        found = (known[i][1] for i in neighbours(prompt, 4 * count))
+        nearest.append([*dict.fromkeys(found)][:count])
+    frequent = [text for text, _ in Counter(text for _, text in known).most_common(count)]
+    return {"nearest neighbour": nearest, "most frequent": [frequent] * len(prompts)}
+
+
+# Writing ------------------------------------------------------------------------------------------
+
+
+def run_of(checkpoint: Checkpoint) -> Path:
+    """The folder of a checkpoint's run; of one that stands alone, its own."""
+    path = checkpoint.path
+    return path.parent.parent if path.parent.name == "checkpoints" else path
+
+
+def publish(checkpoint: Checkpoint, split: str, found: dict):
+    """Puts what was found into evaluation.json, by split, and into TensorBoard."""
+    file = run_of(checkpoint) / "evaluation.json"
+    try:
+        before = json.loads(file.read_bytes())["splits"]
+        before = before if isinstance(before, dict) else {}
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        before = {}
+    content = {"format": FORMAT, "splits": before | {split: found}}
+    replace_synced(file, f"{json.dumps(content, indent=1)}\n".encode())
+    log(f"written: {file}")
+    show_in_tensorboard(run_of(checkpoint) / "evaluation", content["splits"])
+
+
+def show_in_tensorboard(folder: Path, splits: dict):
+    """All that evaluation.json has, as a run of its own beside that of training."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    before = [*folder.glob("events.out.tfevents.*")]
+    with SummaryWriter(folder) as writer:
+        for split, found in splits.items():
+            name = re.sub(r"[^\w.-]+", "_", split)
+            for key in ("loss", "perplexity", "bits_per_byte"):
+                writer.add_scalar(f"{name}/{key}", found[key], found["step"])
+            for texts, shares_found in found.get("memorization", {}).items():
+                for key, value in shares_found.items():
+                    writer.add_scalar(f"{name}/memorization_{key}/{texts}", value, found["step"])
+            for system, scores in found.get("scores", {}).items():
+                for key, value in scores.items():
+                    tag = f"{name}/{key}/{system}".replace(" ", "_").replace(",", "")
+                    writer.add_scalar(tag, value["value"], found["step"])
+    for file in before:
+        file.unlink()
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run("evaluate.py", main))

@@ -1,0 +1,225 @@
+"""evaluate.py as a user meets it, on a tiny run that is made here."""
+
+import json
+import math
+from dataclasses import asdict
+
+import pytest
+import torch
+from safetensors.numpy import save as to_safetensors
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import evaluate
+import generate as generate_program
+from checkpoint import writer
+from checkpoint.reader import Checkpoint
+from common.errors import UserError
+from data.config import DataConfig
+from data.dataset import prepare
+from evaluation.answers import answer
+from generation.batched import generate
+from generation.sampling import Sampling
+from model.config import ModelConfig
+from model.transformer_full import TransformerDecoder
+
+SHAPE = {"d_model": 16, "n_heads": 2, "n_layers": 1, "d_ff": 16, "max_len": 48}
+
+
+def save_run(run, path, **settings) -> TransformerDecoder:
+    """A run on the data at `path`, with a model of random weights."""
+    config = DataConfig(
+        path=str(path), tokenizer="char", cache_dir=str(run.parent / "cache"), **settings
+    )
+    dataset = prepare(config, lambda line: None)
+    settings = asdict(config) | {"kind": dataset.kind}  # as a run stores them
+    torch.manual_seed(0)
+    shape = SHAPE | {"vocab_size": dataset.tokenizer.vocab_size}
+    model = TransformerDecoder.from_config(ModelConfig(**shape, init_std=0.3)).eval()
+    state = {"step": 7, "data": dataset.fingerprint, "tokenizer": dataset.tokenizer.fingerprint}
+    files = {
+        "model.safetensors": to_safetensors(
+            {n: p.detach().numpy() for n, p in model.named_parameters()}
+        ),
+        "config.json": json.dumps({"model": shape, "data": settings}).encode(),
+        "state.json": json.dumps(state).encode(),
+        **dataset.tokenizer.files(),
+    }
+    writer.save(run, 7, files)
+    return model
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Three runs: on pairs line by line, on pairs of records, and on a stream."""
+    folder = tmp_path_factory.mktemp("evaluate")
+    pairs = folder / "pairs"
+    pairs.mkdir()
+    for split, numbers in (("train", range(40)), ("dev", range(40, 50)), ("test", range(50, 54))):
+        (pairs / f"{split}.nl").write_text("".join(f"list number {i}\n" for i in numbers))
+        (pairs / f"{split}.cm").write_text("".join(f"ls -l {i}\n" for i in numbers))
+    lines = [json.dumps({"prompt": f"p {i}", "completion": f"def f{i}(a):"}) for i in range(60)]
+    (folder / "records.jsonl").write_text("\n".join(lines))
+    (folder / "text.txt").write_text("to be or not to be, " * 60)
+    save_run(folder / "runs" / "bash", pairs)
+    save_run(folder / "runs" / "python", folder / "records.jsonl")
+    save_run(folder / "runs" / "stream", folder / "text.txt")
+    return folder
+
+
+@pytest.fixture
+def run(folder, monkeypatch, capsys):
+    def run(name: str, *flags: str) -> tuple[str, dict]:
+        arguments = ["evaluate.py", "--checkpoint", str(folder / "runs" / name), "--device", "cpu"]
+        monkeypatch.setattr("sys.argv", [*arguments, "--max_new_tokens", "12", *flags])
+        assert evaluate.main() == 0
+        written = json.loads((folder / "runs" / name / "evaluation.json").read_text())
+        return capsys.readouterr().out, written["splits"]
+
+    return run
+
+
+def test_a_stream_has_its_losses(folder, run):
+    said, splits = run("stream")
+    found = splits["val"]
+    assert found["perplexity"] == pytest.approx(math.exp(found["loss"]))
+    assert f"loss {found['loss']:.4f}" in said and "scores" not in found
+    data = prepare(
+        DataConfig(
+            path=str(folder / "text.txt"),
+            tokenizer="char",
+            cache_dir=str(folder / "runs" / "cache"),
+        )
+    )
+    ids = torch.tensor(data.val.ids.astype(int))
+    model = TransformerDecoder.from_checkpoint(folder / "runs" / "stream")
+    model.requires_grad_(False)
+    logits = torch.cat([model(part[None])[0] for part in ids[:-1].split(48)])
+    assert found["loss"] == pytest.approx(
+        float(torch.nn.functional.cross_entropy(logits, ids[1:])), abs=1e-5
+    )
+
+
+def test_pairs_are_answered_and_scored_beside_look_ups(folder, run):
+    said, splits = run("bash", "--examples", "3", "--answers", "bash")
+    scores = splits["val"]["scores"]
+    assert set(scores) == {"greedy", "nearest neighbour", "most frequent"}
+    assert scores["nearest neighbour"]["template match"]["value"] == 1
+    assert scores["nearest neighbour"]["exact match"]["value"] == 0
+    assert scores["greedy"]["template match"]["value"] == 0
+    assert "template match" in said and "10 bash answers" in said
+    shown = (folder / "runs" / "bash" / "evaluation.md").read_text().splitlines()
+    assert len(shown) == 2 + 3 and all(
+        "`ls` `-l`" in line or "**`ls`**" in line for line in shown[2:]
+    )
+
+
+def test_other_splits_stand_beside_and_tensorboard_has_all(folder, run):
+    file = folder / "records.jsonl"
+    run("python", "--split", str(file), "--limit", "20")
+    _, splits = run("python", "--beams", "3", "--num_samples", "2")
+    assert set(splits) == {"val", str(file)}
+    assert splits[str(file)]["settings"]["examples"] == 20
+    assert splits[str(file)]["settings"]["answers"] == "python"
+    trained = splits[str(file)]["scores"]["nearest neighbour"]["exact match"]["value"]
+    assert trained > 0.7  # a tenth of them was held out
+    assert "exact match, top-2" in splits["val"]["scores"]["3 beams"]
+    board = EventAccumulator(str(folder / "runs" / "python" / "evaluation"))
+    board.Reload()
+    points = board.Scalars("val/perplexity")
+    assert [(p.step, round(p.value, 3)) for p in points] == [
+        (7, round(splits["val"]["perplexity"], 3))
+    ]
+    assert len(board.Tags()["scalars"]) > 20
+
+
+def test_the_test_split_of_a_folder(folder, run):
+    _, splits = run(
+        "bash", "--split", "test", "--look_ups", "no", "--no_bleu", "--num_samples", "2"
+    )
+    assert splits["test"]["settings"]["examples"] == 4
+    assert splits["test"]["settings"]["answers"] == "text" and "greedy" in splits["test"]["scores"]
+    assert splits["test"]["settings"]["temperature"] == 0.8
+
+
+def test_answers_are_those_of_each_prompt_alone(folder):
+    checkpoint = Checkpoint.find(folder / "runs" / "bash")
+    model = TransformerDecoder.from_checkpoint(checkpoint.path).double()
+    tokenizer = evaluate.load_tokenizer(checkpoint.path)
+    prompts = ["list number 1", "x", "number list 33 33", "list"]
+    rules = Sampling(temperature=0.7, max_new_tokens=9)
+    together = answer(model, tokenizer, prompts, rules, count=3, seed=5)
+    assert together == [answer(model, tokenizer, [p], rules, count=3, seed=5)[0] for p in prompts]
+    ids = [*tokenizer.encode("x"), tokenizer.start_id]
+    greedy = generate(
+        model, [ids], Sampling(greedy=True, max_new_tokens=9), end_id=tokenizer.end_id
+    )
+    assert together[1][0] == tokenizer.decode(greedy[0])
+    beams = answer(model, tokenizer, prompts, rules, count=2, beams=4)
+    assert beams == [answer(model, tokenizer, [p], rules, count=2, beams=4)[0] for p in prompts]
+
+
+@pytest.mark.parametrize(
+    "name, flags, wrong",
+    [
+        ("stream", ["--split", "test"], "--split test: the run's data has no test split; give a"),
+        ("stream", ["--split", "none.txt"], "data.path = none.txt"),
+        ("bash", ["--beams", "2", "--num_samples", "3"], "num_samples = 3 must be at most beams"),
+        ("bash", ["--limit", "-1"], "limit = -1 must be at least 0"),
+        ("none", [], "no such checkpoint or run"),
+    ],
+)
+def test_what_cannot_be_done_is_refused(run, name, flags, wrong):
+    with pytest.raises(UserError, match=wrong):
+        run(name, *flags)
+
+
+def test_what_is_memorized_is_said(folder, run, monkeypatch, capsys):
+    said, splits = run("bash", "--memorization", "--look_ups", "no", "--no_bleu")
+    true = splits["val"]["memorization"]["true"]
+    assert 0.7 < true["longest_run"] < 1 and true["verbatim"] == 0  # "ls -l " of "ls -l 40", and 4
+    assert "word for word in the training data, answers" in said
+    said, splits = run("stream", "--memorization")
+    assert 0 < splits["val"]["memorization"]["free"]["longest_run"] <= 1
+    flags = ["--checkpoint", str(folder / "runs" / "stream"), "--memorization", "--greedy"]
+    monkeypatch.setattr("sys.argv", ["generate.py", *flags, "--prompt", "to be", "--json"])
+    assert generate_program.main() == 0
+    found = json.loads(capsys.readouterr().out)
+    memory = found["memorization"]
+    text = (folder / "text.txt").read_text()
+    assert memory["text"] in found["text"] and memory["text"] in text and memory["of"] == 64
+    monkeypatch.setattr("sys.argv", ["generate.py", *flags, "--prompt", "to be"])
+    assert generate_program.main() == 0
+    assert f"{memory['tokens']} of 64 tokens, " in capsys.readouterr().out
+
+
+def test_generate_writes_the_texts_of_a_beam_search(folder, monkeypatch, capsys):
+    flags = ["--checkpoint", str(folder / "runs" / "bash"), "--beams", "3", "--num_samples", "3"]
+    flags += ["--prompt", "list 1", "--prompt", "x", "--max_new_tokens", "6", "--device", "cpu"]
+    monkeypatch.setattr("sys.argv", ["generate.py", *flags, "--json"])
+    assert generate_program.main() == 0
+    said = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    checkpoint = Checkpoint.find(folder / "runs" / "bash")
+    model = TransformerDecoder.from_checkpoint(checkpoint.path)
+    tokenizer = evaluate.load_tokenizer(checkpoint.path)
+    rules = Sampling(max_new_tokens=6)
+    wanted = answer(model, tokenizer, ["list 1", "x"], rules, count=3, beams=3)
+    assert [line["text"] for line in said] == [text for several in wanted for text in several]
+    for more, wrong in (
+        ("--explain", "takes --engine torch"),
+        ("--engine=numpy", "takes --engine"),
+    ):
+        monkeypatch.setattr("sys.argv", ["generate.py", *flags, more])
+        with pytest.raises(UserError, match=wrong):
+            generate_program.main()
+
+
+def test_data_that_has_changed_is_refused(tmp_path, folder, run, monkeypatch):
+    text = tmp_path / "text.txt"
+    text.write_text("to be or not to be, " * 60)
+    save_run(tmp_path / "runs" / "changed", text)
+    text.write_text("whether it is nobler, " * 60)
+    monkeypatch.setattr(
+        "sys.argv", ["evaluate.py", "--checkpoint", str(tmp_path / "runs" / "changed")]
+    )
+    with pytest.raises(UserError, match="--split val: the data differs from what"):
+        evaluate.main()
