@@ -1,4 +1,4 @@
-"""Token files: documents or one long text as ids, in shards, written once and memory-mapped after.
+"""Token files: documents or one long text as ids, in shards, written once and read at any place.
 
 NAME.ids      the token ids, little-endian, uint16 or uint32, end to end
 NAME.starts   lines and pairs: int64, where each begins in NAME.ids, and the end of the last
@@ -11,10 +11,14 @@ A split is its shards one after the other, so that windows of a stream may cross
 
 import contextlib
 import hashlib
+import io
 import os
 import re
+import threading
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -38,9 +42,11 @@ NAME = re.compile(r"(\d+-of-\d+/)?(train|val)-\d{5,9}")
 
 
 class Shards:
-    """Numbers in several files as one array, as far as it is asked: files are mapped when read.
+    """Numbers in several files as one array, as far as it is asked for.
 
-    It answers len(), a slice without a step, an integer, and an int64 index array of any shape.
+    It answers len(), a slice without a step, an integer, and an int64 index array of any shape. A
+    run of neighbours is one read: nothing is mapped, so that memory does not grow with what has
+    been read, and a file that is cut meanwhile is an error and no crash.
     first: where each file begins, and the end of the last; added: what is added to a file's
     numbers. Raises UserError for a number that is not below `limit`, if that is not 0.
     """
@@ -48,59 +54,67 @@ class Shards:
     def __init__(
         self,
         paths: Sequence[Path],
-        first: np.ndarray,
+        first: Sequence[int],
         dtype: np.dtype,
         added: Sequence[int] = (),
         limit: int = 0,
     ):
-        self.paths, self.first, self.dtype, self.limit = paths, first, dtype, limit
-        self.added = added or [0] * len(paths)
-        self.files: list[np.ndarray | None] = [None] * len(paths)
+        self.paths, self.first, self.dtype, self.limit = paths, list(first), dtype, limit
+        self.added = added
+        self.files: list[io.FileIO | None] = [None] * len(paths)
+        self.lock = threading.Lock()  # of the place in a file; several threads make batches
 
     def __len__(self) -> int:
-        return int(self.first[-1])
+        return self.first[-1]
 
-    def file(self, number: int) -> np.ndarray:
-        """The numbers of one file. Raises UserError if it has gone."""
+    def file(self, number: int) -> io.FileIO:
+        """One of the files, opened when it is read first. Raises UserError if it has gone."""
         found = self.files[number]
         if found is None:
             try:
-                found = np.asarray(np.memmap(self.paths[number], self.dtype, mode="r"))
-            except (OSError, ValueError) as error:  # ValueError: it is empty now
-                raise damaged(self.paths[number], str(error)) from None
-            if len(found) < self.first[number + 1] - self.first[number]:
-                raise damaged(self.paths[number], f"only {len(found):,} numbers")
+                found = io.FileIO(self.paths[number])
+            except OSError as error:
+                raise damaged(self.paths[number], str(error.strerror)) from None
             self.files[number] = found
         return found
 
-    def take(self, number: int, which: Any) -> np.ndarray:
-        """Numbers of one file, by their places in it."""
-        found = self.file(number)[which]
-        if self.limit and found.size and (top := int(found.max())) >= self.limit:
-            raise damaged(self.paths[number], f"holds id {top}, the vocabulary has {self.limit}")
-        return found + self.added[number] if self.added[number] else found
+    def read(self, begin: int, out: np.ndarray):
+        """Fills `out` with neighbours from `begin` on."""
+        while len(out):
+            number = bisect_right(self.first, begin) - 1
+            n = min(len(out), self.first[number + 1] - begin)
+            part, done = out[:n].data.cast("B"), 0
+            with self.lock:
+                file = self.file(number)
+                file.seek((begin - self.first[number]) * self.dtype.itemsize)
+                while done < len(part):
+                    if not (got := file.readinto(part[done:])):
+                        raise damaged(self.paths[number], "it has been cut")
+                    done += got
+            if self.limit and (top := int(out[:n].max())) >= self.limit:
+                what = f"holds id {top}, the vocabulary has {self.limit}"
+                raise damaged(self.paths[number], what)
+            if self.added:
+                out[:n] += self.added[number]
+            begin, out = begin + n, out[n:]
 
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
             begin, end, _ = index.indices(len(self))
-            parts, at = [], begin
-            while at < end:
-                number = int(np.searchsorted(self.first, at, "right")) - 1
-                stop, base = min(end, int(self.first[number + 1])), int(self.first[number])
-                parts.append(self.take(number, slice(at - base, stop - base)))
-                at = stop
-            return (
-                parts[0] if len(parts) == 1 else np.concatenate([*parts, np.empty(0, self.dtype)])
-            )
-        index = np.asarray(index)
-        if not index.ndim:
-            return self[np.where(index < 0, index + len(self), index)[None]][0]
-        numbers = np.searchsorted(self.first, index, "right") - 1
-        found = np.empty(index.shape, self.dtype)
-        for number in np.unique(numbers):
-            here = numbers == number
-            found[here] = self.take(number, index[here] - self.first[number])
-        return found
+            found = np.empty(max(0, end - begin), self.dtype)
+            self.read(begin, found)
+            return found
+        if isinstance(index, int | np.integer):  # a tenth of the time of what follows
+            found = np.empty(1, self.dtype)
+            self.read(int(index) + (len(self) if index < 0 else 0), found)
+            return found[0]
+        index = np.asarray(index, np.int64)
+        places = np.where(index < 0, index + len(self), index).ravel()
+        found = np.empty(places.size, self.dtype)
+        breaks = np.flatnonzero(np.diff(places) != 1) + 1
+        for a, b in pairwise([0, *breaks.tolist(), places.size] if places.size else []):
+            self.read(int(places[a]), found[a:b])
+        return found.reshape(index.shape)
 
 
 @dataclass(frozen=True)
@@ -240,8 +254,9 @@ def check_shards(kind: str, shards: list[dict]):
 def open_split(
     folder: Path, kind: str, shards: list[dict], dtype: np.dtype, vocab_size: int, whole: bool
 ) -> Split:
-    """One split's memory-mapped files. Raises UserError naming the file that is wrong.
+    """One split: mapped where it is one shard that was checked, else read as it is asked for.
 
+    Raises UserError naming the file that is wrong.
     whole: they are checked to the last byte; else their sizes are, and the ids when they are read.
     """
     for shard in shards:
@@ -261,14 +276,14 @@ def open_split(
         """Where documents begin in the split, and the end of the last."""
         if len(shards) == 1:
             return np.memmap(paths(suffix)[0], "<i8", mode="r")
-        first = documents.copy()
-        first[-1] += 1  # of the files' ends, only the last one is taken
+        # of the files' ends, only the last one is taken
+        first = [*documents[:-1].tolist(), int(documents[-1]) + 1]
         return Shards(paths(suffix), first, np.dtype("<i8"), tokens[:-1].tolist())
 
     if whole and len(shards) == 1:
         ids = np.memmap(paths("ids")[0], dtype, mode="r")
     else:
-        ids = Shards(paths("ids"), tokens, dtype, limit=vocab_size)
+        ids = Shards(paths("ids"), tokens.tolist(), dtype, limit=vocab_size)
     text_bytes = sum(shard["bytes"] for shard in shards)
     if kind == "stream":
         return Split(ids, None, None, text_bytes)

@@ -74,7 +74,7 @@ def prepared(tally: Tally, folder: Path) -> tuple[dict[str, bytes], float]:
     return whole, time.monotonic() - began
 
 
-@campaign("prepare_kills", "26", "SIGKILL while data is prepared by 2 processes", "kills", 200, 3)
+@campaign("prepare_kills", "26", "SIGKILL while data is prepared by 2 processes", "kills", 200, 2)
 def prepare_kills(tally: Tally, count: int, folder: Path, dice):
     """The same command goes on each time, and ends in the bytes of one that nobody has killed."""
     if not Path("/proc/self/stat").exists():
@@ -128,18 +128,18 @@ def is_alive(process: int) -> bool:
 
 
 @campaign(
-    "prepare_faults", "27", "two preparations at once, changing texts, a process killed, a full "
-    "disk", "faults", 60, 4,
+    "prepare_faults", "27", "preparing: a full disk, a process killed, texts that change, twice at "
+    "once", "faults", 60, 2,
 )  # fmt: skip
 def prepare_faults(tally: Tally, count: int, folder: Path, dice):
     """Each ends well, or in one line; and then the same command ends in the right bytes."""
     write_corpus(folder, dice)
     whole, seconds = prepared(tally, folder)
     tries = {
-        "two at once": two_at_once,
-        "texts that change": changing,
-        "a process that encodes killed": worker_killed,
         "a full disk": on_a_small_disk,
+        "a process that encodes killed": worker_killed,
+        "texts that change": changing,
+        "two at once": two_at_once,
     }
     for number in range(count):
         name = list(tries)[number % len(tries)]
