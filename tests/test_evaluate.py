@@ -16,8 +16,10 @@ from checkpoint.reader import Checkpoint
 from common.errors import UserError
 from data.config import DataConfig
 from data.dataset import prepare
+from data.slots import Slots
 from evaluation.answers import answer
 from generation.batched import generate
+from generation.beams import search
 from generation.sampling import Sampling
 from model.config import ModelConfig
 from model.transformer_full import TransformerDecoder
@@ -61,6 +63,7 @@ def folder(tmp_path_factory):
     (folder / "records.jsonl").write_text("\n".join(lines))
     (folder / "text.txt").write_text("to be or not to be, " * 60)
     save_run(folder / "runs" / "bash", pairs)
+    save_run(folder / "runs" / "slots", pairs, slots=True)
     save_run(folder / "runs" / "python", folder / "records.jsonl")
     save_run(folder / "runs" / "stream", folder / "text.txt")
     return folder
@@ -111,6 +114,45 @@ def test_pairs_are_answered_and_scored_beside_look_ups(folder, run):
     assert len(shown) == 2 + 3 and all(
         "`ls` `-l`" in line or "**`ls`**" in line for line in shown[2:]
     )
+
+
+def test_slots_are_filled_and_neighbours_join(folder, run):
+    """Each description has its number in its command, which look-ups cannot know without slots."""
+    flags = ("--answers", "bash", "--no_bleu", "--beams", "3", "--num_samples", "3")
+    _, splits = run("slots", *flags)
+    scores = splits["val"]["scores"]
+    assert scores["nearest neighbour"]["exact match"]["value"] == 0
+    assert scores["nearest, its slots filled"]["exact match"]["value"] == 1
+    assert scores["3 beams"]["exact match, top-3"]["value"] == 0
+    _, splits = run("slots", *flags, "--rerank", "--neighbours", "1")
+    scores = splits["val"]["scores"]["3 beams and 1 neighbours, reranked"]
+    assert scores["exact match"]["value"] == 1  # it has half of the weight
+    assert "3 beams, reranked" in run("slots", *flags, "--rerank")[1]["val"]["scores"]
+
+
+def test_answers_of_slots_are_filled_and_those_that_lack_one_come_last(folder):
+    checkpoint = Checkpoint.find(folder / "runs" / "slots")
+    model = TransformerDecoder.from_checkpoint(checkpoint.path).double()
+    tokenizer = evaluate.load_tokenizer(checkpoint.path)
+    rules, prompt = Sampling(max_new_tokens=9), "list number 7 of a.txt"
+    slots = Slots(prompt)
+    ids = [*tokenizer.encode(slots.prompt), tokenizer.start_id]
+    ((*found,),) = search(model, [ids], 4, 9, end_id=tokenizer.end_id)
+    written = [tokenizer.decode(text) for text, _ in found]
+    wanted = [slots.show(text) for text in sorted(written, key=slots.lacks)]
+    assert answer(model, tokenizer, [prompt], rules, count=4, beams=4, slots=True) == [wanted]
+    asked = []
+
+    def choose(number, texts, shares):
+        asked.append((number, texts, shares))
+        return texts[::-1]
+
+    answers = answer(model, tokenizer, [prompt], rules, count=2, beams=4, slots=True, choose=choose)
+    assert answers == [wanted[:1:-1]] and asked[0][:2] == (0, wanted)
+    whole = [s if not slots.lacks(t) else 2 * s for t, s in zip(
+        sorted(written, key=slots.lacks), asked[0][2], strict=True
+    )]  # fmt: skip
+    assert sum(whole) == pytest.approx(1)
 
 
 def test_other_splits_stand_beside_and_tensorboard_has_all(folder, run):
@@ -165,6 +207,8 @@ def test_answers_are_those_of_each_prompt_alone(folder):
         ("stream", ["--split", "none.txt"], "data.path = none.txt"),
         ("bash", ["--beams", "2", "--num_samples", "3"], "num_samples = 3 must be at most beams"),
         ("bash", ["--limit", "-1"], "limit = -1 must be at least 0"),
+        ("bash", ["--rerank"], "--rerank: takes a beam search; give --beams 5"),
+        ("bash", ["--neighbours", "2"], "--neighbours: takes --rerank"),
         ("none", [], "no such checkpoint or run"),
     ],
 )
