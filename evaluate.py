@@ -36,7 +36,7 @@ from common.files import refuse_url, replace_synced, user_path
 from data.batches import Examples
 from data.builtin import named_files
 from data.config import DEFAULT_CACHE_DIR, DataConfig, as_paths
-from data.dataset import prepare, split_documents
+from data.dataset import prepare, split_texts
 from data.prompt_format import end_id, prompt_ids
 from data.readers import Pair, open_source
 from data.rng import permutation
@@ -266,7 +266,7 @@ def texts(config: DataConfig) -> Iterator[tuple[str, Pair]]:
     """The pairs that settings read, with their sides."""
     cache = user_path(config.cache_dir or DEFAULT_CACHE_DIR)
     source = open_source(config, lambda line: None, cache)
-    return cast(Iterator[tuple[str, Pair]], split_documents(source, config))
+    return cast(Iterator[tuple[str, Pair]], split_texts(source, config))
 
 
 # Scoring ------------------------------------------------------------------------------------------
