@@ -41,6 +41,7 @@ from data.prompt_format import end_id, prompt_ids, unread
 from data.slots import Slots
 from data.tokenizer import TOKENIZER_FILES, Tokenizer, clean_text, load_tokenizer
 from generation.explain import Explained, in_colour
+from generation.rerank import choose, shares
 from generation.sampling import MAX_BEAMS, MAX_NEW_TOKENS, Sampling
 from generation.streaming import StreamedText
 from model import engines
@@ -71,6 +72,8 @@ class Arguments:
     beams: int = 1
     """Texts kept in a beam search, of which num_samples are written, the most probable first; 1:
     none, tokens are sampled."""
+    rerank: bool = False
+    """With --beams: order the texts by minimum Bayes risk, those most like all others first."""
     stop: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """End a text before this string."""
     sampling: Annotated[Sampling, tyro.conf.OmitArgPrefixes] = field(default_factory=Sampling)
@@ -113,6 +116,8 @@ class Arguments:
                 f"num_samples = {self.num_samples} must be at most beams = {self.beams}, the texts "
                 "that a beam search has found"
             )
+        if self.rerank and self.beams == 1:
+            wrong.append("--rerank: takes a beam search; give --beams 5, say")
         if self.beams > 1 and (self.explain or self.engine != "torch"):
             wrong.append("--beams: takes --engine torch, and no --explain; leave one of them out")
         if self.interactive and (self.prompt or self.prompt_file):
@@ -287,7 +292,8 @@ def write(
     if note := unread(prompts, source.tokenizer, source.model_config.max_len):
         print(note, file=sys.stderr, flush=True)
     beams = arguments.beams
-    generate = engines.generator(arguments.engine, arguments.compile, beams)
+    order = partial(ordered, source.tokenizer, jobs, arguments.rerank) if beams > 1 else None
+    generate = engines.generator(arguments.engine, arguments.compile, beams, order)
     rules, alone = arguments.sampling, len(jobs) == 1 and not arguments.json
     stops = tuple(map(clean_text, arguments.stop))
     longest = max((len(job.ids) for job in jobs), default=0) + rules.max_new_tokens
@@ -338,6 +344,28 @@ def write(
                 print(explained[i].table(in_colour(sys.stdout)), flush=True)
             if memory is not None and not arguments.json:
                 print(memory.describe(ids, in_colour(sys.stdout)), flush=True)
+
+
+def ordered(
+    tokenizer: Tokenizer,
+    jobs: list[Job],
+    rerank: bool,
+    prompt: tuple[int, ...],
+    found: list[tuple[list[int], float]],
+) -> list[list[int]]:
+    """What a beam search has found for a prompt, the best first.
+
+    By its scores, with texts last that have a placeholder which the prompt lacks; or by minimum
+    Bayes risk, each text once.
+    """
+    slots = next(job.slots for job in jobs if tuple(job.ids) == prompt)
+    texts = [tokenizer.decode(ids) for ids, _ in found]
+    if not rerank:
+        order = sorted(range(len(found)), key=lambda i: slots.lacks(texts[i]))
+        return [found[i][0] for i in order]
+    of = {text: ids for text, (ids, _) in zip(reversed(texts), reversed(found), strict=True)}
+    weights = shares(texts, [score for _, score in found], slots)
+    return [of[text] for text in choose(texts, weights, len(texts))]
 
 
 def as_json(job: Job, text: StreamedText, tokens: int, arguments: Arguments) -> dict:

@@ -6,7 +6,7 @@ from dataclasses import replace
 from data.prompt_format import end_id, prompt_ids
 from data.slots import Slots
 from data.tokenizer import Tokenizer, clean_text
-from generation.rerank import weights
+from generation.rerank import shares
 from generation.sampling import Sampling
 from model import engines
 
@@ -66,10 +66,8 @@ def answer(
                 written.sort(key=lambda each, i=i: asked[i].lacks(each[0]))
             texts = [asked[i].show(text) for text, _ in written]
             if choose is not None:
-                shares = weights([score for _, score in written])
-                halved = [asked[i].lacks(text) for text, _ in written]
-                shares = [w / 2 if half else w for w, half in zip(shares, halved, strict=True)]
-                texts = choose(i, texts, shares)
+                raw, scores = zip(*written, strict=True)
+                texts = choose(i, texts, shares(raw, scores, asked[i]))
             answers[i] = texts[:count]
         advance(len(chosen))
     return answers

@@ -28,6 +28,9 @@ from generation.sampling import MAX_BEAMS, Sampling
 from generation.sequential import check_prompts
 from generation.torch_sampling import check_finite
 
+# of a prompt's ids and of what a search has found, texts and scores, to the texts in order
+Order = Callable[[tuple[int, ...], list[tuple[list[int], float]]], list[list[int]]]
+
 
 @dataclass
 class Hypotheses:
@@ -146,19 +149,23 @@ def generate(
     samples: Sequence[int],
     end_id: int | None = None,
     on_token: Callable[[int, int], bool | None] | None = None,
+    order: Order | None = None,
     **_,
 ) -> list[list[int]]:
     """`batched.generate` with a beam search: sample 0 of a prompt is its best text, 1 the next.
 
-    Of the rules only max_new_tokens counts. on_token is called when all has been found.
+    Of the rules only max_new_tokens counts. on_token is called when all has been found. order: puts
+    what a search has found in another order.
     """
     distinct = list(dict.fromkeys(map(tuple, prompts)))
     found = search(model, distinct, beams, rules.max_new_tokens, end_id=end_id)
-    texts = dict(zip(distinct, found, strict=True))
+    texts = {}
+    for prompt, several in zip(distinct, found, strict=True):
+        texts[prompt] = order(prompt, several) if order else [ids for ids, _ in several]
     rows = []
     for row, (prompt, sample) in enumerate(zip(prompts, samples, strict=True)):
         several = texts[tuple(prompt)]
-        ids, _ = several[sample % len(several)]
+        ids = several[sample % len(several)]
         end = next((i for i, t in enumerate(ids, 1) if on_token and on_token(row, t)), len(ids))
         rows.append(ids[:end])
     return rows

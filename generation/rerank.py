@@ -13,6 +13,8 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 
+from data.slots import Slots
+
 Utility = Callable[[str, str], float]  # how alike two texts are, 0 to 1
 
 
@@ -36,6 +38,12 @@ def weights(scores: Sequence[float]) -> list[float]:
     most = max(scores, default=0.0)
     found = [math.exp(score - most) for score in scores]
     return [weight / sum(found) for weight in found]
+
+
+def shares(texts: Sequence[str], scores: Sequence[float], slots: Slots) -> list[float]:
+    """The weights of a model's texts: half of it for one with a placeholder the prompt lacks."""
+    pairs = zip(texts, weights(scores), strict=True)
+    return [weight / 2 if slots.lacks(text) else weight for text, weight in pairs]
 
 
 def choose(

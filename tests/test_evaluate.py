@@ -20,6 +20,7 @@ from data.slots import Slots
 from evaluation.answers import answer
 from generation.batched import generate
 from generation.beams import search
+from generation.rerank import choose, shares
 from generation.sampling import Sampling
 from model.config import ModelConfig
 from model.transformer_full import TransformerDecoder
@@ -126,7 +127,7 @@ def test_slots_are_filled_and_neighbours_join(folder, run):
     assert scores["3 beams"]["exact match, top-3"]["value"] == 0
     _, splits = run("slots", *flags, "--rerank", "--neighbours", "1")
     scores = splits["val"]["scores"]["3 beams and 1 neighbours, reranked"]
-    assert scores["exact match"]["value"] == 1  # it has half of the weight
+    assert scores["exact match, top-3"]["value"] == 1  # it has half of the weight
     assert "3 beams, reranked" in run("slots", *flags, "--rerank")[1]["val"]["scores"]
 
 
@@ -255,6 +256,34 @@ def test_generate_writes_the_texts_of_a_beam_search(folder, monkeypatch, capsys)
         monkeypatch.setattr("sys.argv", ["generate.py", *flags, more])
         with pytest.raises(UserError, match=wrong):
             generate_program.main()
+
+
+def test_generate_orders_what_a_search_has_found(folder, monkeypatch, capsys):
+    """Of random weights, with slots: as evaluate.py has them, or by minimum Bayes risk."""
+    checkpoint = Checkpoint.find(folder / "runs" / "slots")
+    model = TransformerDecoder.from_checkpoint(checkpoint.path)
+    tokenizer = evaluate.load_tokenizer(checkpoint.path)
+    prompts, rules = ["list number 1", "list a.txt"], Sampling(max_new_tokens=6)
+    flags = ["--checkpoint", str(checkpoint.path), "--beams", "4", "--num_samples", "4", "--json"]
+    flags += ["--max_new_tokens", "6", "--device", "cpu"]
+    flags += [word for prompt in prompts for word in ("--prompt", prompt)]
+
+    def written(*more: str) -> list[str]:
+        monkeypatch.setattr("sys.argv", ["generate.py", *flags, *more])
+        assert generate_program.main() == 0
+        return [json.loads(line)["text"] for line in capsys.readouterr().out.splitlines()]
+
+    wanted = answer(model, tokenizer, prompts, rules, count=4, beams=4, slots=True)
+    assert written() == [text for several in wanted for text in several]
+    by_risk = written("--rerank")
+    assert by_risk != written() and set(by_risk) == set(written())
+    for several, prompt in zip((by_risk[:4], by_risk[4:]), prompts, strict=True):
+        slots = Slots(prompt)
+        ids = [*tokenizer.encode(slots.prompt), tokenizer.start_id]
+        ((*found,),) = search(model, [ids], 4, 6, end_id=tokenizer.end_id)
+        texts = [tokenizer.decode(text) for text, _ in found]
+        best = choose(texts, shares(texts, [score for _, score in found], slots), 1)
+        assert several[0] == slots.show(best[0])
 
 
 def test_data_that_has_changed_is_refused(tmp_path, folder, run, monkeypatch):
