@@ -294,6 +294,8 @@ def write(
     beams = arguments.beams
     order = partial(ordered, source.tokenizer, jobs, arguments.rerank) if beams > 1 else None
     generate = engines.generator(arguments.engine, arguments.compile, beams, order)
+    if arguments.rerank:  # by log probabilities
+        generate = partial(generate, length_penalty=0.0)
     rules, alone = arguments.sampling, len(jobs) == 1 and not arguments.json
     stops = tuple(map(clean_text, arguments.stop))
     longest = max((len(job.ids) for job in jobs), default=0) + rules.max_new_tokens

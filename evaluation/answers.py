@@ -49,7 +49,11 @@ def answer(
         if beams > 1:
             from generation.beams import search
 
-            found = search(model, batch, beams, rules.max_new_tokens, end_id=end)
+            # with a length penalty of 0 a score is a log probability
+            penalty = 1.0 if choose is None else 0.0
+            found = search(
+                model, batch, beams, rules.max_new_tokens, end_id=end, length_penalty=penalty
+            )
         else:
             from generation.batched import generate
 
@@ -66,8 +70,8 @@ def answer(
                 written.sort(key=lambda each, i=i: asked[i].lacks(each[0]))
             texts = [asked[i].show(text) for text, _ in written]
             if choose is not None:
-                raw, scores = zip(*written, strict=True)
-                texts = choose(i, texts, shares(raw, scores, asked[i]))
+                raw, totals = zip(*written, strict=True)
+                texts = choose(i, texts, shares(raw, totals, asked[i]))
             answers[i] = texts[:count]
         advance(len(chosen))
     return answers

