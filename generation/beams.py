@@ -117,7 +117,8 @@ def extend(
 
     log_probabilities, ids: (n, K) the K most probable tokens after each of the n kept texts, of
     which K = 2 beams are enough: at most every second one is an end. new: tokens of a text so far,
-    with this one; length: what divides their log probability. [] where the search is over, with `kept` empty.
+    with this one; length: what divides their log probability. [] where the search is over, with
+    `kept` empty.
     """
     totals = torch.tensor([total for _, total in found.kept], dtype=torch.float64)
     totals = (totals[:, None] + log_probabilities).flatten()
