@@ -36,12 +36,12 @@ from common.files import refuse_url, replace_synced, user_path
 from data.batches import Examples
 from data.builtin import named_files
 from data.config import DEFAULT_CACHE_DIR, DataConfig, as_paths
-from data.dataset import prepare, split_texts
+from data.dataset import Dataset, open_dataset, prepare, prepared_folder, split_texts
 from data.prompt_format import end_id, prompt_ids
 from data.readers import Pair, open_source
 from data.rng import permutation
 from data.slots import Slots, readable
-from data.tokenizer import Tokenizer, load_tokenizer
+from data.tokenizer import TOKENIZER_FILES, Tokenizer, load_tokenizer
 from evaluation.answers import Choose, answer
 from evaluation.commands import nlc2cmd
 from evaluation.memorization import Index, index_file, open_index, shares
@@ -180,7 +180,7 @@ def find(arguments: Arguments) -> Checkpoint:
             "train one with python train.py, or name it with --checkpoint"
         )
     checkpoint = Checkpoint.find(path, log)
-    for name in ("tokenizer.json", "tokenizer.model"):
+    for name in TOKENIZER_FILES:
         if name in checkpoint.manifest["files"]:
             checkpoint.read(name)  # which verifies it
     log(f"{checkpoint.path}: step {checkpoint.step:,}")
@@ -197,7 +197,12 @@ def read_data(
     given = tokenizer if checkpoint.state.get("tokenizer_given") else None
     own = arguments.split == "val"
     chosen = config if own else other_split(arguments.split, config)
-    dataset = prepare(chosen, log, given if own else tokenizer)
+    try:
+        dataset = prepare(chosen, log, given if own else tokenizer)
+    except UserError as error:
+        if own:
+            raise
+        raise UserError(str(error).replace("data.path = ", "--split ", 1)) from None
     now = dataset.fingerprint, dataset.tokenizer.fingerprint
     if own and now != (checkpoint.state.get("data"), checkpoint.state.get("tokenizer")):
         raise UserError(
@@ -264,9 +269,29 @@ def test_folder(config: DataConfig) -> Path | None:
 
 def texts(config: DataConfig) -> Iterator[tuple[str, Pair]]:
     """The pairs that settings read, with their sides."""
+    if folder := prepared_folder(config):
+        yield from decoded(open_dataset(folder))
+        return
     cache = user_path(config.cache_dir or DEFAULT_CACHE_DIR)
     source = open_source(config, lambda line: None, cache)
-    return cast(Iterator[tuple[str, Pair]], split_texts(source, config))
+    yield from cast(Iterator[tuple[str, Pair]], split_texts(source, config))
+
+
+def decoded(dataset: Dataset) -> Iterator[tuple[str, Pair]]:
+    """The pairs of a folder of prepared data, of which nothing else may be there."""
+    if dataset.slots:
+        raise UserError(
+            f"data.path: {dataset.name} is prepared with data.slots, and has no arguments to put "
+            "back; give its texts as data.path when training, or others with --split FILE"
+        )
+    for side, split in (("train", dataset.train), ("val", dataset.val)):
+        if split is None or split.starts is None or split.prompts is None:
+            continue
+        for number, length in enumerate(split.prompts):
+            start, end = int(split.starts[number]), int(split.starts[number + 1])
+            ids = split.ids[start:end]
+            prompt, completion = ids[: int(length) - 1], ids[int(length) : -1]
+            yield side, (dataset.tokenizer.decode(prompt), dataset.tokenizer.decode(completion))
 
 
 # Scoring ------------------------------------------------------------------------------------------
@@ -337,7 +362,10 @@ def score(
     settings |= {"rerank": arguments.rerank, "neighbours": arguments.neighbours}
     if beams == 1 < count:
         settings |= {**asdict(arguments.sampling), "seed": arguments.seed}
-    scores = {name: {n: asdict(s) for n, s in column.items()} for name, column in columns.items()}
+    scores = {
+        name: {n: {"value": s.value, "low": s.low, "high": s.high} for n, s in column.items()}
+        for name, column in columns.items()
+    }
     found = {"settings": settings, "scores": scores}
     if data.index is not None:
         first = {name: [several[0] for several in rows] for name, rows in answers.items()}

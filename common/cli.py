@@ -51,6 +51,7 @@ LESS_MEMORY = {
     "--train.checkpoint_activations; python -m tools.preflight finds the micro-batch that fits",
     "generate.py": "write fewer texts at once (--num_samples) or shorter ones (--max_new_tokens), "
     "or use a smaller model",
+    "evaluate.py": "lower --batch_size or --beams, or use a smaller model",
     "a save": "free some memory",
 }
 # other ways in which the machine fails a program: what torch says, and what to do

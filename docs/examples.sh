@@ -49,6 +49,10 @@ if "$python" train.py --runs_dir "$runs" --resume "$run" --model.d_model 64 >"$o
 fi
 expect "the model would change"
 
+# how right it is
+try "$python" evaluate.py --checkpoint "$run" --limit 20 --no_bleu --max_new_tokens 16
+expect "^exact match"
+
 # your own data
 for number in 1 2 3 4 5 6 7 8; do
     cat tests/text.txt

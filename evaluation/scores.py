@@ -20,10 +20,12 @@ class Score:
     value: float
     low: float
     high: float
+    digits: int = 3
+    """Shown behind the point."""
 
     def __str__(self) -> str:
-        digits = 1 if self.high > 1 else 3  # BLEU is of 100
-        return f"{self.value:.{digits}f} ({self.low:.{digits}f} to {self.high:.{digits}f})"
+        value, low, high = (f"{x:.{self.digits}f}" for x in (self.value, self.low, self.high))
+        return f"{value} ({low} to {high})"
 
 
 # for each kind of answer: measures of a predicted and a true answer, and those of the predicted one
@@ -75,7 +77,7 @@ def measure(
         counts = bleu_counts(first, true, characters)
         low, high = interval(counts, lambda sums, _: np.array([*map(corpus_bleu, sums)]))
         name = "char-BLEU" if characters else "BLEU"
-        found[name] = Score(corpus_bleu(counts.sum(0)), low, high)
+        found[name] = Score(corpus_bleu(counts.sum(0)), low, high, digits=1)
     for name, check in ALONE[kind].items():
         known = {answer: check(answer) for answer in dict.fromkeys(first)}
         found[name] = mean([known[answer] for answer in first])

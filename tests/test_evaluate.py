@@ -2,7 +2,7 @@
 
 import json
 import math
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -208,7 +208,7 @@ def test_answers_are_those_of_each_prompt_alone(folder):
     "name, flags, wrong",
     [
         ("stream", ["--split", "test"], "--split test: the run's data has no test split; give a"),
-        ("stream", ["--split", "none.txt"], "data.path = none.txt"),
+        ("stream", ["--split", "none.txt"], "--split none.txt: no such file"),
         ("bash", ["--beams", "2", "--num_samples", "3"], "num_samples = 3 must be at most beams"),
         ("bash", ["--limit", "-1"], "limit = -1 must be at least 0"),
         ("bash", ["--rerank"], "--rerank: takes a beam search; give --beams 5"),
@@ -286,6 +286,13 @@ def test_generate_orders_what_a_search_has_found(folder, monkeypatch, capsys):
         texts = [tokenizer.decode(text) for text, _ in found]
         best = choose(texts, shares(texts, [score for _, score in found], slots), 1)
         assert several[0] == slots.show(best[0])
+
+
+def test_pairs_of_a_prepared_folder_are_those_that_it_was_made_of(folder):
+    config = DataConfig(path=str(folder / "records.jsonl"), tokenizer="char")
+    config = replace(config, cache_dir=str(folder / "runs" / "cache"))
+    dataset = prepare(config, lambda line: None)
+    assert sorted(evaluate.decoded(dataset)) == sorted(evaluate.texts(config))
 
 
 def test_data_that_has_changed_is_refused(tmp_path, folder, run, monkeypatch):

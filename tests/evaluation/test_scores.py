@@ -50,7 +50,10 @@ def test_measures_are_means_over_the_first_answers_and_the_best():
 
 def test_a_table_for_people():
     shown = table(
-        {"us": {"a": Score(0.5, 0.25, 0.75), "b": Score(50, 40, 60)}, "them": {"a": Score(0, 0, 0)}}
+        {
+            "us": {"a": Score(0.5, 0.25, 0.75), "b": Score(50, 40, 60, digits=1)},
+            "them": {"a": Score(0, 0, 0)},
+        }
     )
     assert shown.splitlines() == [
         "   us                      them",
