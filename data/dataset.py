@@ -13,7 +13,7 @@ import os
 import shutil
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import chain, takewhile
 from pathlib import Path
 from typing import get_args
@@ -68,7 +68,7 @@ class Dataset:
     train: Split
     val: Split | None
     held_out: list[dict]
-    slots: bool = False  # pairs have placeholders for their arguments
+    slots: bool = field(default=False, kw_only=True)  # pairs have placeholders for arguments
 
 
 def prepare(
@@ -461,7 +461,7 @@ def open_dataset(folder: Path, tokenizer_given: bool = False) -> Dataset:
             splits["train"],
             splits.get("val"),
             manifest["held_out"],
-            manifest.get("slots") is True,
+            slots=manifest.get("slots") is True,
         )
 
 
