@@ -36,7 +36,8 @@ from common.files import refuse_url, replace_synced, user_path
 from data.batches import Examples
 from data.builtin import named_files
 from data.config import DEFAULT_CACHE_DIR, DataConfig, as_paths
-from data.dataset import Dataset, open_dataset, prepare, prepared_folder, split_texts
+from data.dataset import Dataset, open_dataset, prepared_folder, split_texts
+from data.mixture import prepare, settings_of
 from data.prompt_format import end_id, prompt_ids
 from data.readers import Pair, open_source
 from data.rng import permutation
@@ -119,7 +120,7 @@ class Arguments:
         if self.rerank and self.beams == 1:
             wrong.append("--rerank: takes a beam search; give --beams 5, say")
         if self.neighbours and not (self.rerank and self.look_ups != "no"):
-            wrong.append("--neighbours: takes --rerank, and the training data of --look_ups")
+            wrong.append("--neighbours: takes --rerank, and look-ups; give --rerank --look_ups yes")
         wrong += at_least(self, 1, "beams", "num_samples", "batch_size")
         if self.beams > 1 and self.num_samples > self.beams:
             wrong.append(
@@ -254,14 +255,14 @@ def other_split(split: str, config: DataConfig) -> DataConfig:
                 "--split test: the run's data has no test split; give a file with --split FILE"
             )
         path = str(folder / "test.nl")
-    return replace(config, path=path, val_path="", val_fraction=0.0)
+    return replace(config, path=path, sources=(), val_path="", val_fraction=0.0)
 
 
 def test_folder(config: DataConfig) -> Path | None:
     """The folder that has a run's test.nl; None if there is none."""
     paths = as_paths(config.path)
     folder = user_path(paths[0]) if len(paths) == 1 else None
-    if not paths:
+    if not paths and not config.sources:
         cache = user_path(config.cache_dir or DEFAULT_CACHE_DIR)
         folder = named_files(config.source, cache, log)[0].parent
     return folder if folder is not None and (folder / "test.nl").is_file() else None
@@ -269,6 +270,10 @@ def test_folder(config: DataConfig) -> Path | None:
 
 def texts(config: DataConfig) -> Iterator[tuple[str, Pair]]:
     """The pairs that settings read, with their sides."""
+    if config.sources:
+        for source in config.sources:
+            yield from texts(settings_of(config, source))
+        return
     if folder := prepared_folder(config):
         yield from decoded(open_dataset(folder))
         return

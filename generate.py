@@ -41,7 +41,6 @@ from data.prompt_format import end_id, prompt_ids, unread
 from data.slots import Slots
 from data.tokenizer import TOKENIZER_FILES, Tokenizer, clean_text, load_tokenizer
 from generation.explain import Explained, in_colour
-from generation.rerank import choose, shares
 from generation.sampling import MAX_BEAMS, MAX_NEW_TOKENS, Sampling
 from generation.streaming import StreamedText
 from model import engines
@@ -360,6 +359,8 @@ def ordered(
     By its scores, with texts last that have a placeholder which the prompt lacks; or by minimum
     Bayes risk, each text once.
     """
+    from generation.rerank import choose, shares  # what few need
+
     slots = next(job.slots for job in jobs if tuple(job.ids) == prompt)
     texts = [tokenizer.decode(ids) for ids, _ in found]
     if not rerank:

@@ -4,6 +4,9 @@
 
 Batches come from prepared token files, as train.py has them, epoch after epoch; the training side
 takes the same ones and makes optimizer steps of them. Tokens are places of a batch, padding too.
+
+Then 10^10 tokens, in sparse files that take no room: how long it takes from opening them to the
+first batch and to that of step 10^9, what memory that holds, and batches of windows from anywhere.
 """
 
 import json
@@ -13,11 +16,15 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+
 from benchmarks.harness import ROOT, Result, in_turns, median, parser, spread
 from common import cli
+from common.memory import resident_memory
 from data.batches import Batches, Examples
 from data.config import DataConfig
 from data.dataset import prepare
+from data.token_files import open_split
 from model.config import ModelConfig
 from training.config import OptimizerConfig, TrainConfig, load
 
@@ -31,7 +38,9 @@ MODELS = {  # name: (model, its optimizers, data, batch size)
     "default.toml, batch 32": (DEFAULT.model, DEFAULT.optimizer, PAIRS, DEFAULT.train.batch_size),
     "full.toml, batch 32 x 128": (FULL.model, FULL.optimizer, PAIRS, FULL.train.batch_size),
 }
-BAR = 20
+BAR = 100
+LARGE, SHARD = 10**10, 1 << 28  # tokens
+LARGE_BATCH, LARGE_LENGTH = 32, 1024
 SECONDS = 3.0  # for each side of a round
 SEED = 1
 
@@ -44,6 +53,44 @@ def open_data(name: str, folder: Path):
     dataset = prepare(replace(data, cache_dir=str(folder / "cache")), lambda _: None)
     examples = Examples(dataset.train, shape.max_len, dataset.tokenizer.pad_id)
     return dataset, Batches(examples, batch_size, SEED)
+
+
+def sparse_shards(folder: Path) -> list[dict]:
+    """Shards of LARGE tokens, all 0, in files without content; as manifest.json would have them."""
+    shards = []
+    for begin in range(0, LARGE, SHARD):
+        name, tokens = f"train-{len(shards):05}", min(SHARD, LARGE - begin)
+        with open(folder / f"{name}.ids", "wb") as file:
+            file.truncate(2 * tokens)
+        shards.append({"name": name, "tokens": tokens, "documents": 0, "bytes": tokens, "top": 0})
+    return shards
+
+
+def measure_large(folder: Path):
+    """Prints what it takes to begin with LARGE tokens."""
+    held, began = private_memory(), time.perf_counter()
+    split = open_split(folder, "stream", sparse_shards(folder), np.dtype("<u2"), 50257, False)
+    batches = Batches(Examples(split, LARGE_LENGTH, 0), LARGE_BATCH, SEED)
+    batches(0)
+    first, work = time.perf_counter() - began, loading(batches)
+    began = time.perf_counter()
+    batches(10**9)
+    far = time.perf_counter() - began
+    tokens, step, began = 0, 0, time.perf_counter()
+    while (seconds := time.perf_counter() - began) < SECONDS:
+        tokens += work(step)
+        step += 1
+    result = {"first_s": first, "far_s": far, "megabytes": (private_memory() - held) / 1e6}
+    print(json.dumps(result | {"tokens_per_second": tokens / seconds}))
+
+
+def private_memory() -> int:
+    """Bytes of this process that no file stands behind; elsewhere than on Linux, all resident."""
+    try:
+        status = Path("/proc/self/status").read_text()
+        return int(status.split("RssAnon:")[1].split()[0]) * 1024
+    except (OSError, IndexError):
+        return resident_memory()
 
 
 def loading(batches: Batches):
@@ -97,6 +144,8 @@ def training(name: str, dataset, batches: Batches):
 
 def measure(side: str, name: str, folder: str):
     """Prints the tokens per second of one side."""
+    if side == "large":
+        return measure_large(Path(folder))
     dataset, batches = open_data(name, Path(folder))
     work = loading(batches) if side == "loader" else training(name, dataset, batches)
     for step in range(3):  # warm up
@@ -127,8 +176,18 @@ def main():
             ratio, epochs = fast / slow, median(loader, "epochs")
             rows.append([name, fast, spread(loader, key), epochs, slow, spread(model, key), ratio])
             result.claim(f"{name}: batches, of what training takes", ratio, BAR)
+        (large,) = in_turns("loader", {"large": ["large", "", folder]}, arguments.rounds).values()
     columns = ["model", "batches, tokens/s", "range", "epochs"]
     result.table("", [*columns, "training, tokens/s", "range", "times"], rows)
+    first, far, held = (median(large, key) for key in ("first_s", "far_s", "megabytes"))
+    result.claim("10^10 tokens: from opening to the first batch", first, 3, at_most=True, unit="s")
+    result.claim("10^10 tokens: memory held for data", held, 200, at_most=True, unit="MB")
+    fast = median(large, "tokens_per_second")
+    result.table(
+        f"10^10 tokens, batch {LARGE_BATCH} x {LARGE_LENGTH}",
+        ["first batch, s", "batch of step 10^9, s", "memory, MB", "batches, tokens/s", "range"],
+        [[first, far, held, fast, spread(large, "tokens_per_second")]],
+    )
     result.finish(arguments.json)
 
 

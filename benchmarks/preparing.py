@@ -111,7 +111,7 @@ def write(given: list[str], kind: str, tokenizer, folder: Path):
         text = "\n".join(given)
         documents: Iterable = (text[i : i + CHUNK] for i in range(0, len(text), CHUNK))
     else:
-        documents = given if kind == "lines" else zip(given[::2], given[1::2], strict=True)
+        documents = given if kind != "pairs" else zip(given[::2], given[1::2], strict=True)
     tokenizer.save(folder)
     progress = Progress(folder, "")
     writers = open_writers(folder, ["train"], kind, "<u2", progress)

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from checkpoint.reader import Checkpoint, CheckpointError
 from common.files import user_path
-from data.config import DataConfig, as_paths
+from data.config import DataConfig, SourceConfig, as_paths
 
 Log = Callable[[str], object]
 
@@ -18,6 +18,8 @@ def data_config(checkpoint: Checkpoint, log: Log) -> DataConfig:
     if isinstance(stored.get("path"), list):
         stored["path"] = tuple(stored["path"])
     for name, value in stored.items():
+        if name == "sources":
+            continue
         known = getattr(default, name, None)
         number = isinstance(known, float) and type(value) is int
         if type(value) is not type(known) and not number and not is_paths(name, value):
@@ -25,7 +27,20 @@ def data_config(checkpoint: Checkpoint, log: Log) -> DataConfig:
                 f"{checkpoint.path / 'config.json'}: data.{name}: must be a setting of this "
                 f"version, of its type (found {value!r:.40}); use the version that wrote it"
             )
+    try:
+        stored["sources"] = tuple(SourceConfig(**as_source(s)) for s in stored.get("sources", ()))
+    except TypeError as error:  # of keys or values that it does not know
+        raise CheckpointError(
+            f"{checkpoint.path / 'config.json'}: data.sources: {error}; "
+            "use the version that wrote it"
+        ) from None
     return locate_data(DataConfig(**stored), checkpoint, log)
+
+
+def as_source(stored: dict) -> dict:
+    """A source of a mixture as it was before it became JSON."""
+    path = stored.get("path")
+    return stored | ({"path": tuple(path)} if isinstance(path, list) else {})
 
 
 def is_paths(name: str, value: object) -> bool:
@@ -38,18 +53,28 @@ def locate_data(data: DataConfig, checkpoint: Checkpoint, log: Log) -> DataConfi
 
     They stand for files in the folder where it was started; where there are none, for those here.
     """
-    started, found = checkpoint.state.get("cwd"), {}
+    started = checkpoint.state.get("cwd")
     if not isinstance(started, str) or started == os.getcwd():
         return data
-    for key in ("path", "val_path", "cache_dir"):
-        paths = as_paths(getattr(data, key))
-        if paths != as_paths(checkpoint.config["data"].get(key, "")):
-            continue
-        there = tuple(there_or_here(path, started) for path in paths)
-        if there != paths:
-            found[key] = there if isinstance(getattr(data, key), tuple) else there[0]
-            log(f"data.{key}: {', '.join(there)}, relative to where the run was started")
-    return replace(data, **found)
+
+    def located(part, stored: dict, prefix: str, started: str = started):
+        found = {}
+        for key in ("path", "val_path", "cache_dir"):
+            paths = as_paths(getattr(part, key, ""))
+            if paths != as_paths(stored.get(key, "")):
+                continue
+            there = tuple(there_or_here(path, started) for path in paths)
+            if there != paths:
+                found[key] = there if isinstance(getattr(part, key), tuple) else there[0]
+                log(f"{prefix}{key}: {', '.join(there)}, relative to where the run was started")
+        return replace(part, **found)
+
+    stored = checkpoint.config["data"]
+    known = [*stored.get("sources", ()), *[{}] * len(data.sources)]  # {}: one that is new
+    sources = tuple(
+        located(source, known[i], f"data.sources.{i}.") for i, source in enumerate(data.sources)
+    )
+    return located(replace(data, sources=sources), stored, "data.")
 
 
 def there_or_here(path: str, started: str) -> str:

@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 
 from checkpoint.safetensors_python import write_arrays
-from data.batches import Batch, Batches, Examples
-from data.dataset import Dataset, Log, prepare
+from data.batches import Batch
+from data.dataset import Dataset, Log
+from data.mixture import make_batches, open_examples, prepare
 from data.prompt_format import end_id, prompt_ids, unread
 from data.rng import derive_seed
 from data.slots import Slots, readable
@@ -51,8 +52,9 @@ def create(folder: Path, name: str, config: Config, steps: int, precision: str, 
     shape = replace(config.model, vocab_size=tokenizer.vocab_size, dropout=0.0)
     shape = replace(shape, attention_dropout=0.0)
     config = replace(config, model=shape, max_steps=steps)
-    examples = Examples(dataset.train, config.seq_len, tokenizer.pad_id)
-    batches = Batches(examples, config.train.batch_size, config.seed)
+    examples = open_examples(dataset, "train", config.seq_len)
+    assert examples is not None  # nothing is prepared without a training side
+    batches = make_batches(examples, config.train.batch_size, config.seed)
     # how a run of its own would begin, so that nobody starts from special weights
     nn.manual_seed(derive_seed("weights", config.seed))
     model = TransformerDecoderLite.from_config(shape, "float64")

@@ -21,7 +21,7 @@ from checkpoint.run_data import locate_data
 from common import cli
 from common.errors import UserError
 from data.config import DataConfig
-from data.dataset import prepare
+from data.mixture import prepare
 from data.prompt_format import end_id, prompt_ids
 from data.tokenizer import Tokenizer, load_tokenizer
 from generation.sampling import Sampling

@@ -14,9 +14,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from common.errors import UserError
-from data.rng import derive_seed, permutation
+from data.rng import Permutation, derive_seed, permutation
 from data.token_files import Split
 
+# Of the windows of a stream: a function. 1, that of earlier versions, is an array of all of them.
+ORDER = 2
+AHEAD = 4096  # examples whose places are computed together: one costs as much as a hundred
 POOL_BATCHES = 50  # batches that are sorted by length together
 
 
@@ -48,12 +51,14 @@ class Examples:
     """The examples of a split, by number: windows of a stream, or documents that fit.
 
     A stream's windows lie side by side; `shift` moves them all, so that from epoch to epoch the
-    cuts fall elsewhere. `dropped` counts the documents longer than `seq_len`.
+    cuts fall elsewhere. `dropped` counts the documents longer than `seq_len`. `order` is 1 for runs
+    that began with an array of the order.
     """
 
-    def __init__(self, split: Split, seq_len: int, pad_id: int):
-        self.split, self.seq_len, self.pad_id = split, seq_len, pad_id
+    def __init__(self, split: Split, seq_len: int, pad_id: int, order: int = ORDER):
+        self.split, self.seq_len, self.pad_id, self.order = split, seq_len, pad_id, order
         self.dropped = 0
+        self.are_windows = split.starts is None
         if split.starts is None:
             # one window is kept back, so that every shift below a window has room
             windows = (len(split.ids) - 1) // seq_len
@@ -68,22 +73,43 @@ class Examples:
         self.count = len(self.kept)
         self.dropped = len(lengths) - self.count
 
-    def batch(self, chosen: np.ndarray, shift: int = 0) -> Batch:
-        """The examples `chosen` (their numbers) as one batch."""
-        if self.split.starts is None:
+    @property
+    def evaluated(self) -> int:
+        """How many of them a whole evaluation reads, but for a stream's short last window."""
+        if self.are_windows:
+            return (len(self.split.ids) - 1) // self.seq_len
+        return self.count
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens an epoch reads."""
+        return self.count * self.seq_len if self.are_windows else int(self.lengths.sum())
+
+    def permuted(self, count: int, purpose: str, *numbers: int) -> Permutation | np.ndarray:
+        """The numbers of `count` examples in an order that depends on the arguments alone.
+
+        Of lines and pairs whole arrays are held anyway, and their order is sorted, too.
+        """
+        if self.are_windows and self.order > 1:
+            return Permutation(count, purpose, *numbers)
+        return permutation(count, purpose, *numbers)
+
+    def batch(self, chosen: np.ndarray, shift: np.ndarray | int = 0) -> Batch:
+        """The examples `chosen` (their numbers) as one batch; `shift`: of all, or of each (B,)."""
+        if self.are_windows:
             starts = shift + chosen * self.seq_len
             # the indices of every token at once: one gather from the memory-mapped file
             window = starts[:, None] + np.arange(self.seq_len + 1)
             tokens = self.split.ids[window].astype(np.int64)  # (B, T + 1)
             ids = np.ascontiguousarray(tokens[:, :-1])
             return Batch(ids, tokens[:, 1:].reshape(-1), None, ids.size)
-        prompts = self.split.prompts
-        assert prompts is not None  # a split of documents has both
+        begins, prompts = self.split.starts, self.split.prompts
+        assert begins is not None and prompts is not None  # a split of documents has both
         T = int(self.lengths[chosen].max(initial=1))
         tokens = np.full((len(chosen), T + 1), self.pad_id, dtype=np.int64)
         taken = np.zeros((len(chosen), T), dtype=bool)
         for row, number in enumerate(self.kept[chosen]):
-            start, end = self.split.starts[number], self.split.starts[number + 1]
+            start, end = begins[number], begins[number + 1]
             tokens[row, : end - start] = self.split.ids[start:end]
             taken[row, prompts[number] - 1 : end - start - 1] = True
         target_indices = np.flatnonzero(taken)
@@ -92,7 +118,7 @@ class Examples:
 
     def target_count(self, chosen: np.ndarray) -> int:
         """How many tokens these examples ask to predict."""
-        if self.split.starts is None:
+        if self.are_windows:
             return len(chosen) * self.seq_len
         return int(self.n_targets[chosen].sum())
 
@@ -103,7 +129,7 @@ class Batches:
     def __init__(self, examples: Examples, batch_size: int, seed: int):
         if not examples.count:
             fix = "give more text, or lower it"
-            if examples.split.starts is not None:  # each is longer, perhaps because it is the only
+            if not examples.are_windows:  # each is longer, perhaps because it is the only one
                 fix = 'raise it and model.max_len, or set data.kind = "stream" for a long text'
             raise UserError(
                 f"data.path: nothing to train on: {examples.split.describe()}, and no example fits "
@@ -111,39 +137,81 @@ class Batches:
             )
         self.examples, self.batch_size, self.seed = examples, batch_size, seed
         self.steps_per_epoch = math.ceil(examples.count / batch_size)
-        self._plans: dict[int, tuple[list[np.ndarray], int]] = {}  # of the last two epochs
+        self._ahead = -1, 0, np.empty(0, np.int64)  # epoch, place, and the examples from there on
+        self._orders: dict[int, tuple[Permutation | np.ndarray, int]] = {}  # of the last two epochs
 
-    def plan(self, epoch: int) -> tuple[list[np.ndarray], int]:
-        """The examples of each batch of an epoch, and the shift of its windows."""
-        if found := self._plans.get(epoch):  # two threads may ask, for two epochs
+    def order(self, epoch: int) -> tuple[Permutation | np.ndarray, int]:
+        """The examples of an epoch as they are visited, and which of its batches is the last cut,
+        which may be short."""
+        if found := self._orders.get(epoch):  # two threads may ask, for two epochs
             return found
-        order = permutation(self.examples.count, "order", self.seed, epoch)
-        shift = 0
-        if self.examples.split.starts is None:
-            shift = derive_seed("shift", self.seed, epoch) % self.examples.shifts
-            batches = cut(order, self.batch_size)
-        else:  # examples of like length go together, so that little is padded
+        order = self.examples.permuted(self.examples.count, "order", self.seed, epoch)
+        short = self.steps_per_epoch - 1
+        if isinstance(order, np.ndarray) and not self.examples.are_windows:
+            # examples of like length go together, so that little is padded
             batches = []
             for pool in cut(order, self.batch_size * POOL_BATCHES):
                 by_length = pool[np.argsort(self.examples.lengths[pool], kind="stable")]
                 batches += cut(by_length, self.batch_size)
             turn = permutation(len(batches), "turn", self.seed, epoch)
-            batches = [batches[i] for i in turn]
-        self._plans = dict([*self._plans.items()][-1:]) | {epoch: (batches, shift)}
-        return batches, shift
+            order = np.concatenate([batches[i] for i in turn])
+            short = int(np.flatnonzero(turn == short)[0])
+        self._orders = dict([*self._orders.items()][-1:]) | {epoch: (order, short)}
+        return order, short
 
-    def chosen(self, step: int) -> tuple[np.ndarray, int]:
-        """The examples of optimizer step `step` (from 0) and their shift."""
-        batches, shift = self.plan(step // self.steps_per_epoch)
-        return batches[step % self.steps_per_epoch], shift
+    def take(self, begin: int, end: int) -> tuple[np.ndarray, np.ndarray]:
+        """The examples at the places from `begin` to `end` (not included) of all epochs, one after
+        the other, and the shift of each."""
+        numbers, shifts = [], []
+        while begin < end:
+            epoch, first = divmod(begin, self.examples.count)
+            rows = min(end - begin, self.examples.count - first)
+            numbers.append(self.numbers(epoch, first, rows))
+            shifts.append(np.full(rows, self.shift(epoch)))
+            begin += rows
+        return np.concatenate(numbers), np.concatenate(shifts)
+
+    def numbers(self, epoch: int, first: int, rows: int) -> np.ndarray:
+        """`rows` examples of an epoch from place `first` on, computed many at a time."""
+        known, begin, ahead = self._ahead
+        if known != epoch or not begin <= first <= first + rows <= begin + len(ahead):
+            begin, last = first, min(self.examples.count, first + max(rows, AHEAD))
+            ahead = self.order(epoch)[0][np.arange(first, last)]
+            self._ahead = epoch, begin, ahead
+        return ahead[first - begin : first - begin + rows]
+
+    def shift(self, epoch: int) -> int:
+        """By how many tokens an epoch's windows are moved."""
+        if not self.examples.are_windows:
+            return 0
+        return derive_seed("shift", self.seed, epoch) % self.examples.shifts
+
+    def place(self, step: int) -> tuple[int, int]:
+        """Where the examples of optimizer step `step` (from 0) begin in all epochs, and end."""
+        epoch, batch = divmod(step, self.steps_per_epoch)
+        short = self.order(epoch)[1]
+        missing = self.steps_per_epoch * self.batch_size - self.examples.count
+        begin = epoch * self.examples.count + batch * self.batch_size - missing * (batch > short)
+        return begin, begin + self.batch_size - missing * (batch == short)
+
+    def chosen(self, step: int) -> tuple[np.ndarray, np.ndarray]:
+        """The examples of a step, and the shift of each."""
+        return self.take(*self.place(step))
+
+    def rows(self, step: int) -> int:
+        """How many examples a step has."""
+        begin, end = self.place(step)
+        return end - begin
 
     def target_count(self, step: int) -> int:
         """Tokens to predict in a step, over all its micro-batches: the loss's divisor."""
+        if self.examples.are_windows:  # each has as many
+            return self.rows(step) * self.examples.seq_len
         return self.examples.target_count(self.chosen(step)[0])
 
     def count_micro_batches(self, step: int, accumulation: int) -> int:
         """How many micro-batches a step has: fewer where a short batch has not a row for each."""
-        rows = len(self.chosen(step)[0])
+        rows = self.rows(step)
         return math.ceil(rows / math.ceil(rows / accumulation))
 
     def __call__(
@@ -153,11 +221,12 @@ class Batches:
 
         process: its number, from 0, of `processes`, which must divide `accumulation`.
         """
-        chosen, shift = self.chosen(step)
-        micro_batches = cut(chosen, math.ceil(len(chosen) / accumulation))
+        chosen = self.chosen(step)
+        size = math.ceil(len(chosen[0]) / accumulation)
+        micro_batches = list(zip(*(cut(array, size) for array in chosen), strict=True))
         share = accumulation // processes
         mine = micro_batches[process * share : (process + 1) * share]
-        return [self.examples.batch(rows, shift) for rows in mine]
+        return [self.examples.batch(rows, shift) for rows, shift in mine]
 
 
 class Prefetch:
@@ -193,17 +262,18 @@ def evaluation_batches(
     limit: only so many examples, always the same ones, drawn evenly; 0: all. process: its number,
     from 0, of `processes`, which deal the batches out in turn.
     """
-    is_stream = examples.split.starts is None
-    ids, T = examples.split.ids, examples.seq_len
-    count = (len(ids) - 1) // T if is_stream else examples.count
-    chosen = permutation(count, "evaluation")[:limit] if limit else np.arange(count)
-    if not is_stream:
-        chosen = chosen[np.argsort(examples.lengths[chosen], kind="stable")]
-    batches = cut(chosen, batch_size)
-    for rows in batches[process::processes]:
-        yield examples.batch(rows)
-    tail = np.asarray(ids[count * T :], dtype=np.int64) if is_stream else ()
-    if len(tail) > 1 and not 0 < limit <= count and len(batches) % processes == process:
+    ids, T, count = examples.split.ids, examples.seq_len, examples.evaluated
+    drawn = min(limit or count, count)
+    order = examples.permuted(count, "evaluation") if limit else None
+    if not examples.are_windows:
+        numbers = np.arange(count) if order is None else order[np.arange(drawn)]
+        order = numbers[np.argsort(examples.lengths[numbers], kind="stable")]
+    batches = math.ceil(drawn / batch_size)
+    for batch in range(process, batches, processes):
+        places = np.arange(batch * batch_size, min((batch + 1) * batch_size, drawn))
+        yield examples.batch(places if order is None else order[places])
+    tail = np.asarray(ids[count * T :], dtype=np.int64) if examples.are_windows else ()
+    if len(tail) > 1 and not 0 < limit <= count and batches % processes == process:
         yield Batch(tail[None, :-1].copy(), tail[1:].copy(), None, len(tail) - 1)
 
 

@@ -1,5 +1,7 @@
 """What text is learned from, and how it becomes ids. Standard library only."""
 
+import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +18,43 @@ SOURCES: tuple[str, ...] = get_args(SourceName)
 
 
 @dataclass(frozen=True)
+class SourceConfig:
+    """One source of a mixture; what is None is as `DataConfig` has it."""
+
+    weight: float
+    """Share of an epoch's tokens, relative to the other sources' weights."""
+    path: str | tuple[str, ...] = ""
+    """As data.path."""
+    source: SourceName | None = None
+    """As data.source; not path."""
+    name: str = ""
+    """What it is called in logs and metrics; empty: by its file or built-in source."""
+    val_path: str = ""
+    """As data.val_path."""
+    kind: Literal["auto", "stream", "lines", "documents", "pairs"] | None = None
+    text_key: str | None = None
+    prompt_key: str | None = None
+    completion_key: str | None = None
+    separator: str | None = None
+    encoding: str | None = None
+    errors: Literal["strict", "replace"] | None = None
+    skip_bad: bool | None = None
+    val_fraction: float | None = None
+
+    def __post_init__(self):
+        wrong = []
+        if not 0 < self.weight < math.inf:
+            wrong.append(f"weight = {self.weight} must be above 0 and finite")
+        if self.path in ("", ()) and self.source is None:
+            wrong.append('path = "" must be a path, or source = the name of a built-in source')
+        if self.path and self.source:
+            wrong.append(f"source = {self.source!r} cannot be with a path; leave one of them out")
+        if self.name and not re.fullmatch(r"[\w.-]{1,40}", self.name):
+            wrong.append(f"name = {self.name[:60]!r} must be 1 to 40 letters, digits, _, . or -")
+        refuse(wrong + wrong_reading(self))
+
+
+@dataclass(frozen=True)
 class DataConfig:
     """The text, the tokenizer and the split."""
 
@@ -23,6 +62,8 @@ class DataConfig:
     """Built-in source: stdlib* come from this Python's library, the others are downloaded once."""
     path: str | tuple[str, ...] = ""
     """Your own file, folder or pattern, or several (docs/data.md: what is read); not source."""
+    sources: tuple[SourceConfig, ...] = ()
+    """A mixture, in TOML only: [[data.sources]], each with a weight and a path or source."""
     val_path: str = ""
     """Validation data of the same kind; empty: split off as val_fraction says."""
     kind: Literal["auto", "stream", "lines", "documents", "pairs"] = "auto"
@@ -75,8 +116,6 @@ class DataConfig:
             wrong.append(f"vocab_size = {self.vocab_size} must be at least 300 (256 are bytes)")
         if self.seq_len < 0:
             wrong.append(f"seq_len = {self.seq_len} must be 0 (model.max_len) or more")
-        if not 0 <= self.val_fraction < 1:
-            wrong.append(f"val_fraction = {self.val_fraction} must be at least 0 and below 1")
         wrong += [
             f"{name} = {value!r} is of another tokenizer; set data.tokenizer_path, or leave it out"
             for name, value in self.given_tokens().items()
@@ -84,21 +123,36 @@ class DataConfig:
         ]
         if self.path == ():
             wrong.append('path = () must be "", a path or a list of paths')
-        try:
-            b" ".decode(self.encoding)
-        except (LookupError, ValueError):  # ValueError: a NUL in the name
-            wrong.append(f'encoding = {self.encoding!r} must be one that Python has, as "latin-1"')
-        wrong += [
-            f'{name} = "" must be the name of a key'
-            for name in ("text_key", "prompt_key", "completion_key")
-            if not getattr(self, name).strip(" ,")
-        ]
-        refuse(wrong)
+        if self.sources and self.slots:
+            wrong.append("slots = true cannot be with [[data.sources]]; leave one of them out")
+        if self.sources and (self.path or self.val_path):
+            key = "path" if self.path else "val_path"
+            wrong.append(
+                f"{key} = {getattr(self, key)!r} cannot be with [[data.sources]], each of which "
+                "has its own; leave one of them out"
+            )
+        refuse(wrong + wrong_reading(self))
 
     def given_tokens(self) -> dict[str, str]:
         """What is set of the settings that only somebody else's tokenizer has."""
         names = ("tokenizer_pattern", "bos_token", "end_token", "pad_token", "unk_token")
         return {name: getattr(self, name) for name in names if getattr(self, name)}
+
+
+def wrong_reading(config: DataConfig | SourceConfig) -> list[str]:
+    """What is wrong with the settings that data and a source of a mixture share."""
+    wrong, fraction, encoding = [], config.val_fraction, config.encoding
+    if fraction is not None and not 0 <= fraction < 1:
+        wrong.append(f"val_fraction = {fraction} must be at least 0 and below 1")
+    try:
+        b" ".decode("utf-8" if encoding is None else encoding)
+    except (LookupError, ValueError):  # ValueError: a NUL in the name
+        wrong.append(f'encoding = {encoding!r} must be one that Python has, as "latin-1"')
+    for name in ("text_key", "prompt_key", "completion_key"):
+        key = getattr(config, name)
+        if key is not None and not key.strip(" ,"):
+            wrong.append(f'{name} = "" must be the name of a key')
+    return wrong
 
 
 def as_paths(path: str | Sequence[str]) -> tuple[str, ...]:

@@ -72,19 +72,23 @@ class Dataset:
 
 
 def prepare(
-    config: DataConfig, log: Log = print, tokenizer: Tokenizer | None = None, jobs: int = 0
+    config: DataConfig,
+    log: Log = print,
+    tokenizer: Tokenizer | None = None,
+    jobs: int = 0,
+    source: Source | None = None,
 ) -> Dataset:
     """Opens the data set of `config`, after preparing it if it is not in the cache yet.
 
     `tokenizer` is used in place of the one that `config` describes. jobs: how many processes or
-    threads encode; 0: as many as are of use.
+    threads encode; 0: as many as are of use. source: that of `config`, if it is open already.
     """
     if folder := prepared_folder(config):
         return open_given(folder, config, tokenizer)
     cache = user_path(config.cache_dir or DEFAULT_CACHE_DIR)
     with writing(cache):
         cache.mkdir(parents=True, exist_ok=True)
-    source = open_source(config, log, cache)
+    source = source or open_source(config, log, cache)
     if isinstance(tokenizer, ForeignTokenizer):
         log(f"tokenizer: {tokenizer.describe()}")
         if found := warning(tokenizer, source.train()):

@@ -81,13 +81,14 @@ class ForeignTokenizer(Tokenizer):
             whole, characters = spelled(self.token(i))
             if i not in whole:
                 continue
-            if i in characters:
-                flag = next((FLAGS[role] for role, own in ids.items() if own == i), FLAGS["end"])
+            own = [FLAGS[role] for role in sorted(ids) if ids[role] == i]
+            if i not in characters:
+                self._apart[i] = characters
+            elif own:
                 raise UserError(
-                    f"{where}: {flag} = {self.token(i)!r} is what texts are made of; set it to a "
+                    f"{where}: {own[0]} = {self.token(i)!r} is what texts are made of; set it to a "
                     "token that no text needs"
                 )
-            self._apart[i] = characters
 
     def encode(self, text: str) -> list[int]:
         return self.encode_batch([text])[0]

@@ -252,11 +252,14 @@ def own_tokenizer(path: Path, content: bytes) -> Tokenizer | None:
 
 
 def read_settings(stored: bytes) -> dict:
-    """The content of SETTINGS, checked. Raises ValueError, TypeError and RecursionError."""
+    """The content of SETTINGS, checked. Raises ValueError and RecursionError."""
     settings = json.loads(stored)
-    special, added = settings.get("special", {}), settings.get("added", {})
+    tables = settings if isinstance(settings, dict) else {"special": None}
+    special, added = tables.get("special", {}), tables.get("added", {})
     if not (
-        special.keys() <= FLAGS.keys()
+        isinstance(special, dict)
+        and isinstance(added, dict)
+        and special.keys() <= FLAGS.keys()
         and all(token is None or isinstance(token, str) for token in special.values())
         and isinstance(settings.get("pattern", ""), str)
         and all(type(i) is int and 0 <= i < MAX_VOCAB for i in added.values())

@@ -26,7 +26,8 @@ from common.cli import visible
 from common.errors import UserError
 from common.files import user_path
 from data.config import DEFAULT_CACHE_DIR
-from data.dataset import Dataset, prepare
+from data.dataset import Dataset
+from data.mixture import prepare
 from data.tokenizer import Tokenizer
 
 Log = Callable[[str], object]

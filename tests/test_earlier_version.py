@@ -12,6 +12,7 @@ import sys
 
 import pytest
 
+from checkpoint.reader import Checkpoint
 from tests.helpers import ROOT, TEXT, losses, run
 
 FIXTURE = ROOT / "tests" / "fixtures" / "version_0_1"
@@ -61,6 +62,8 @@ def test_it_is_resumed(home):
     for step, loss in EXPECTED["validation"].items():
         close = 1e-5 if int(step) <= 8 else 2e-3
         assert found["loss/val", int(step)] == pytest.approx(loss, rel=close)
+    resumed = Checkpoint(home / "runs/run/checkpoints/step_00000012").state
+    assert resumed["order"] == 1, "the next resume would visit the data in another order"
 
 
 def test_its_nan_dump_is_replayed_and_not_resumed(home):

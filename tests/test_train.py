@@ -18,6 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from checkpoint.reader import Checkpoint, list_steps, read_best, step_path
 from common.files import checksummed_json, hash_file, read_checksummed_json
+from data.batches import ORDER
 from data.dataset import LAYOUT
 from tests.helpers import ROOT, command, losses, metrics, refused, run, write_config
 from training.resume import find_resume
@@ -78,6 +79,7 @@ def test_the_run_folder(home):
         "state.json", "tokenizer.json",
     }  # fmt: skip
     assert Checkpoint(newest).state["step"] == 40
+    assert Checkpoint(newest).state["order"] == ORDER  # a resume keeps it, whatever comes to be new
     assert read_best(folder)["step"] in (20, 40)
 
 

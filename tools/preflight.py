@@ -27,6 +27,7 @@ from common.errors import UserError
 from common.files import user_path
 from common.processes import Processes, join
 from data.config import DEFAULT_CACHE_DIR
+from data.mixture import MixedBatches, Mixture, dealt
 from training.command_line import read_for_all
 from training.config import OptimizerConfig
 from training.schedule import lr_factor, schedule_faults
@@ -127,15 +128,21 @@ def show_data(state, sizes: list[tuple[int, int]]) -> Remarks:
     """
     examples, config = state.batches.examples, state.config
     padding = 1 - sum(tokens for tokens, _ in sizes) / sum(padded for _, padded in sizes)
-    is_stream = examples.split.starts is None
-    tokens = examples.count * examples.seq_len if is_stream else int(examples.lengths.sum())
     epochs = config.max_steps / state.batches.steps_per_epoch
     vocabulary = config.model.vocab_size
-    used = np.count_nonzero(np.bincount(state.dataset.train.ids[: 1 << 24]))
+    sources = state.dataset.sources if isinstance(state.dataset, Mixture) else (state.dataset,)
+    looked_at = [source.train.ids[: (1 << 24) // len(sources)] for source in sources]
+    used = np.count_nonzero(np.bincount(np.concatenate(looked_at)))
     dropped = examples.dropped / (examples.dropped + examples.count)
     log("data")
-    row("an epoch", f"{tokens:,} tokens", f"{state.batches.steps_per_epoch:,} steps")
+    row("an epoch", f"{examples.tokens:,} tokens", f"{state.batches.steps_per_epoch:,} steps")
     row("the run", f"{epochs:,.1f} epochs", f"{config.max_steps:,} steps")
+    if isinstance(state.batches, MixedBatches):
+        read = dealt(config.max_steps * state.batches.batch_size, state.batches.weights)
+        parts = zip(examples.parts.items(), examples.shares, read, strict=True)
+        for (name, part), share, number in parts:
+            epochs_of = f"{number / part.count:,.1f} epochs"
+            row(f"of {name}", epochs_of, f"{float(share):.1%} of the tokens")
     row("padding", f"{padding:.1%}")
     row("skipped", f"{dropped:.1%}", f"{examples.dropped:,} examples are too long")
     row("vocabulary used", f"{used:,}", f"of {vocabulary:,}")

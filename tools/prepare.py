@@ -20,7 +20,8 @@ from common import cli
 from common.errors import UserError
 from common.files import user_path
 from data.config import DataConfig
-from data.dataset import named_tokenizer, open_dataset, prepare, verify
+from data.dataset import named_tokenizer, open_dataset, verify
+from data.mixture import prepare
 from data.parts import count_parts, merge, prepare_part
 from training.command_line import DEFAULT, kind_of_own, together, underscored
 from training.config import load
@@ -77,6 +78,11 @@ def make(config: DataConfig, arguments: Arguments):
     tokenizer, jobs = named_tokenizer(config), arguments.jobs
     if not arguments.to:
         data = prepare(config, log, tokenizer, jobs)
+    elif config.sources:
+        raise UserError(
+            f"--to {arguments.to}: a mixture's sources are prepared each into its own folder; "
+            "leave it out, or give one of them as --data.path"
+        )
     else:
         to = user_path(arguments.to)
         if not prepare_part(config, to, part, parts, log, tokenizer, jobs):

@@ -185,10 +185,11 @@ def kept(state: TrainState) -> tuple[int, int, int]:
 def step_sizes(state: TrainState) -> list[tuple[int, int]]:
     """(tokens, tokens with padding) of the steps of the first epoch."""
     examples, sizes = state.batches.examples, []
-    for chosen in state.batches.plan(0)[0][:SAMPLED]:
-        if examples.split.starts is None:
-            sizes.append((len(chosen) * examples.seq_len,) * 2)
+    for step in range(min(SAMPLED, state.batches.steps_per_epoch)):
+        if examples.are_windows:
+            sizes.append((state.batches.rows(step) * examples.seq_len,) * 2)
             continue
+        chosen = state.batches.chosen(step)[0]
         rows = math.ceil(len(chosen) / state.config.train.accumulation_steps)
         parts = [examples.lengths[part] for part in cut(chosen, rows)]
         sizes.append((sum(n.sum() for n in parts), sum(len(n) * n.max() for n in parts)))
@@ -223,8 +224,7 @@ def timed_evaluation(state: TrainState) -> float:
     """Seconds of an evaluation, of which a part is made, drawn evenly; and of its samples."""
     settings, validation = state.config.train, 0.0
     if state.val:
-        windows = (len(state.val.split.ids) - 1) // state.val.seq_len
-        count = windows if state.val.split.starts is None else state.val.count
+        count = state.val.evaluated
         count = max(1, min(count, settings.eval_examples or count))
         part = min(count, 4 * settings.micro_batch_size)
         for limit in (1, part):  # the first only warms up

@@ -75,7 +75,7 @@ def compile_loss(
 def full_shape(state: TrainState) -> tuple[int, int] | None:
     """(B, T) of the micro-batches of a stream of text; None for documents, whose lengths vary."""
     examples = state.batches.examples
-    if examples.split.starts is not None:
+    if not examples.are_windows:
         return None
-    rows = min(state.config.train.batch_size, examples.count)
-    return math.ceil(rows / state.config.train.accumulation_steps), examples.seq_len
+    rows = math.ceil(state.batches.rows(0) / state.config.train.accumulation_steps)
+    return rows, examples.seq_len

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import TypeAdapter, ValidationError
 
 from common.errors import UserError, at_least, refuse
-from data.config import DataConfig
+from data.config import DataConfig, SourceConfig
 from generation.sampling import Sampling
 from model.config import ModelConfig
 
@@ -206,7 +206,15 @@ class Config:
 
 
 # pydantic takes its settings from this attribute, also of standard-library dataclasses
-for _part in (ModelConfig, DataConfig, OptimizerConfig, TrainConfig, Sampling, Config):
+for _part in (
+    ModelConfig,
+    SourceConfig,
+    DataConfig,
+    OptimizerConfig,
+    TrainConfig,
+    Sampling,
+    Config,
+):
     _part.__pydantic_config__ = {"extra": "forbid", "strict": True, "allow_inf_nan": False}
 _CHECKER = TypeAdapter(Config)
 
@@ -230,6 +238,8 @@ def describe(error: "ErrorDetails", values: dict) -> str:
     key = ".".join(path)
     if error["type"] == "unexpected_keyword_argument":
         known = list(dict.fromkeys([*flatten(Config()), *(f.name for f in fields(Config))]))
+        if path[:2] == ["data", "sources"]:
+            known += [".".join([*path[:-1], f.name]) for f in fields(SourceConfig)]
         siblings = [name for name in known if name.split(".")[:-1] == path[:-1]]
         # a right key in the wrong table is nearer than a like one in this table
         near = [name for name in known if name.split(".")[-1] == path[-1] != ""]
@@ -238,8 +248,13 @@ def describe(error: "ErrorDetails", values: dict) -> str:
         hint = f"did you mean {near[0]}?" if len(near) == 1 else f"use one of {', '.join(near)}"
         return f"unknown key {key}; {hint}"
     message = error["msg"].removeprefix("Value error, ")
-    if path[:2] == ["data", "path"]:
-        return f"data.path = {values['data']['path']!r}: must be a path or a list of paths"
+    if "path" in path[1:]:  # of the data or of a source
+        path, found = path[: path.index("path") + 1], values
+        for part in path:
+            found = found[int(part) if isinstance(found, list | tuple) else part]
+        return f"{'.'.join(path)} = {found!r}: must be a path or a list of paths"
+    if error["type"] == "missing":
+        return f"{key} is missing; give one"
     if error["type"] in ("dataclass_type", "dataclass_exact_type"):
         return f"{key} must be a table: [{key}]"
     if error["type"] == "value_error":  # our own checks name the field and its value
@@ -283,6 +298,8 @@ def flatten(config, prefix: str = "") -> dict:
     values = asdict(config) if is_dataclass(config) else config
     flat = {}
     for key, value in values.items():
+        if isinstance(value, tuple | list) and value and isinstance(value[0], dict):
+            value = {str(number): each for number, each in enumerate(value)}
         if isinstance(value, dict):
             flat |= flatten(value, f"{prefix}{key}.")
         else:
@@ -303,14 +320,20 @@ def to_toml(config: Config) -> str:
             return f"[{', '.join(map(text, value))}]"
         return str(value).lower() if isinstance(value, bool) else str(value)
 
-    def line(key, value):
-        return f"{key} = {text(value)}"
+    def table(entries):
+        return [
+            f"{key} = {text(value)}"
+            for key, value in entries.items()
+            if not (isinstance(value, dict) or value is None or key == "sources")
+        ]
 
     values = asdict(config)
-    lines = [line(k, v) for k, v in values.items() if not isinstance(v, dict)]
-    for table, entries in values.items():
+    lines = table(values)
+    for name, entries in values.items():
         if isinstance(entries, dict):
-            lines += ["", f"[{table}]", *(line(k, v) for k, v in entries.items())]
+            lines += ["", f"[{name}]", *table(entries)]
+    for source in values["data"]["sources"]:
+        lines += ["", "[[data.sources]]", *table(source)]
     return "\n".join(lines)
 
 
@@ -346,8 +369,8 @@ def changes(stored: Config, wanted: Config, extend: bool) -> list[Change]:
     """What differs between a run's stored settings and those asked for on resuming it."""
     found = []
     before, after = flatten(stored), flatten(wanted)
-    for key in before:
-        if before[key] == after[key]:
+    for key in {**before, **after}:
+        if before.get(key) == after.get(key):
             continue
         reason = REFUSED_CHANGES.get(key, "")
         if key.startswith("model.") and key not in FREE_CHANGES:
@@ -357,7 +380,7 @@ def changes(stored: Config, wanted: Config, extend: bool) -> list[Change]:
             reason = "the end of the learning-rate schedule would move (--extend allows it)"
         if key == "optimizer.schedule_steps" and extend:
             reason = ""
-        found.append(Change(key, before[key], after[key], reason))
+        found.append(Change(key, before.get(key), after.get(key), reason))
     return found
 
 

@@ -119,7 +119,7 @@ def hyperparameters(config: Config) -> dict:
     return {
         key: clean_text(value) if isinstance(value, str) else value
         for key, value in flat.items()
-        if not key.startswith(("sample.", "data.cache"))
+        if value is not None and not key.startswith(("sample.", "data.cache"))
     }
 
 

@@ -45,9 +45,9 @@ class Work:
     def of(cls, examples: Examples, micro_batch_size: int) -> "Work":
         """That of a run's micro-batches."""
         rows = min(micro_batch_size, examples.count)
-        if examples.split.starts is None:
+        if examples.are_windows:
             return cls(rows, examples.seq_len, 1.0)
-        tokens = int(examples.lengths.sum())
+        tokens = examples.tokens
         return cls(rows, max(1, tokens // examples.count), int(examples.n_targets.sum()) / tokens)
 
 

@@ -147,8 +147,12 @@ class Recorder:
         remark = "" if best is None else f" (best: {best:.4f} at {best_step:,})"
         if checkpointer.update_best(loss):
             remark = " (best so far)"
-        bits = values["bits_per_byte/val"]
-        self.log(f"step {step:,}: validation loss {loss:.4f}, {bits:.3f} bits per byte{remark}")
+        bits, own = values["bits_per_byte/val"], "loss/val/"
+        parts = [f"{k.removeprefix(own)} {v:.4f}" for k, v in values.items() if k.startswith(own)]
+        of_each = f" ({', '.join(parts)})" if parts else ""
+        self.log(
+            f"step {step:,}: validation loss {loss:.4f}{of_each}, {bits:.3f} bits per byte{remark}"
+        )
         return values
 
     def add_image(self, tag: str, image, step: int):

@@ -138,6 +138,10 @@ def keep_resolved(stored: Config, wanted: Config) -> Config:
             settled[key] = getattr(stored, key)
     if wanted.data.kind == "auto" and bool(wanted.data.path) == bool(stored.data.path):
         settled["data"] = replace(wanted.data, kind=stored.data.kind)
+    if len(wanted.data.sources) == len(stored.data.sources):
+        pairs = zip(wanted.data.sources, stored.data.sources, strict=True)
+        sources = [replace(w, kind=s.kind) if w.kind in (None, "auto") else w for w, s in pairs]
+        settled["data"] = replace(settled.get("data", wanted.data), sources=tuple(sources))
     if wanted.model.vocab_size == 0:
         settled["model"] = replace(wanted.model, vocab_size=stored.model.vocab_size)
     if wanted.train.threads == 0:

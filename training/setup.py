@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
+from itertools import chain
 
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -15,9 +16,10 @@ from common.errors import UserError
 from common.memory import keep_freed_memory
 from common.processes import Processes
 from common.signals import defer_interrupts
-from data.batches import Batches, Examples
-from data.config import as_paths
-from data.dataset import Dataset, named_tokenizer, prepare
+from data.batches import ORDER, Batches, Examples
+from data.config import SourceConfig, as_paths
+from data.dataset import Dataset, named_tokenizer
+from data.mixture import MixedExamples, Mixture, make_batches, open_examples, prepare
 from data.rng import derive_seed
 from data.tokenizer import Tokenizer, load_tokenizer
 from model.cpu_layers import use_cpu_layers
@@ -29,7 +31,13 @@ from training.optimizer import create_optimizers, load_state_tensors
 from training.precision import Work, choose_precision, note_faster
 from training.resume import RunSpec
 from training.sharding import Shards
-from training.state import Progress, TrainState, restore_progress, restore_scaler
+from training.state import (
+    Progress,
+    TrainState,
+    restore_order,
+    restore_progress,
+    restore_scaler,
+)
 
 Log = Callable[[str], object]
 print_line = partial(print, flush=True)
@@ -61,7 +69,7 @@ def build(spec: RunSpec, log: Log, processes: Processes | None = None) -> TrainS
     check_data(spec, dataset)
     check_same_data(dataset, processes)
     config = resolve(config, device, dataset, processes)
-    batches, val = open_batches(dataset, config, log)
+    batches, val = open_batches(dataset, config, log, restore_order(spec))
     work = Work.of(batches.examples, config.train.micro_batch_size)
 
     def choose() -> tuple[str, str]:  # by the first, while the others wait and do not disturb it
@@ -170,14 +178,18 @@ def check_shard(config: Config, log: Log):
         log("note: train.histogram_interval: none with train.shard, which has no whole gradient")
 
 
-def open_batches(dataset: Dataset, config: Config, log: Log) -> tuple[Batches, Examples | None]:
-    """The training batches and the validation examples, None without any. Raises UserError."""
-    pad_id = dataset.tokenizer.pad_id
-    examples = Examples(dataset.train, config.seq_len, pad_id)
-    val = Examples(dataset.val, config.seq_len, pad_id) if dataset.val else None
-    for split, side in (("train", examples), ("validation", val)):
-        if side is not None:
-            log(f"data: {dataset.name} ({dataset.kind}), {split}: {side.split.describe()}")
+def open_batches(
+    dataset: Dataset, config: Config, log: Log, order: int = ORDER
+) -> tuple[Batches, Examples | None]:
+    """The training batches and the validation examples, None without any. Raises UserError.
+
+    order: that of stream windows, as data/batches.py numbers them.
+    """
+    examples, val = (open_examples(dataset, s, config.seq_len, order) for s in ("train", "val"))
+    assert examples is not None  # nothing is prepared without a training split
+    for split, whole in (("train", examples), ("validation", val)):
+        for source, side in by_source(dataset, whole):
+            log(f"data: {source.name} ({source.kind}), {split}: {side.split.describe()}")
             unk_id = dataset.tokenizer.unk_id
             # a tokenizer that was made of this text knows all of it
             given = dataset.tokenizer_given and unk_id is not None
@@ -192,13 +204,20 @@ def open_batches(dataset: Dataset, config: Config, log: Log) -> tuple[Batches, E
                     f"data: {side.dropped:,} {split} examples longer than {config.seq_len} tokens "
                     "are skipped"
                 )
-    batches = Batches(examples, config.train.batch_size, config.seed)
-    if val is not None and val.split.starts is not None and not val.count:
-        raise UserError(
-            f"data.seq_len = {config.seq_len}: every validation example is longer; raise it and "
-            "model.max_len"
-        )
-    return batches, val
+            if split == "validation" and not side.are_windows and not side.count:
+                raise UserError(
+                    f"data.seq_len = {config.seq_len}: every validation example of {source.name} "
+                    "is longer; raise it and model.max_len"
+                )
+    return make_batches(examples, config.train.batch_size, config.seed), val
+
+
+def by_source(dataset: Dataset, examples: Examples | None) -> list[tuple[Dataset, Examples]]:
+    """The examples of a side with the data set that they are of: of a mixture, of each source."""
+    if isinstance(dataset, Mixture) and isinstance(examples, MixedExamples):
+        parts = examples.parts
+        return [(source, parts[source.name]) for source in dataset.sources if source.name in parts]
+    return [(dataset, examples)] if examples else []
 
 
 def configure_torch(config: TrainConfig, device: torch.device):
@@ -274,9 +293,22 @@ def resolve(config: Config, device: torch.device, dataset: Dataset, processes: P
         config,
         device=str(device) if processes.count == 1 else device.type,  # each has an index of its own
         model=replace(config.model, vocab_size=vocab_size),
-        data=replace(config.data, kind=dataset.kind, slots=dataset.slots),
+        data=replace(
+            config.data,
+            kind=dataset.kind,
+            sources=resolve_sources(config, dataset),
+            slots=dataset.slots,
+        ),
         train=replace(config.train, threads=torch.get_num_threads()),
     )
+
+
+def resolve_sources(config: Config, dataset: Dataset) -> tuple[SourceConfig, ...]:
+    """The sources of a mixture with the kinds that were found."""
+    if not isinstance(dataset, Mixture):
+        return ()
+    each = zip(config.data.sources, dataset.sources, strict=True)
+    return tuple(replace(given, kind=source.kind) for given, source in each)
 
 
 NOT_DATA = ("data.cache_dir", "data.tokenizer_path")  # settings that do not change what is read
@@ -298,8 +330,9 @@ def check_data(spec: RunSpec, dataset: Dataset):
             why = "; ".join(changed)
         elif now["data"] == spec.resume.state.get("data"):
             why = "the tokenizer in data.cache_dir is not the checkpoint's"
-        elif data.path:
-            files = " or ".join(filter(None, (*as_paths(data.path), data.val_path)))
+        elif data.path or data.sources:
+            given = [(*as_paths(part.path), part.val_path) for part in (data, *data.sources)]
+            files = " or ".join(filter(None, chain.from_iterable(given)))
             why = f"the content of {files} has changed"
         else:
             why = f"what {data.source} is made of has changed: this Python's library, or its file"

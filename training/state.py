@@ -17,7 +17,7 @@ from common.device import Precision, processor
 from common.errors import UserError
 from common.processes import Processes
 from common.signals import StopRequest
-from data.batches import Batches, Examples
+from data.batches import ORDER, Batches, Examples
 from data.dataset import Dataset
 from evaluation.validation import evaluate
 from model.loss import LossModule
@@ -149,6 +149,7 @@ class TrainState:
             "validates": self.val is not None,
             "cwd": self.cwd,
             "micro_batches_in_pairs": self.in_pairs,
+            "order": self.batches.examples.order,
             "versions": versions(self.device),
         }
         return {
@@ -188,6 +189,19 @@ def restore_progress(spec: RunSpec) -> Progress:
     elif best is not None and best["step"] <= progress.step:
         progress.best_step, progress.best_val_loss = best["step"], best["val_loss"]
     return progress
+
+
+def restore_order(spec: RunSpec) -> int:
+    """The order of stream windows that the run began with, as data/batches.py numbers them."""
+    if not spec.resume:
+        return ORDER
+    order = spec.resume.state.get("order", 1)  # earlier versions had one, and did not say so
+    if order not in range(1, ORDER + 1):
+        raise UserError(
+            f"{spec.resume.path / 'state.json'}: order: must be from 1 to {ORDER} "
+            f"(found {order!r:.80}); use the version of this project that wrote the checkpoint"
+        )
+    return order
 
 
 def restore_scaler(scaler: torch.amp.GradScaler, checkpoint: Checkpoint):

@@ -9,6 +9,7 @@ import torch
 
 from data.batches import Examples, evaluation_batches
 from data.dataset import Dataset
+from data.mixture import MixedExamples
 from data.prompt_format import end_id, prompt_ids
 from data.slots import Slots
 from generation.batched import generate
@@ -75,8 +76,10 @@ def positions_image(model: TransformerDecoder) -> np.ndarray:
 
 def example_ids(examples: Examples, longest: int = 32) -> np.ndarray:
     """The ids (1, T) of one validation example, for its attention maps."""
+    if isinstance(examples, MixedExamples):
+        examples = next(iter(examples.parts.values()))
     batch = next(evaluation_batches(examples, 1))
-    if examples.split.starts is not None:  # the shortest come first; one from the middle says more
+    if not examples.are_windows:  # the shortest come first; one from the middle says more
         middle = np.argsort(examples.lengths, kind="stable")[examples.count // 2 :][:1]
         batch = examples.batch(middle)
     return batch.ids[:1, :longest]

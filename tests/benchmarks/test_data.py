@@ -31,3 +31,12 @@ def test_a_batch_of_the_loader_is_all_counted(tmp_path, capsys, monkeypatch):
     loader.measure("loader", name, str(tmp_path))
     found = json.loads(capsys.readouterr().out)
     assert found["tokens_per_second"] > 0 and found["epochs"] > 0
+
+
+def test_the_loader_begins_with_ten_billion_tokens(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(loader, "SECONDS", 0.05)
+    loader.measure("large", "", str(tmp_path))
+    found = json.loads(capsys.readouterr().out)
+    assert found["tokens_per_second"] > 0 and found["first_s"] > 0 and found["far_s"] > 0
+    assert found["megabytes"] < 200
+    assert sum(path.stat().st_size for path in tmp_path.iterdir()) == 2 * loader.LARGE

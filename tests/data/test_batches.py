@@ -1,5 +1,7 @@
 """data/batches.py: every example exactly once an epoch, however it is cut."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -100,7 +102,27 @@ def test_batches_depend_on_seed_and_step_alone():
 
 def test_the_order_is_the_same_on_every_machine_and_version():
     batches = Batches(Examples(stream(100), 4, 0), 6, 1337)
-    assert batches(0)[0].ids[:, 0].tolist() == [18, 26, 34, 62, 50, 42]
+    assert batches(0)[0].ids[:, 0].tolist() == [2, 6, 30, 46, 50, 18]
+    of_earlier_runs = Batches(Examples(stream(100), 4, 0, order=1), 6, 1337)
+    assert of_earlier_runs(0)[0].ids[:, 0].tolist() == [18, 26, 34, 62, 50, 42]
+    pairs = Examples(documents([(3, n % 9) for n in range(40)]), 12, 0)
+    assert Batches(pairs, 4, 1337).chosen(3)[0].tolist() == [9, 27, 0, 18]
+
+
+def test_a_step_far_away_costs_no_more_than_the_first(tmp_path):
+    tokens = 10**10
+    with open(tmp_path / "ids", "wb") as file:
+        file.truncate(2 * tokens)  # sparse
+    ids = np.memmap(tmp_path / "ids", np.uint16, mode="r")
+    tracemalloc.start()
+    batches = Batches(Examples(Split(ids, None, None, tokens), 128, 0), 32, 7)
+    for step in (0, 10**9, 10**9 + 1):
+        assert batches(step)[0].ids.shape == (32, 128)
+    (batch,) = evaluation_batches(batches.examples, 32, limit=32)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert batch.ids.shape == (32, 128)
+    assert peak < 10_000_000, "something is held of each of 78 million windows"
 
 
 def test_a_micro_batch_is_the_same_whoever_takes_it():

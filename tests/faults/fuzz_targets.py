@@ -25,8 +25,10 @@ from data.config import DataConfig, Kind
 from data.dataset import build, open_dataset
 from data.prompt_format import prompt_ids
 from data.readers import open_source
+from data.round_trip import warning
 from data.tokenizer import CharTokenizer, clean_text, load_tokenizer
 from data.train_tokenizer import train_sentencepiece
+from tests.data.foreign_files import all_kinds, tiktoken_file
 from tests.faults.fuzz_inputs import (
     ODD,
     Target,
@@ -265,3 +267,34 @@ def tokenizers(folder: Path) -> Target:
 
     inputs = like(text, "tokenizer.json") | named(mangled(model), "tokenizer.model")
     return Target(inputs | named(st.binary(max_size=99), "tokenizer.model"), feed)
+
+
+@target("foreign tokenizers")
+def foreign_tokenizers(folder: Path) -> Target:
+    suffixes = {"sentencepiece": "model", "tiktoken": "tiktoken"}
+    inputs = named(st.binary(max_size=99), "tokenizer.tiktoken", "tokenizer.json")
+    for kind, content in all_kinds().items():
+        inputs = inputs | like(content, f"tokenizer.{suffixes.get(kind, 'json')}")
+    settings = {
+        "special": {"end": "</s>", "pad": None},
+        "pattern": r"\w+|\W+",
+        "added": {"</s>": 9},
+    }
+    inputs = inputs | like(json.dumps(settings).encode(), "special_tokens.json")
+    text = "A text \u00e9 <|endoftext|> [SEP]</s>\n"
+
+    def feed(name: str, content: bytes):
+        (folder / "tokenizer.tiktoken").write_bytes(tiktoken_file())
+        (folder / "special_tokens.json").unlink(missing_ok=True)
+        (folder / name).write_bytes(content)
+        path = folder / (name if name != "special_tokens.json" else "tokenizer.tiktoken")
+        tokenizer = load_tokenizer(path, pattern="gpt2" if name.endswith(".tiktoken") else "")
+        ids = tokenizer.encode(text)
+        assert all(0 <= i < tokenizer.vocab_size for i in ids), "ids"
+        ends = tokenizer.special_ids - {tokenizer.unk_id}
+        assert not ends & {*ids}, "a text has a special token"
+        tokenizer.decode(range(min(tokenizer.vocab_size, 1000)))
+        tokenizer.token(tokenizer.vocab_size - 1)
+        warning(tokenizer, [text])
+
+    return Target(inputs, feed)

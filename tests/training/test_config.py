@@ -1,8 +1,9 @@
 """training/config.py: TOML in, checked settings out, and what a resume may change."""
 
+import json
 import math
 import tomllib
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 from hypothesis import given
@@ -12,6 +13,7 @@ from common.errors import UserError
 from model.config import ModelConfig
 from tests.helpers import ROOT
 from training.config import Config, changes, check, flatten, load, resumed, to_toml
+from training.metrics import hyperparameters
 
 CONFIGS = sorted((ROOT / "configs").glob("*.toml"))
 
@@ -88,6 +90,50 @@ def test_data_path_is_a_path_or_a_list_of_paths():
         assert str(error.value) == f"f: data.path = {path!r}: must be a path or a list of paths"
     with pytest.raises(UserError, match='must be "", a path or a list'):
         check({"data": {"path": []}}, "f")
+
+
+SOURCES = [{"path": "a", "weight": 0.7}, {"path": ["b", "c"], "weight": 3, "name": "web"}]
+
+
+def test_a_mixture_reads_back_from_its_own_toml():
+    config = check({"data": {"sources": SOURCES}}, "f")
+    assert [source.weight for source in config.data.sources] == [0.7, 3]
+    assert check(tomllib.loads(to_toml(config)), "again") == config
+    assert check(json.loads(json.dumps(asdict(config))), "config.json") == config
+    heavier = check({"data": {"sources": [SOURCES[0], {**SOURCES[1], "weight": 4}]}}, "f")
+    (change,) = changes(config, heavier, extend=False)
+    assert (change.key, change.before, change.after) == ("data.sources.1.weight", 3.0, 4.0)
+    assert any(change.key == "data.sources.0.path" for change in changes(Config(), config, False))
+    assert hyperparameters(config)["data.sources.1.path"] == "b, c"
+    assert None not in hyperparameters(config).values()  # TensorBoard takes none
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        ({"path": "a", "weight": 0}, "data.sources.1.weight = 0.0 must be above 0 and finite"),
+        ({"path": "a", "weight": -1}, "data.sources.1.weight = -1.0 must be above 0 and finite"),
+        ({"path": "a"}, "data.sources.1.weight is missing; give one"),
+        ({"weight": 1}, 'data.sources.1.path = "" must be a path, or source = the name of a'),
+        ({"weight": 1, "path": []}, 'data.sources.1.path = "" must be a path, or source'),
+        ({"weight": 1, "path": 3}, "data.sources.1.path = 3: must be a path or a list of paths"),
+        ({"weight": 1, "path": "a", "source": "names"}, "data.sources.1.source = 'names' cannot"),
+        ({"weight": 1, "pth": "a"}, "key data.sources.1.pth; did you mean data.sources.1.path?"),
+        ({"weight": 1, "path": "a", "name": "a/b"}, "data.sources.1.name = 'a/b' must be 1 to 40"),
+        ({"weight": 1, "path": "a", "text_key": ""}, 'data.sources.1.text_key = "" must be the'),
+        ({"weight": 1, "path": "a", "val_fraction": 2}, "data.sources.1.val_fraction = 2.0 must"),
+    ],
+)
+def test_what_is_wrong_with_a_source_is_named_with_its_number(source, said):
+    with pytest.raises(UserError) as error:
+        check({"data": {"sources": [SOURCES[0], source]}}, "f")
+    assert said in str(error.value)
+
+
+@pytest.mark.parametrize("key", ["path", "val_path"])
+def test_sources_and_a_path_are_refused(key):
+    with pytest.raises(UserError, match=rf"data.{key} = 'x' cannot be with \[\[data.sources"):
+        check({"data": {"sources": SOURCES, key: "x"}}, "f")
 
 
 @pytest.mark.parametrize(

@@ -6,15 +6,31 @@ from dataclasses import replace
 import pytest
 import torch
 
+from checkpoint.reader import Checkpoint
 from common.errors import UserError
 from common.processes import Processes
+from common.signals import StopRequest
+from data.batches import ORDER
 from data.dataset import prepare
+from data.mixture import MixedBatches, MixedExamples
 from data.tokenizer import CharTokenizer
-from tests.helpers import write_config
+from tests.helpers import ROOT, TINY, write_config
 from training.command_line import read_command_line
-from training.config import load
-from training.setup import check_same_device, given_tokenizer, open_batches
+from training.config import Config, check, load
+from training.resume import RunSpec, keep_resolved
+from training.setup import build, check_same_device, given_tokenizer, open_batches
+from training.state import restore_order
+from training.visuals import attention_image
 
+MIXTURE = """
+[[data.sources]]
+path = "a.txt"
+weight = 3
+[[data.sources]]
+path = "b.txt"
+name = "other"
+weight = 1
+"""
 PAIR = json.dumps({"prompt": "p", "completion": "c"})
 
 
@@ -49,6 +65,47 @@ def test_the_kind_of_a_configuration_is_that_of_its_own_data(tmp_path):
         assert spec is not None and spec.config.data.kind == expected, name
     spec = read_command_line(lambda line: None, ["--config", str(file), *given])
     assert spec is not None and spec.config.data.kind == "lines"
+
+
+def test_a_mixture_is_trained_and_validated_by_its_sources(tmp_path):
+    text = TINY.replace("path = {path!r}\n", "") + MIXTURE
+    for name, count in (("a.txt", 9), ("b.txt", 4)):
+        (tmp_path / name).write_text(" ".join(f"{name} has {n}" for n in range(count * 100)))
+    file = write_config(tmp_path, text=text)
+    flags = ["--config", str(file), "--runs_dir", str(tmp_path / "runs")]
+    said = []
+    spec = read_command_line(said.append, flags)
+    assert spec is not None
+    data = [replace(s, path=str(tmp_path / str(s.path))) for s in spec.config.data.sources]
+    data = replace(spec.config.data, sources=tuple(data))
+    state = build(replace(spec, config=replace(spec.config, data=data)), said.append)
+    assert isinstance(state.batches, MixedBatches) and isinstance(state.val, MixedExamples)
+    assert [source.kind for source in state.config.data.sources] == ["stream", "stream"]
+    assert [len(batch.ids) for batch in state.batches(10**9, 2)] == [4, 4]
+    values = state.validate(StopRequest())
+    assert values["loss/val/a"] != values["loss/val/other"]
+    mean = 0.75 * values["loss/val/a"] + 0.25 * values["loss/val/other"]
+    assert values["loss/val"] == pytest.approx(mean, rel=1e-12)
+    for split in ("train", "validation"):
+        for name in ("a", "other"):
+            assert any(line.startswith(f"data: {name} (stream), {split}: ") for line in said)
+    assert attention_image(state.model, state.val).ndim == 3
+    stored = json.loads(state.config_json())
+    assert keep_resolved(check(stored, "config.json"), spec.config).data.sources[0].kind == "stream"
+
+
+def test_the_order_is_that_with_which_a_run_began():
+    checkpoint = Checkpoint(ROOT / "tests/fixtures/version_0_1/run/checkpoints/step_00000004")
+    spec = RunSpec(checkpoint.path, Config(), resume=checkpoint)
+    assert restore_order(RunSpec(checkpoint.path, Config(), weights=checkpoint)) == ORDER
+    assert restore_order(spec) == 1
+    for order in (1, ORDER):
+        checkpoint.state["order"] = order
+        assert restore_order(spec) == order
+    for order in (0, ORDER + 1, "2", None):
+        checkpoint.state["order"] = order
+        with pytest.raises(UserError, match=r"state.json: order: must be from 1 to .* use the ver"):
+            restore_order(spec)
 
 
 @pytest.mark.parametrize("flag", ["--config", "--init_from", "--resume"])
