@@ -216,6 +216,11 @@ def build(
         check_sides(source, config)
         characters = count_characters(source, config)
         tokenizer = tokenizer or make_tokenizer(config, source, characters, log)
+        if config.slots and tokenizer.unk_id in tokenizer.encode(PLACEHOLDERS):
+            raise UserError(
+                "data.slots = true: the tokenizer at data.tokenizer_path has no tokens for "
+                "placeholders; use one that was made with data.slots, or leave one of them out"
+            )
         tokenizer.save(folder)
         progress.record(
             source=source.fingerprint, characters=characters, tokenizer=tokenizer.fingerprint

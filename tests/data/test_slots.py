@@ -13,6 +13,7 @@ from common.errors import UserError
 from data.config import DataConfig
 from data.dataset import prepare
 from data.slots import ESCAPE, MAX_SLOTS, PLACEHOLDERS, RESERVED, TYPES, Slots, readable
+from data.tokenizer import CharTokenizer
 
 PAIRS = [  # a prompt, its completion, and both as the model has them
     (
@@ -137,6 +138,11 @@ def test_what_was_prepared_without_slots_keeps_its_fingerprint(config):
     """Recorded before there were any."""
     data = prepare(replace(config, slots=False, tokenizer="char"), lambda _: None)
     assert data.fingerprint == "146269624dc1ded1"
+
+
+def test_a_tokenizer_without_placeholders_is_refused(config):
+    with pytest.raises(UserError, match="has no tokens for placeholders"):
+        prepare(config, lambda _: None, CharTokenizer(string.printable))
 
 
 def test_slots_take_pairs(config, tmp_path):
