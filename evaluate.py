@@ -18,7 +18,7 @@ import json
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import islice
@@ -41,11 +41,15 @@ from data.mixture import prepare, settings_of
 from data.prompt_format import end_id, prompt_ids
 from data.readers import Pair, open_source
 from data.rng import permutation
+from data.slots import Slots, readable
 from data.tokenizer import TOKENIZER_FILES, Tokenizer, load_tokenizer
-from evaluation.answers import answer
+from evaluation.answers import Choose, answer
+from evaluation.commands import nlc2cmd
 from evaluation.memorization import Index, index_file, open_index, shares
 from evaluation.scores import kind_of, measure, side_by_side, table
 from evaluation.similarity import Neighbours, has_sacrebleu
+from generation.rerank import choose as rerank
+from generation.rerank import likeness
 from generation.sampling import Sampling
 from model import engines
 from model.config import ModelConfig, read_model_config
@@ -82,6 +86,11 @@ class Arguments:
     """Texts kept in a beam search for each answer; 1: greedy."""
     num_samples: int = 1
     """Answers to each prompt, of which the best counts in top-N: of the beams, or sampled."""
+    rerank: bool = False
+    """Order the answers of a beam search by minimum Bayes risk: the most like all others first."""
+    neighbours: int = 0
+    """With --rerank: the answers of so many nearest training prompts join the model's own, with
+    half of the weight; the scores are then not those of the model alone."""
     sampling: Annotated[Answering, tyro.conf.OmitArgPrefixes] = field(default_factory=Answering)
     seed: int = 1337
     """Of what is sampled."""
@@ -107,7 +116,11 @@ class Arguments:
     """Folder of the runs, among which the newest is looked for."""
 
     def __post_init__(self):
-        wrong = at_least(self, 0, "limit", "examples")
+        wrong = at_least(self, 0, "limit", "examples", "neighbours")
+        if self.rerank and self.beams == 1:
+            wrong.append("--rerank: takes a beam search; give --beams 5, say")
+        if self.neighbours and not (self.rerank and self.look_ups != "no"):
+            wrong.append("--neighbours: takes --rerank, and look-ups; give --rerank --look_ups yes")
         wrong += at_least(self, 1, "beams", "num_samples", "batch_size")
         if self.beams > 1 and self.num_samples > self.beams:
             wrong.append(
@@ -126,6 +139,7 @@ class Data:
     examples: Examples
     pairs: list[Pair]
     known: list[Pair]
+    slots: bool  # prompts and answers have placeholders for what they share
     index: Index | None  # of the training data
 
 
@@ -228,7 +242,7 @@ def read_data(
         trained = dataset if own else prepare(config, lambda line: None, given)
         cache = user_path(config.cache_dir or DEFAULT_CACHE_DIR)
         index = open_index(trained.train.ids, index_file(cache, trained))
-    return Data(dataset.name, dataset.kind, examples, pairs, known, index)
+    return Data(dataset.name, dataset.kind, examples, pairs, known, dataset.slots, index)
 
 
 def other_split(split: str, config: DataConfig) -> DataConfig:
@@ -270,6 +284,11 @@ def texts(config: DataConfig) -> Iterator[tuple[str, Pair]]:
 
 def decoded(dataset: Dataset) -> Iterator[tuple[str, Pair]]:
     """The pairs of a folder of prepared data, of which nothing else may be there."""
+    if dataset.slots:
+        raise UserError(
+            f"data.path: {dataset.name} is prepared with data.slots, and has no arguments to put "
+            "back; give its texts as data.path when training, or others with --split FILE"
+        )
     for side, split in (("train", dataset.train), ("val", dataset.val)):
         if split is None or split.starts is None or split.prompts is None:
             continue
@@ -310,10 +329,14 @@ def score(
     if kind == "auto":
         kind = kind_of(true, data.name)
     count, beams = arguments.num_samples, arguments.beams
+    name = f"{beams} beams" if beams > 1 else "greedy"
+    if arguments.neighbours and data.known:
+        name += f" and {arguments.neighbours} neighbours"
+    choose = chooser(arguments, data, prompts, kind) if arguments.rerank else None
     # disable=None: no bar where stderr is not a terminal
     with tqdm(total=len(prompts), unit="answer", leave=False, disable=None) as bar:
         answers = {
-            f"{beams} beams" if beams > 1 else "greedy": answer(
+            f"{name}, reranked" if choose else name: answer(
                 model,
                 tokenizer,
                 prompts,
@@ -321,11 +344,13 @@ def score(
                 count=count,
                 beams=beams,
                 seed=arguments.seed,
+                slots=data.slots,
+                choose=choose,
                 advance=bar.update,
             )
         }
     if data.known:
-        answers |= look_ups(prompts, data.known, count)
+        answers |= look_ups(prompts, data, count)
     bleu = not arguments.no_bleu and has_sacrebleu()
     if not bleu:
         log("note: without BLEU; it is computed after pip install -e '.[eval]'")
@@ -339,6 +364,7 @@ def score(
         replace_synced(path, shown.encode("utf-8", "replace"))
         print(f"{len(chosen)} of them side by side: {path}")
     settings = {"answers": kind, "beams": beams, "num_samples": count, "examples": len(prompts)}
+    settings |= {"rerank": arguments.rerank, "neighbours": arguments.neighbours}
     if beams == 1 < count:
         settings |= {**asdict(arguments.sampling), "seed": arguments.seed}
     scores = {
@@ -350,7 +376,14 @@ def score(
         first = {name: [several[0] for several in rows] for name, rows in answers.items()}
         chosen = {"answers": next(iter(first.values())), "true": true}
         found |= memorized(
-            data.index, {name: [*map(tokenizer.encode, t)] for name, t in chosen.items()}
+            data.index,
+            {
+                name: [
+                    tokenizer.encode(Slots(prompt, data.slots).hide(text))
+                    for prompt, text in zip(prompts, texts, strict=True)
+                ]
+                for name, texts in chosen.items()
+            },
         )
     return found
 
@@ -376,15 +409,52 @@ def memorized(index: Index, texts: dict[str, list[list[int]]]) -> dict:
     return {"memorization": found}
 
 
-def look_ups(prompts: list[str], known: list[Pair], count: int) -> dict[str, list[list[str]]]:
-    """What is answered without a model: the nearest prompts' answers, and the most frequent."""
-    neighbours = Neighbours([prompt for prompt, _ in known])
-    nearest = []
+def look_ups(prompts: list[str], data: Data, count: int) -> dict[str, list[list[str]]]:
+    """What is answered without a model: the nearest prompts' answers, and the most frequent.
+
+    With slots also the answers of the prompts nearest without their arguments, with those of the
+    prompt in their place.
+    """
+    found = {"nearest neighbour": nearest(prompts, data.known, count, False)}
+    if data.slots:
+        found["nearest, its slots filled"] = nearest(prompts, data.known, count, True)
+    frequent = [text for text, _ in Counter(text for _, text in data.known).most_common(count)]
+    return found | {"most frequent": [frequent] * len(prompts)}
+
+
+def nearest(
+    prompts: Sequence[str], known: Sequence[Pair], count: int, slots: bool
+) -> list[list[str]]:
+    """Up to `count` different answers for each prompt, those of the nearest ones that are known."""
+    neighbours = Neighbours([readable(Slots(prompt, slots).prompt) for prompt, _ in known])
+    answers = []
     for prompt in tqdm(prompts, desc="look-up", unit="prompt", leave=False, disable=None):
-        found = (known[i][1] for i in neighbours(prompt, 4 * count))
-        nearest.append([*dict.fromkeys(found)][:count])
-    frequent = [text for text, _ in Counter(text for _, text in known).most_common(count)]
-    return {"nearest neighbour": nearest, "most frequent": [frequent] * len(prompts)}
+        own, found = Slots(prompt, slots), {}
+        for i in neighbours(readable(own.prompt), 4 * count):
+            its_prompt, its_answer = known[i]
+            found[own.show(Slots(its_prompt, slots).hide(its_answer))] = True
+        answers.append([*found][:count])
+    return answers
+
+
+def chooser(arguments: Arguments, data: Data, prompts: list[str], kind: str) -> Choose:
+    """What orders a model's answers, and those of neighbours, by minimum Bayes risk."""
+    others = [[] for _ in prompts]
+    if arguments.neighbours and data.known:
+        others = nearest(prompts, data.known, arguments.neighbours, data.slots)
+
+    def utility(a: str, b: str) -> float:
+        if kind != "bash":
+            return likeness(a, b)
+        return (likeness(a, b) + (1 + nlc2cmd(a, b)) / 2) / 2
+
+    def choose(number: int, texts: list[str], shares: list[float]) -> list[str]:
+        near = others[number]
+        ranks = [1 / rank for rank in range(1, len(near) + 1)]  # as much as all of the model's
+        shares = shares + [sum(shares) * share / sum(ranks) for share in ranks]
+        return rerank(texts + near, shares, arguments.num_samples, utility)
+
+    return choose
 
 
 # Writing ------------------------------------------------------------------------------------------

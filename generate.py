@@ -38,6 +38,7 @@ from common.files import (
     user_path,
 )
 from data.prompt_format import end_id, prompt_ids, unread
+from data.slots import Slots
 from data.tokenizer import TOKENIZER_FILES, Tokenizer, clean_text, load_tokenizer
 from generation.explain import Explained, in_colour
 from generation.sampling import MAX_BEAMS, MAX_NEW_TOKENS, Sampling
@@ -70,6 +71,8 @@ class Arguments:
     beams: int = 1
     """Texts kept in a beam search, of which num_samples are written, the most probable first; 1:
     none, tokens are sampled."""
+    rerank: bool = False
+    """With --beams: order the texts by minimum Bayes risk, those most like all others first."""
     stop: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """End a text before this string."""
     sampling: Annotated[Sampling, tyro.conf.OmitArgPrefixes] = field(default_factory=Sampling)
@@ -112,6 +115,8 @@ class Arguments:
                 f"num_samples = {self.num_samples} must be at most beams = {self.beams}, the texts "
                 "that a beam search has found"
             )
+        if self.rerank and self.beams == 1:
+            wrong.append("--rerank: takes a beam search; give --beams 5, say")
         if self.beams > 1 and (self.explain or self.engine != "torch"):
             wrong.append("--beams: takes --engine torch, and no --explain; leave one of them out")
         if self.interactive and (self.prompt or self.prompt_file):
@@ -131,6 +136,7 @@ class Source:
     weights: dict
     held_out: list[dict]  # pairs that training never saw
     start_token: bool  # whether documents begin with <start>
+    slots: bool  # whether it reads placeholders for a prompt's arguments
 
 
 @dataclass(frozen=True)
@@ -138,6 +144,7 @@ class Job:
     """One text to write."""
 
     prompt: str
+    slots: Slots
     ids: list[int]
     sample: int
     true: str = ""  # what the data has after this prompt, where that is known
@@ -228,6 +235,7 @@ def read_source(checkpoint: Checkpoint, engine: engines.Engine) -> Source:
         weights,
         checkpoint.state.get("held_out", []),
         checkpoint.config["data"].get("start_token", True),
+        checkpoint.config["data"].get("slots", False) is True,
     )
 
 
@@ -268,8 +276,9 @@ def plan(source: Source, prompts: list[str], num_samples: int) -> list[Job]:
     jobs = []
     for prompt, true in pairs:
         prompt = clean_text(prompt)
-        ids = prompt_ids(source.kind, source.tokenizer, prompt, source.start_token)
-        jobs += [Job(prompt, ids, sample, true) for sample in range(num_samples or 1)]
+        slots = Slots(prompt, source.slots)
+        ids = prompt_ids(source.kind, source.tokenizer, slots.prompt, source.start_token)
+        jobs += [Job(prompt, slots, ids, sample, true) for sample in range(num_samples or 1)]
     return jobs
 
 
@@ -284,7 +293,10 @@ def write(
     if note := unread(prompts, source.tokenizer, source.model_config.max_len):
         print(note, file=sys.stderr, flush=True)
     beams = arguments.beams
-    generate = engines.generator(arguments.engine, arguments.compile, beams)
+    order = partial(ordered, source.tokenizer, jobs, arguments.rerank) if beams > 1 else None
+    generate = engines.generator(arguments.engine, arguments.compile, beams, order)
+    if arguments.rerank:  # by log probabilities
+        generate = partial(generate, length_penalty=0.0)
     rules, alone = arguments.sampling, len(jobs) == 1 and not arguments.json
     stops = tuple(map(clean_text, arguments.stop))
     longest = max((len(job.ids) for job in jobs), default=0) + rules.max_new_tokens
@@ -293,8 +305,8 @@ def write(
         size = max(1, size // beams) * (arguments.num_samples or 1)
     for first in range(0, len(jobs), size):
         batch = jobs[first : first + size]
-        texts = [StreamedText(source.tokenizer, stops, job.ids) for job in batch]
-        explained = [Explained(source.tokenizer, rules) for _ in batch]
+        texts = [StreamedText(source.tokenizer, stops, job.ids, job.slots) for job in batch]
+        explained = [Explained(source.tokenizer, rules, source.slots) for _ in batch]
 
         def on_token(row: int, token: int, texts=texts) -> bool:
             stopped = texts[row].add(token)
@@ -335,6 +347,30 @@ def write(
                 print(explained[i].table(in_colour(sys.stdout)), flush=True)
             if memory is not None and not arguments.json:
                 print(memory.describe(ids, in_colour(sys.stdout)), flush=True)
+
+
+def ordered(
+    tokenizer: Tokenizer,
+    jobs: list[Job],
+    rerank: bool,
+    prompt: tuple[int, ...],
+    found: list[tuple[list[int], float]],
+) -> list[list[int]]:
+    """What a beam search has found for a prompt, the best first.
+
+    By its scores, with texts last that have a placeholder which the prompt lacks; or by minimum
+    Bayes risk, each text once.
+    """
+    from generation.rerank import choose, shares  # what few need
+
+    slots = next(job.slots for job in jobs if tuple(job.ids) == prompt)
+    texts = [tokenizer.decode(ids) for ids, _ in found]
+    if not rerank:
+        order = sorted(range(len(found)), key=lambda i: slots.lacks(texts[i]))
+        return [found[i][0] for i in order]
+    of = {text: ids for text, (ids, _) in zip(reversed(texts), reversed(found), strict=True)}
+    weights = shares(texts, [score for _, score in found], slots)
+    return [of[text] for text in choose(texts, weights, len(texts))]
 
 
 def as_json(job: Job, text: StreamedText, tokens: int, arguments: Arguments) -> dict:

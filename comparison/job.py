@@ -17,6 +17,7 @@ from data.dataset import Dataset, Log
 from data.mixture import make_batches, open_examples, prepare
 from data.prompt_format import end_id, prompt_ids, unread
 from data.rng import derive_seed
+from data.slots import Slots, readable
 from model.config import IGNORE_INDEX
 from model.transformer_lite import TransformerDecoderLite
 from torchlite import nn
@@ -41,7 +42,8 @@ class Job:
 
     def text(self, ids: list[int]) -> str:
         """What the ids of a sample say."""
-        return self.dataset.tokenizer.decode(ids)
+        text = self.dataset.tokenizer.decode(ids)
+        return readable(text) if self.dataset.slots else text
 
 
 def create(folder: Path, name: str, config: Config, steps: int, precision: str, log: Log) -> Job:
@@ -61,7 +63,8 @@ def create(folder: Path, name: str, config: Config, steps: int, precision: str, 
     folder.mkdir(parents=True)
     (folder / "weights.safetensors").write_bytes(write_arrays(weights))
     optimizer, kind = config.optimizer, dataset.kind
-    starts = [prompt_ids(kind, tokenizer, text, dataset.start_token) for text in prompts(dataset)]
+    asked = [Slots(text, dataset.slots).prompt for text in prompts(dataset)]
+    starts = [prompt_ids(kind, tokenizer, text, dataset.start_token) for text in asked]
     if note := unread(starts, tokenizer, shape.max_len):
         log(note)
     content = {

@@ -81,6 +81,8 @@ class DataConfig:
     """Where records have their prompt; "a,b": both, with an empty line between them."""
     completion_key: str = "completion"
     """Where records have their completion."""
+    slots: bool = False
+    """Pairs: numbered placeholders for the names, numbers and quoted texts of a prompt."""
     separator: str = ""
     """What stands between the documents of a text file, such as <|endoftext|>; empty: nothing."""
     packing: Literal["concat", "best_fit"] = "concat"
@@ -138,6 +140,8 @@ class DataConfig:
             wrong += self.for_documents_alone(self.kind)
         if self.path == ():
             wrong.append('path = () must be "", a path or a list of paths')
+        if self.sources and self.slots:
+            wrong.append("slots = true cannot be with [[data.sources]]; leave one of them out")
         if self.sources and (self.path or self.val_path):
             key = "path" if self.path else "val_path"
             wrong.append(

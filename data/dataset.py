@@ -13,7 +13,7 @@ import os
 import shutil
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import chain, takewhile
 from pathlib import Path
 from typing import get_args
@@ -40,6 +40,8 @@ from data.readers import Pair, Place, Source, open_source
 from data.remote import Store, has_magic, name_of
 from data.remote_shards import RemoteFolder, open_remote_split, verify_remote
 from data.round_trip import warning
+from data.slots import PLACEHOLDERS, hidden
+from data.slots import VERSION as SLOTS_VERSION
 from data.special_tokens import FLAGS
 from data.token_files import Split, check_shard, check_shards, check_sizes, open_split
 from data.tokenizer import ByteTokenizer, CharTokenizer, ForeignTokenizer, Tokenizer, load_tokenizer
@@ -71,6 +73,7 @@ class Dataset:
     val: Split | None
     held_out: list[dict]
     start_token: bool  # data.start_token, as it was when this was prepared
+    slots: bool = field(default=False, kw_only=True)  # pairs have placeholders for arguments
 
     @property
     def has_start(self) -> bool:
@@ -120,7 +123,19 @@ def fingerprint_of(source: Source, config: DataConfig, tokenizer: Tokenizer | No
     }
     if not config.start_token:  # otherwise the same as before there was this setting
         settings["start_token"] = False
+    check_slots(source, config)
+    if config.slots:
+        settings["slots"] = SLOTS_VERSION
     return hashlib.blake2b(json.dumps(settings).encode(), digest_size=8).hexdigest()
+
+
+def check_slots(source: Source, config: DataConfig):
+    """Refuses argument slots for what has no prompts."""
+    if config.slots and source.kind != "pairs":
+        raise UserError(
+            f"data.slots = true: takes pairs, but {source.name} is {source.kind}; leave it out, or "
+            "give prompts and completions"
+        )
 
 
 @contextmanager
@@ -213,6 +228,11 @@ def build(
         check_sides(source, config)
         characters = count_characters(source, config)
         tokenizer = tokenizer or make_tokenizer(config, source, characters, log)
+        if config.slots and tokenizer.unk_id in tokenizer.encode(PLACEHOLDERS):
+            raise UserError(
+                "data.slots = true: the tokenizer at data.tokenizer_path has no tokens for "
+                "placeholders; use one that was made with data.slots, or leave one of them out"
+            )
         tokenizer.save(folder)
         progress.record(
             source=source.fingerprint, characters=characters, tokenizer=tokenizer.fingerprint
@@ -238,8 +258,9 @@ def build(
     documents = split_texts(source, config, progress["characters"], place, share, mark)
     if source.kind == "pairs":
         documents = collect_held_out(documents, held_out)
+    layout = "slots" if config.slots else source.kind
     jobs, start_token = jobs or tokenizer.threads, config.start_token
-    encoder = Encoder(source.kind, tokenizer, dtype, folder, jobs, start_token)
+    encoder = Encoder(layout, tokenizer, dtype, folder, jobs, start_token)
     total = sum(sum(reader.sizes) for reader in readers)
     write_shards(documents, writers, encoder, progress, read, total)
     source.refuse_changes()
@@ -256,6 +277,7 @@ def build(
         "held_out": hold_out(held_out),
         "splits": {name: writer.shards for name, writer in writers.items()},
         "files": {name: hash_file(folder / name) for name in tokenizer.files()},
+        **({"slots": True} if config.slots else {}),
     }
     replace_synced(folder / "manifest.json", checksummed_json(manifest))
 
@@ -390,6 +412,7 @@ def hold_out(by_share: dict[float, tuple[str, str]]) -> list[dict]:
 
 def make_tokenizer(config: DataConfig, source: Source, characters: int, log: Log) -> Tokenizer:
     """Characters of the whole source, or a SentencePiece model of its training part."""
+    symbols = PLACEHOLDERS if config.slots else ""
     if config.tokenizer in ("bpe", "unigram"):
         log(f"tokenizer: training SentencePiece {config.tokenizer}, {config.vocab_size:,} tokens")
         texts = split_texts(source, config, characters)
@@ -397,11 +420,13 @@ def make_tokenizer(config: DataConfig, source: Source, characters: int, log: Log
             texts = takewhile(lambda text: text[0] == "train", texts)
         documents = (document for side, document in texts if side == "train")
         # a document of another kind than pairs is its text
-        texts = chain.from_iterable(documents) if source.kind == "pairs" else documents
-        return train_sentencepiece(texts, config.tokenizer, config.vocab_size, log)
+        texts = documents
+        if source.kind == "pairs":
+            texts = chain.from_iterable(map(hidden, documents) if config.slots else documents)
+        return train_sentencepiece(texts, config.tokenizer, config.vocab_size, log, symbols)
     if config.tokenizer == "byte":
         return ByteTokenizer()
-    alphabet = set()
+    alphabet = set(symbols)
     both = [source.train()] + ([source.val()] if source.val else [])
     for document in chain.from_iterable(both):
         alphabet.update(*((document,) if isinstance(document, str) else document))
@@ -464,6 +489,7 @@ def open_dataset(folder: Path | RemoteFolder, tokenizer_given: bool = False) -> 
             splits.get("val"),
             manifest["held_out"],
             manifest.get("start_token", True),
+            slots=manifest.get("slots") is True,
         )
 
 
@@ -578,6 +604,10 @@ def open_given(
         raise UserError(
             f"data.start_token = false: {folder} was prepared with <start>; leave it out, or give "
             "the texts as data.path"
+        )
+    if config.slots and not data.slots:
+        raise UserError(
+            f"data.slots = true: {folder} was prepared without; leave it out, or give the texts"
         )
     if config.val_path:
         raise UserError(

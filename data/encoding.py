@@ -25,6 +25,7 @@ import numpy as np
 from common.errors import UserError
 from common.memory import return_freed_memory
 from common.signals import listen
+from data.slots import hidden
 from data.tokenizer import Tokenizer, load_tokenizer
 
 DOCUMENTS, CHARACTERS = 1 << 12, 1 << 18  # of a block: whichever is reached first
@@ -65,8 +66,13 @@ def encode(
     <end>` for lines and documents, and of a stream the ids alone.
 
     Where a tokenizer has one token for both, documents have it once, after the text, and so they
-    have any without `start_token`.
+    have any without `start_token`. "slots" are pairs with placeholders for their arguments, which
+    count as the text that they stand for.
     """
+    given = texts
+    if kind == "slots":
+        pairs = zip(texts[::2], texts[1::2], strict=True)
+        texts = list(chain.from_iterable(hidden(pair) for pair in pairs))
     if kind == "stream":
         ids = [tokenizer.encode_array(text) for text in texts]
         return Encoded(np.concatenate(ids).astype(dtype), None, None, sizes(texts))
@@ -84,7 +90,7 @@ def encode(
             row.append(special)
         lengths = np.fromiter(map(len, rows), "<i8").reshape(-1, 2)  # of prompts and completions
         ids = np.fromiter(chain.from_iterable(rows), dtype)
-    return Encoded(ids, lengths.sum(1), lengths[:, 0].astype("<i4"), sizes(texts[1::2]))
+    return Encoded(ids, lengths.sum(1), lengths[:, 0].astype("<i4"), sizes(given[1::2]))
 
 
 def sizes(texts: list[str]) -> int:
@@ -120,7 +126,7 @@ def blocks(
             yield item
             continue
         name, document = item
-        if kind == "pairs":
+        if kind in ("pairs", "slots"):
             texts = document
         else:
             texts = ("", document) if kind == "lines" else (document,)
@@ -135,7 +141,7 @@ def blocks(
 
 
 def count(kind: str, texts: list[str]) -> int:
-    return len(texts) // 2 if kind in ("lines", "pairs") else len(texts)
+    return len(texts) // 2 if kind in ("lines", "pairs", "slots") else len(texts)
 
 
 # Several at a time --------------------------------------------------------------------------------

@@ -75,6 +75,12 @@ def prepare(
         )
         for i, (name, part, source) in enumerate(zip(names, parts, unread, strict=True))
     )
+    for source in sources:
+        if source.slots:  # whose arguments are gone
+            raise UserError(
+                f"data.sources: {source.name} is prepared with data.slots, which takes one source; "
+                "leave the others out, or give its texts"
+            )
     val = [source.val for source in sources if source.val]
     total = sum(exact(source.weight) for source in config.sources)
     weights = tuple(exact(source.weight) / total for source in config.sources)

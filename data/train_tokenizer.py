@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from common.errors import UserError
 from data.tokenizer import SPECIALS, SentencePieceTokenizer, escape
@@ -26,9 +27,11 @@ def train_sentencepiece(
     model_type: str,
     vocab_size: int,
     log: Callable[[str], object] = print,
+    symbols: str = "",
 ) -> SentencePieceTokenizer:
     """A "bpe" or "unigram" vocabulary for `texts`, of which it sees an even sample of 20 MB.
 
+    symbols: characters that are a piece each, alone, whether or not they occur.
     The same texts give the same model. SentencePiece does not return to Python, where signals are
     answered, before it is done, so it runs in a process of its own, which is killed when this one
     is interrupted. Raises UserError if the text is empty or does not support `vocab_size`.
@@ -38,7 +41,7 @@ def train_sentencepiece(
     if not sample:
         raise UserError("data.path: the text is empty; give a file with text in it")
     trained = subprocess.run(  # noqa: S603, the command is our own
-        [sys.executable, "-m", "data.train_tokenizer", model_type, str(vocab_size)],
+        [sys.executable, "-m", "data.train_tokenizer", model_type, str(vocab_size), symbols],
         input=sample,
         capture_output=True,
         cwd=Path(__file__).resolve().parent.parent,
@@ -104,12 +107,13 @@ def _explain(chatter: str, vocab_size: int, status: int) -> str:
     )
 
 
-def _train_from_stdin(model_type: str, vocab_size: str) -> None:
+def _train_from_stdin(model_type: str, vocab_size: str, symbols: str) -> None:
     """The process that trains. It ends with its parent, even when that is killed."""
     import sentencepiece
 
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     model = io.BytesIO()
+    more: dict[str, Any] = {"user_defined_symbols": list(symbols)} if symbols else {}
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=(line.removesuffix(b"\n") for line in sys.stdin.buffer),
         model_writer=model,
@@ -123,6 +127,7 @@ def _train_from_stdin(model_type: str, vocab_size: str) -> None:
         unk_piece=SPECIALS[1],
         bos_piece=SPECIALS[2],
         eos_piece=SPECIALS[3],
+        **more,
         # exact round trips
         normalization_rule_name="identity",
         add_dummy_prefix=False,

@@ -4,11 +4,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from data.prompt_format import end_id, prompt_ids
+from data.slots import Slots
 from data.tokenizer import Tokenizer, clean_text
+from generation.rerank import shares
 from generation.sampling import Sampling
 from model import engines
 
-Log = Callable[[str], object]
+# of a prompt by its number: its candidates and how probable each is, to answers, the best first
+Choose = Callable[[int, list[str], list[float]], list[str]]
 
 
 def answer(
@@ -20,15 +23,20 @@ def answer(
     count: int = 1,
     beams: int = 1,
     seed: int = 0,
+    slots: bool = False,
+    choose: Choose | None = None,
     advance: Callable[[int], object] = lambda prompts: None,
 ) -> list[list[str]]:
     """`count` answers to each prompt of pairs, the best first.
 
     With beams > 1 those of a beam search; else the greedy one, and then others sampled by `rules`.
     Prompts of like length are answered together, and each as if it were alone. advance: called with
-    the number of prompts that have been answered. model: the PyTorch decoder.
+    the number of prompts that have been answered. model: the PyTorch decoder. slots: it reads and
+    writes placeholders; an answer with one that the prompt lacks comes after the others, or has
+    half the weight. choose: makes answers of all beams, or of all samples.
     """
-    ids = [prompt_ids("pairs", tokenizer, clean_text(prompt)) for prompt in prompts]
+    asked = [Slots(clean_text(prompt), slots) for prompt in prompts]
+    ids = [prompt_ids("pairs", tokenizer, each.prompt) for each in asked]
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
     end = end_id("pairs", tokenizer)
     longest = max(map(len, ids), default=0) + rules.max_new_tokens
@@ -41,20 +49,29 @@ def answer(
         if beams > 1:
             from generation.beams import search
 
-            found = [[text for text, _ in row[:count]] for row in search(
-                model, batch, beams, rules.max_new_tokens, end_id=end
-            )]  # fmt: skip
+            # with a length penalty of 0 a score is a log probability
+            penalty = 1.0 if choose is None else 0.0
+            found = search(
+                model, batch, beams, rules.max_new_tokens, end_id=end, length_penalty=penalty
+            )
         else:
             from generation.batched import generate
 
             greedy = replace(rules, greedy=True)
-            found = [[row] for row in generate(model, batch, greedy, end_id=end)]
+            found = [[(row, 0.0)] for row in generate(model, batch, greedy, end_id=end)]
             for sample in range(1, count):
                 samples = [sample] * len(batch)
                 more = generate(model, batch, rules, seed=seed, samples=samples, end_id=end)
                 for row, text in zip(found, more, strict=True):
-                    row.append(text)
+                    row.append((text, 0.0))
         for i, row in zip(chosen, found, strict=True):
-            answers[i] = [tokenizer.decode(text) for text in row]
+            written = [(tokenizer.decode(text), score) for text, score in row]
+            if beams > 1:  # a stable sort; of samples, the greedy one stays the first
+                written.sort(key=lambda each, i=i: asked[i].lacks(each[0]))
+            texts = [asked[i].show(text) for text, _ in written]
+            if choose is not None:
+                raw, totals = zip(*written, strict=True)
+                texts = choose(i, texts, shares(raw, totals, asked[i]))
+            answers[i] = texts[:count]
         advance(len(chosen))
     return answers

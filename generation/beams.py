@@ -3,9 +3,10 @@
     texts = search(model, [[5, 6, 7], [8]], beams=5, max_new_tokens=64, end_id=3)
 
 In each step every text that is kept is continued by every token, and the `beams` most probable of
-all continuations are kept. One that ends is set aside with its score, the mean log probability of
-its tokens, the end's counted (Wu et al. 2016 with length penalty 1). The search of a prompt is over
-when `beams` have ended and the mean of the best text that is kept is below the worst of theirs.
+all continuations are kept. One that ends is set aside with its score, its log probability divided
+by the number of its tokens, the end counted, to the power of the length penalty: 1 gives the mean,
+0 prefers short texts (Wu et al. 2016). The search of a prompt is over when `beams` have ended and
+the score of the best text that is kept is below the worst of theirs.
 
 Nothing is drawn at random. Sums are in float64, and of equal ones the text that was better before,
 and then the lower id, comes first. A prompt gives the texts that it gives alone: in float64
@@ -28,6 +29,9 @@ from generation.sampling import MAX_BEAMS, Sampling
 from generation.sequential import check_prompts
 from generation.torch_sampling import check_finite
 
+# of a prompt's ids and of what a search has found, texts and scores, to the texts in order
+Order = Callable[[tuple[int, ...], list[tuple[list[int], float]]], list[list[int]]]
+
 
 @dataclass
 class Hypotheses:
@@ -45,11 +49,13 @@ def search(
     max_new_tokens: int,
     *,
     end_id: int | None = None,
+    length_penalty: float = 1.0,
 ) -> list[list[tuple[list[int], float]]]:
     """Up to `beams` texts for each prompt, best first: new ids without `end_id`, and the score.
 
-    The score is the mean log probability of a token, in nats. A text that has not ended after
-    max_new_tokens is taken as it is. Raises UserError for what `batched.generate` does.
+    With a length penalty of 1 the score is the mean log probability of a token, in nats, with 0 the
+    text's own. A text that has not ended after max_new_tokens is taken as it is. Raises UserError
+    for what `batched.generate` does.
     """
     if not 1 <= beams <= MAX_BEAMS:
         raise UserError(f"beams = {beams} must be 1 to {MAX_BEAMS}")
@@ -73,13 +79,14 @@ def search(
                 logits = next_logits(model, step, cache, texts)
                 check_finite(logits.amax(-1))
                 new += 1
+                length = new**length_penalty
                 parents, still, row = [], [], 0
                 best = logits.double().log_softmax(-1)
                 best, ids = (t.cpu() for t in best.topk(min(2 * beams, best.shape[-1]), -1))
                 for i in active:
                     n = len(found[i].kept)
                     rows = slice(row, row + n)
-                    origins = extend(found[i], best[rows], ids[rows], beams, new, end_id)
+                    origins = extend(found[i], best[rows], ids[rows], beams, new, length, end_id)
                     if origins:
                         parents += [row + origin for origin in origins]
                         still.append(i)
@@ -89,9 +96,9 @@ def search(
                 cache, spare = spare, cache
     finally:
         model.train(training)
-    results = []
+    results, limit = [], max_new_tokens**length_penalty
     for hypotheses, prompt in zip(found, prompts, strict=True):
-        unfinished = [(t[len(prompt) :], s / max_new_tokens) for t, s in hypotheses.kept]
+        unfinished = [(t[len(prompt) :], s / limit) for t, s in hypotheses.kept]
         ranked = sorted(hypotheses.ended + unfinished, key=lambda each: -each[1])
         results.append(ranked[:beams])
     return results
@@ -103,13 +110,15 @@ def extend(
     ids: torch.Tensor,
     beams: int,
     new: int,
+    length: float,
     end_id: int | None,
 ) -> list[int]:
     """One step of a prompt: which of the kept texts each of those kept now goes on from.
 
     log_probabilities, ids: (n, K) the K most probable tokens after each of the n kept texts, of
     which K = 2 beams are enough: at most every second one is an end. new: tokens of a text so far,
-    with this one. [] where the search is over, with `kept` empty.
+    with this one; length: what divides their log probability. [] where the search is over, with
+    `kept` empty.
     """
     totals = torch.tensor([total for _, total in found.kept], dtype=torch.float64)
     totals = (totals[:, None] + log_probabilities).flatten()
@@ -120,12 +129,12 @@ def extend(
         text, total = before[origin][0], float(totals[place])
         if token == end_id:
             if rank < beams:  # only those that would be kept
-                found.ended.append((text[len(text) - new + 1 :], total / new))
+                found.ended.append((text[len(text) - new + 1 :], total / length))
         elif len(kept) < beams:
             kept.append(([*text, token], total))
             origins.append(origin)
     found.ended = sorted(found.ended, key=lambda each: -each[1])[:beams]
-    over = len(found.ended) == beams and (not kept or kept[0][1] / new <= found.ended[-1][1])
+    over = len(found.ended) == beams and (not kept or kept[0][1] / length <= found.ended[-1][1])
     found.kept = [] if over else kept
     return [] if over else origins
 
@@ -146,19 +155,25 @@ def generate(
     samples: Sequence[int],
     end_id: int | None = None,
     on_token: Callable[[int, int], bool | None] | None = None,
+    order: Order | None = None,
+    length_penalty: float = 1.0,
     **_,
 ) -> list[list[int]]:
     """`batched.generate` with a beam search: sample 0 of a prompt is its best text, 1 the next.
 
-    Of the rules only max_new_tokens counts. on_token is called when all has been found.
+    Of the rules only max_new_tokens counts. on_token is called when all has been found. order: puts
+    what a search has found in another order.
     """
     distinct = list(dict.fromkeys(map(tuple, prompts)))
-    found = search(model, distinct, beams, rules.max_new_tokens, end_id=end_id)
-    texts = dict(zip(distinct, found, strict=True))
+    limit = rules.max_new_tokens
+    found = search(model, distinct, beams, limit, end_id=end_id, length_penalty=length_penalty)
+    texts = {}
+    for prompt, several in zip(distinct, found, strict=True):
+        texts[prompt] = order(prompt, several) if order else [ids for ids, _ in several]
     rows = []
     for row, (prompt, sample) in enumerate(zip(prompts, samples, strict=True)):
         several = texts[tuple(prompt)]
-        ids, _ = several[sample % len(several)]
+        ids = several[sample % len(several)]
         end = next((i for i, t in enumerate(ids, 1) if on_token and on_token(row, t)), len(ids))
         rows.append(ids[:end])
     return rows

@@ -6,6 +6,7 @@ from dataclasses import asdict
 from typing import TextIO
 
 from common import cli
+from data.slots import readable
 from data.tokenizer import ESCAPE, Tokenizer
 from generation.sampling import Explanation, Sampling, explain
 
@@ -15,8 +16,8 @@ COLOURS = ((0.5, 32), (0.1, 33), (0.0, 31))  # from this probability: green, yel
 class Explained:
     """The tokens of one text, in order, the one that ends it included."""
 
-    def __init__(self, tokenizer: Tokenizer, rules: Sampling):
-        self.tokenizer, self.rules = tokenizer, rules
+    def __init__(self, tokenizer: Tokenizer, rules: Sampling, slots: bool = False):
+        self.tokenizer, self.rules, self.slots = tokenizer, rules, slots
         self.tokens: list[tuple[int, Explanation]] = []
 
     def add(self, logits: list[float], token: int):
@@ -57,7 +58,7 @@ class Explained:
         # after a token, because some tokenizers drop the space that a text begins with
         text = self.tokenizer.continuation([token], [token])
         if text and "\ufffd" not in text and ESCAPE not in text:
-            return quote(text)
+            return quote(readable(text) if self.slots else text)
         return cli.visible(self.tokenizer.token(token))
 
 

@@ -2,17 +2,25 @@
 
 from collections.abc import Sequence
 
+from data.slots import UNFINISHED, Slots
 from data.tokenizer import ESCAPE, Tokenizer
 
 CONTEXT = 8  # tokens before those that are made text of: some tokenizers need to see them
+NO_SLOTS = Slots("", on=False)
 
 
 class StreamedText:
-    """The text of one row as its tokens come."""
+    """The text of one row as its tokens come, with the arguments of its prompt put back."""
 
-    def __init__(self, tokenizer: Tokenizer, stops: tuple[str, ...], prompt: Sequence[int] = ()):
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        stops: tuple[str, ...],
+        prompt: Sequence[int] = (),
+        slots: Slots = NO_SLOTS,
+    ):
         """prompt: the ids that the row goes on from; a special token among them begins a text."""
-        self.tokenizer, self.stops = tokenizer, stops
+        self.tokenizer, self.stops, self.slots = tokenizer, stops, slots
         begins = max((n for n, i in enumerate(prompt, 1) if i in tokenizer.special_ids), default=0)
         self.before = [*prompt[begins:]][-CONTEXT:]
         self.text = ""
@@ -25,14 +33,15 @@ class StreamedText:
         self.pending.append(token)
         # U+FFFD: bytes of a character of which more may come; ESCAPE: half of an escaped one
         text = self.tokenizer.continuation(self.before, self.pending)
-        if not text.endswith(("\ufffd", ESCAPE)):
+        half = self.slots.on and UNFINISHED.search(text)  # of an escaped character, too
+        if not text.endswith(("\ufffd", ESCAPE)) and not half:
             self.flush()
         return self.stopped
 
     def flush(self):
         """Makes text of the tokens held back."""
         before = len(self.text)
-        self.text += self.tokenizer.continuation(self.before, self.pending)
+        self.text += self.slots.show(self.tokenizer.continuation(self.before, self.pending))
         self.before = [*self.before, *self.pending][-CONTEXT:]
         self.pending = []
         found = [self.text.find(stop, max(0, before - len(stop))) for stop in self.stops]

@@ -113,17 +113,17 @@ def decoder_class(engine: Engine) -> type:
 
 
 def generator(
-    engine: Engine, compiled: bool = False, beams: int = 1
+    engine: Engine, compiled: bool = False, beams: int = 1, order: Callable | None = None
 ) -> Callable[..., list[list[int]]]:
     """The `generate` of the engine: many prompts at once with torch, one by one with the others.
 
-    compiled: as in `generation.batched.generate`; beams: above 1, that of a beam search; both for
-    torch alone.
+    compiled: as in `generation.batched.generate`; beams: above 1, that of a beam search, with
+    `order` as in `generation.beams.generate`; all for torch alone.
     """
     if beams > 1:
         from generation.beams import generate
 
-        return partial(generate, beams=beams)
+        return partial(generate, beams=beams, order=order)
     if engine == "torch":
         from generation.batched import generate
 

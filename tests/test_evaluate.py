@@ -16,8 +16,11 @@ from checkpoint.reader import Checkpoint
 from common.errors import UserError
 from data.config import DataConfig
 from data.dataset import prepare
+from data.slots import Slots
 from evaluation.answers import answer
 from generation.batched import generate
+from generation.beams import search
+from generation.rerank import choose, shares
 from generation.sampling import Sampling
 from model.config import ModelConfig
 from model.transformer_full import TransformerDecoder
@@ -61,6 +64,7 @@ def folder(tmp_path_factory):
     (folder / "records.jsonl").write_text("\n".join(lines))
     (folder / "text.txt").write_text("to be or not to be, " * 60)
     save_run(folder / "runs" / "bash", pairs)
+    save_run(folder / "runs" / "slots", pairs, slots=True)
     save_run(folder / "runs" / "python", folder / "records.jsonl")
     save_run(folder / "runs" / "stream", folder / "text.txt")
     return folder
@@ -111,6 +115,48 @@ def test_pairs_are_answered_and_scored_beside_look_ups(folder, run):
     assert len(shown) == 2 + 3 and all(
         "`ls` `-l`" in line or "**`ls`**" in line for line in shown[2:]
     )
+
+
+def test_slots_are_filled_and_neighbours_join(folder, run):
+    """Each description has its number in its command, which look-ups cannot know without slots."""
+    flags = ("--answers", "bash", "--no_bleu", "--beams", "3", "--num_samples", "3")
+    _, splits = run("slots", *flags)
+    scores = splits["val"]["scores"]
+    assert scores["nearest neighbour"]["exact match"]["value"] == 0
+    assert scores["nearest, its slots filled"]["exact match"]["value"] == 1
+    assert scores["3 beams"]["exact match, top-3"]["value"] == 0
+    _, splits = run("slots", *flags, "--rerank", "--neighbours", "1")
+    scores = splits["val"]["scores"]["3 beams and 1 neighbours, reranked"]
+    # it has half of the weight; where all three beams say the same, so has what they say
+    assert max(s["value"] for name, s in scores.items() if name.startswith("exact match,")) == 1
+    assert "3 beams, reranked" in run("slots", *flags, "--rerank")[1]["val"]["scores"]
+
+
+def test_answers_of_slots_are_filled_and_those_that_lack_one_come_last(folder):
+    checkpoint = Checkpoint.find(folder / "runs" / "slots")
+    model = TransformerDecoder.from_checkpoint(checkpoint.path).double()
+    tokenizer = evaluate.load_tokenizer(checkpoint.path)
+    rules, prompt = Sampling(max_new_tokens=9), "list number 7 of a.txt"
+    slots = Slots(prompt)
+    ids = [*tokenizer.encode(slots.prompt), tokenizer.start_id]
+    ((*found,),) = search(model, [ids], 4, 9, end_id=tokenizer.end_id)
+    written = [tokenizer.decode(text) for text, _ in found]
+    wanted = [slots.show(text) for text in sorted(written, key=slots.lacks)]
+    assert answer(model, tokenizer, [prompt], rules, count=4, beams=4, slots=True) == [wanted]
+    asked = []
+
+    def choose(number, texts, shares):
+        asked.append((number, texts, shares))
+        return texts[::-1]
+
+    answers = answer(model, tokenizer, [prompt], rules, count=2, beams=4, slots=True, choose=choose)
+    ((*found,),) = search(model, [ids], 4, 9, end_id=tokenizer.end_id, length_penalty=0.0)
+    written = sorted((tokenizer.decode(text) for text, _ in found), key=slots.lacks)
+    number, texts, weights = asked[0]
+    assert (number, texts) == (0, [slots.show(text) for text in written])
+    assert answers == [texts[:1:-1]]
+    pairs = zip(written, weights, strict=True)
+    assert sum(2 * w if slots.lacks(text) else w for text, w in pairs) == pytest.approx(1)
 
 
 def test_other_splits_stand_beside_and_tensorboard_has_all(folder, run):
@@ -165,6 +211,8 @@ def test_answers_are_those_of_each_prompt_alone(folder):
         ("stream", ["--split", "none.txt"], "--split none.txt: no such file"),
         ("bash", ["--beams", "2", "--num_samples", "3"], "num_samples = 3 must be at most beams"),
         ("bash", ["--limit", "-1"], "limit = -1 must be at least 0"),
+        ("bash", ["--rerank"], "--rerank: takes a beam search; give --beams 5"),
+        ("bash", ["--neighbours", "2"], "--neighbours: takes --rerank"),
         ("none", [], "no such checkpoint or run"),
     ],
 )
@@ -211,6 +259,33 @@ def test_generate_writes_the_texts_of_a_beam_search(folder, monkeypatch, capsys)
         monkeypatch.setattr("sys.argv", ["generate.py", *flags, more])
         with pytest.raises(UserError, match=wrong):
             generate_program.main()
+
+
+def test_generate_orders_what_a_search_has_found(folder, monkeypatch, capsys):
+    """Of random weights, with slots: as evaluate.py has them, or by minimum Bayes risk."""
+    checkpoint = Checkpoint.find(folder / "runs" / "slots")
+    model = TransformerDecoder.from_checkpoint(checkpoint.path)
+    tokenizer = evaluate.load_tokenizer(checkpoint.path)
+    prompts, rules = ["list number 1", "list a.txt"], Sampling(max_new_tokens=6)
+    flags = ["--checkpoint", str(checkpoint.path), "--beams", "4", "--num_samples", "4", "--json"]
+    flags += ["--max_new_tokens", "6", "--device", "cpu"]
+    flags += [word for prompt in prompts for word in ("--prompt", prompt)]
+
+    def written(*more: str) -> list[str]:
+        monkeypatch.setattr("sys.argv", ["generate.py", *flags, *more])
+        assert generate_program.main() == 0
+        return [json.loads(line)["text"] for line in capsys.readouterr().out.splitlines()]
+
+    wanted = answer(model, tokenizer, prompts, rules, count=4, beams=4, slots=True)
+    assert written() == [text for several in wanted for text in several]
+    by_risk = written("--rerank")
+    for several, prompt in zip((by_risk[:4], by_risk[4:]), prompts, strict=True):
+        slots = Slots(prompt)
+        ids = [*tokenizer.encode(slots.prompt), tokenizer.start_id]
+        ((*found,),) = search(model, [ids], 4, 6, end_id=tokenizer.end_id, length_penalty=0.0)
+        texts = [tokenizer.decode(text) for text, _ in found]
+        best = choose(texts, shares(texts, [score for _, score in found], slots), 1)
+        assert several[0] == slots.show(best[0])
 
 
 def test_pairs_of_a_prepared_folder_are_those_that_it_was_made_of(folder):

@@ -16,6 +16,7 @@ import generate
 from checkpoint import writer
 from common import cli
 from common.errors import UserError
+from data.slots import ESCAPE, PLACEHOLDERS, RESERVED, Slots
 from data.tokenizer import CharTokenizer
 from data.train_tokenizer import train_sentencepiece
 from generation import batched, compiled_decoder
@@ -28,6 +29,7 @@ ROOT = Path(__file__).parent.parent
 PAIRS = [{"prompt": f"ask {i}", "completion": f"answer {i}"} for i in range(5)]
 TOKENIZERS = {
     "pairs": CharTokenizer("abcdefghijklmnopqrstuvwxyz 0123456789é\x1b"),
+    "slots": CharTokenizer(f"acopty. /{PLACEHOLDERS}{ESCAPE}\ue1a1\ue1a2"),
     "lines": CharTokenizer("abcdefghijklmnopqrstuvwxyz", "char_bos"),
     "stream": CharTokenizer("abcdefghijklmnopqrstuvwxyz \n"),
 }
@@ -41,8 +43,9 @@ def save_run(run: Path, kind: str, step: int = 10, tokenizer=None, max_len: int 
     shape["vocab_size"] = tokenizer.vocab_size
     model = TransformerDecoder.from_config(ModelConfig(**shape, init_std=0.3))
     weights = {name: p.detach().numpy() for name, p in model.named_parameters()}
-    config = {"model": shape, "data": {"kind": kind}}
-    state = {"step": step, "held_out": PAIRS if kind == "pairs" else []}
+    data = {"kind": "pairs", "slots": True} if kind == "slots" else {"kind": kind}
+    config = {"model": shape, "data": data}
+    state = {"step": step, "held_out": PAIRS if data["kind"] == "pairs" else []}
     files = {
         "model.safetensors": to_safetensors(weights),
         "config.json": json.dumps(config).encode(),
@@ -55,7 +58,7 @@ def save_run(run: Path, kind: str, step: int = 10, tokenizer=None, max_len: int 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
-    for kind in ("pairs", "lines", "stream"):
+    for kind in ("pairs", "slots", "lines", "stream"):
         save_run(folder / kind, kind)
     writer.set_best(folder / "pairs", 10, 1.25)
     return folder
@@ -145,6 +148,27 @@ def test_a_prompt_stands_where_the_kind_of_data_has_it(kind, write, runs):
 
 def escaped(text: str) -> str:
     return text.replace("\x1b", "\\x1b")
+
+
+@pytest.mark.parametrize("engine", ["torch", "numpy", "python"])
+def test_a_prompts_arguments_are_put_back(engine, write, runs):
+    """Random weights write placeholders and escapes, also such as no text has."""
+    prompt = f"copy a.to c.ty {ESCAPE}t/ y{PLACEHOLDERS[3]}"
+    slots, tokenizer = Slots(prompt), TOKENIZERS["slots"]
+    ids = [*tokenizer.encode(slots.prompt), tokenizer.start_id]
+    rules = Sampling(max_new_tokens=24)
+    model = TransformerDecoder.from_checkpoint(runs / "slots")
+    new = batched.generate(model, [ids] * 4, rules, seed=7, end_id=tokenizer.end_id)
+    raw = [tokenizer.decode(row) for row in new]
+    true = [slots.show(text) for text in raw]
+    assert any("a.to" in text for text in true) and any(slots.lacks(text) for text in raw)
+    flags = ("--engine", engine, "--prompt", prompt, "--max_new_tokens", "24", "--seed", "7")
+    flags += ("--precision", "fp64") if engine != "python" else ()
+    answers = write("slots", *flags, "--num_samples", "4", "--json")
+    assert [answer["text"] for answer in answers] == true
+    assert answers[0]["prompt"] == prompt
+    assert write("slots", *flags) == escaped(true[0]) + "\n"  # token by token
+    assert not RESERVED.search(write("slots", *flags, "--explain").split("token\n")[1])
 
 
 def test_prompts_and_samples_are_independent_of_each_other(write, tmp_path):

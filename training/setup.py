@@ -306,6 +306,7 @@ def resolve(config: Config, device: torch.device, dataset: Dataset, processes: P
             kind=dataset.kind,
             start_token=dataset.start_token,
             sources=resolve_sources(config, dataset),
+            slots=dataset.slots,
         ),
         train=replace(config.train, threads=torch.get_num_threads()),
     )

@@ -11,6 +11,7 @@ from data.batches import Examples, evaluation_batches
 from data.dataset import Dataset
 from data.mixture import MixedExamples
 from data.prompt_format import end_id, prompt_ids
+from data.slots import Slots
 from generation.batched import generate
 from generation.sampling import Sampling
 from model.transformer_full import DecoderLayer, TransformerDecoder
@@ -30,9 +31,10 @@ class Sampler:
         else:
             self.shown = [("", "")] * (LINE_SAMPLES if dataset.kind == "lines" else 1)
         tokenizer = dataset.tokenizer
+        self.slots = [Slots(prompt, dataset.slots) for prompt, _ in self.shown]
         self.prompts = [
-            prompt_ids(dataset.kind, tokenizer, prompt, dataset.start_token)
-            for prompt, _ in self.shown
+            prompt_ids(dataset.kind, tokenizer, slots.prompt, dataset.start_token)
+            for slots in self.slots
         ]
 
     def __call__(self, model: TransformerDecoder) -> list[str]:
@@ -40,7 +42,9 @@ class Sampler:
         kind, tokenizer = self.dataset.kind, self.dataset.tokenizer
         end = end_id(kind, tokenizer)
         rows = generate(model, self.prompts, self.rules, seed=self.seed, end_id=end)
-        return [tokenizer.decode(row) for row in rows]
+        return [
+            slots.show(tokenizer.decode(row)) for slots, row in zip(self.slots, rows, strict=True)
+        ]
 
     def lines(self, texts: list[str]) -> list[str]:
         """For people: the text, for pairs with its prompt and the true completion."""

@@ -89,3 +89,11 @@ def test_what_cannot_be_searched_is_refused(model):
     assert beams.search(model, [], 2, 5) == []
     without_end = beams.search(model, [[1, 2]], 3, 6)
     assert [len(ids) for ids, _ in without_end[0]] == [6, 6, 6]
+
+
+def test_a_length_penalty_of_0_gives_log_probabilities(model):
+    (found,) = beams.search(model, [[5, 4]], 5, 4, end_id=END, length_penalty=0.0)
+    assert [total for _, total in found] == sorted((total for _, total in found), reverse=True)
+    for text, total in found:
+        whole = text if len(text) == 4 else [*text, END]
+        assert total == pytest.approx(score(model, [5, 4], whole) * len(whole))
