@@ -139,6 +139,7 @@ class Data:
     examples: Examples
     pairs: list[Pair]
     known: list[Pair]
+    start_token: bool  # whether documents begin with <start>
     slots: bool  # prompts and answers have placeholders for what they share
     index: Index | None  # of the training data
 
@@ -242,7 +243,16 @@ def read_data(
         trained = dataset if own else prepare(config, lambda line: None, given)
         cache = user_path(config.cache_dir or DEFAULT_CACHE_DIR)
         index = open_index(trained.train.ids, index_file(cache, trained))
-    return Data(dataset.name, dataset.kind, examples, pairs, known, dataset.slots, index)
+    return Data(
+        dataset.name,
+        dataset.kind,
+        examples,
+        pairs,
+        known,
+        dataset.start_token,
+        dataset.slots,
+        index,
+    )
 
 
 def other_split(split: str, config: DataConfig) -> DataConfig:
@@ -393,7 +403,7 @@ def write_freely(arguments: Arguments, data: Data, tokenizer: Tokenizer, model) 
     from generation.batched import generate
 
     count = max(arguments.num_samples, FREE_TEXTS)
-    prompts = [prompt_ids(data.kind, tokenizer, "")] * count
+    prompts = [prompt_ids(data.kind, tokenizer, "", data.start_token)] * count
     end = end_id(data.kind, tokenizer)
     return generate(model, prompts, arguments.sampling, seed=arguments.seed, end_id=end)
 

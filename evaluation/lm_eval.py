@@ -49,14 +49,15 @@ class Decoder(LM):
     model: a `TransformerDecoder`. kind: the kind of its data.
     """
 
-    def __init__(self, model, tokenizer: Tokenizer, kind: str):
+    def __init__(self, model, tokenizer: Tokenizer, kind: str, start_token: bool = True):
         if MISSING:
             raise UserError(
                 f"pyproject.toml: its extra lm-eval is not installed ({MISSING} is missing); "
                 "install it with pip install -e '.[lm-eval]'"
             )
         super().__init__()
-        self.model, self.tokenizer, self.kind = model.eval(), tokenizer, kind
+        self.model, self.tokenizer = model.eval(), tokenizer
+        self.kind, self.start_token = kind, start_token
 
     @classmethod
     def from_checkpoint(cls, checkpoint: Checkpoint, device: str = "auto") -> "Decoder":
@@ -64,8 +65,9 @@ class Decoder(LM):
         weights = engines.read_weights("torch", checkpoint)
         shape = read_model_config(checkpoint)
         model = engines.load_model("torch", shape, weights, device, "fp32")
-        kind = checkpoint.config["data"].get("kind", "stream")
-        return cls(model, load_tokenizer(checkpoint.path), kind)
+        data = checkpoint.config["data"]
+        kind, start_token = data.get("kind", "stream"), data.get("start_token", True)
+        return cls(model, load_tokenizer(checkpoint.path), kind, start_token)
 
     def loglikelihood(self, requests: "list[Instance]") -> list[tuple[float, bool]]:
         """For each (context, continuation): its log probability, and whether greedy would say it.
@@ -80,7 +82,7 @@ class Decoder(LM):
         totals = []
         for request in requests:
             (text,) = request.args
-            start = prompt_ids("lines", self.tokenizer, "")[0]
+            start = prompt_ids("documents", self.tokenizer, "", self.start_token)[0]
             windows = get_rolling_token_windows(
                 self.tokenizer.encode(clean_text(text)), start, self.model.max_len, 1
             )
@@ -102,7 +104,7 @@ class Decoder(LM):
                 max_new_tokens=settings.get("max_gen_toks", MAX_NEW_TOKENS),
                 greedy=greedy,
             )
-            prompt = prompt_ids(self.kind, self.tokenizer, clean_text(context))
+            prompt = prompt_ids(self.kind, self.tokenizer, clean_text(context), self.start_token)
             text = StreamedText(self.tokenizer, tuple(filter(None, stops)), prompt)
             generate(
                 self.model,
@@ -118,8 +120,10 @@ class Decoder(LM):
     def encode(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         """What is read first, and what is scored, as ids; a stream's are cut from one text."""
         if self.kind != "pairs":
-            read = prompt_ids(self.kind, self.tokenizer, clean_text(context))
-            whole = prompt_ids(self.kind, self.tokenizer, clean_text(context + continuation))
+            read, whole = (
+                prompt_ids(self.kind, self.tokenizer, clean_text(text), self.start_token)
+                for text in (context, context + continuation)
+            )
             return (read, whole[len(read) :]) if context else (read, whole[-len(whole) + 1 :])
         said = self.tokenizer.encode(clean_text(continuation.removeprefix(" ")))
         return prompt_ids("pairs", self.tokenizer, clean_text(context)), said

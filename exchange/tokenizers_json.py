@@ -198,9 +198,7 @@ def framing(
     """What puts tokens around a prompt as `data.prompt_format.prompt_ids` has them."""
     from tokenizers import processors
 
-    around = [] if kind == "stream" else prompt_ids(kind, tokenizer, "")
-    if kind == "documents" and not start_token:
-        around = [tokenizer.end_id]
+    around = [] if kind == "stream" else prompt_ids(kind, tokenizer, "", start_token)
     named = [(tokenizer.token(i), i) for i in around]
     tokens = [name for name, _ in named]
     return processors.TemplateProcessing(

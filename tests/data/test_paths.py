@@ -167,7 +167,7 @@ MEMBERS = [
     ("a/", b""),
     ("__MACOSX/a/1.txt", b"junk"),
     ("a/._1.txt", b"junk"),
-    ("a/2.jsonl.gz", gzip.compress(b'{"text": "two"}\n{"text": "three"}')),
+    ("a/2.jsonl.gz", gzip.compress(b'{"text": "two"}\n{"text": "three"}', mtime=0)),
     ("picture.png", b"\0\1"),
     ("3.md", b"\xef\xbb\xbffour"),
 ]

@@ -118,7 +118,7 @@ def test_fingerprint_follows_content_and_kind_only(tmp_path):
         ("table.csv", b"", "auto", "is empty"),
         ("old.txt", b"a\rb\rc\r", "lines", "lines end in \\r alone"),
         ("old.jsonl", JSONL.replace(b"\n", b"\r"), "auto", "lines end in \\r alone"),
-        ("a.txt", gzip.compress(b"text"), "auto", "is a gzip file, not UTF-8 text"),
+        ("a.txt", gzip.compress(b"text", mtime=0), "auto", "is a gzip file, not UTF-8 text"),
         ("a.jsonl", b"PAR1\x15\0", "auto", "is a Parquet file"),
         ("a.txt", b"\xff\xfe\0\0" + "text".encode("utf-32-le"), "stream", "is in UTF-32"),
         ("a.txt", "a long text".encode("utf-16-le"), "lines", "or in UTF-16"),
