@@ -1,13 +1,16 @@
 """The recipes of docs/data.md, and the table in README "Your own data", on small files."""
 
 import gzip
+import io
 import json
 import shlex
+import sys
 import zipfile
 
 import pytest
 
 from data.readers import open_source
+from tests.data.test_remote import s3 as s3
 from tests.docs.test_documents import commands
 from tests.helpers import ROOT
 from training.command_line import read_command_line
@@ -78,7 +81,7 @@ def test_recipes(tmp_path, monkeypatch):
 # README -------------------------------------------------------------------------------------------
 
 
-def make_own(folder):
+def make_own(folder, s3):
     """A file or a folder for each row of the table."""
     texts = [{"text": story} for story in STORIES]
     pairs = [{"prompt": story, "completion": "Yes."} for story in STORIES]
@@ -98,6 +101,7 @@ def make_own(folder):
     (folder / "corpus" / "a.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
     with zipfile.ZipFile(folder / "corpus.zip", "w") as archive:
         archive.writestr("a/b.txt", STORIES[0])
+    s3.pipe("bucket/corpus/a.jsonl", lines.encode())
 
 
 OWN = {
@@ -110,13 +114,17 @@ OWN = {
     "table.parquet": ("documents", STORIES),
     "corpus/**/*.jsonl.gz": ("documents", STORIES),
     "corpus.zip": ("documents", STORIES[:1]),
+    "s3://bucket/corpus/*.jsonl": ("documents", STORIES),
+    "-": ("stream", ["".join(STORIES)]),
     "pairs.jsonl": ("pairs", [(story, "Yes.") for story in STORIES]),
     "chats.jsonl": ("pairs", [("Why?", "Because.")]),
 }
 
 
-def test_every_row_of_the_table(tmp_path, monkeypatch):
-    make_own(tmp_path)
+def test_every_row_of_the_table(tmp_path, monkeypatch, s3):
+    make_own(tmp_path, s3)
+    stdin = io.TextIOWrapper(io.BytesIO("".join(STORIES).encode()))
+    monkeypatch.setattr(sys, "stdin", stdin)
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     section = text.split("## Your own data\n")[1].split("\n## ")[0]
     rows = [line.split(" | ")[0] for line in section.splitlines() if line.startswith("| `")]
