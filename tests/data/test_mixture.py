@@ -171,6 +171,41 @@ def test_pairs_and_lines_are_mixed_and_pairs_held_out_of_all(mixture, tmp_path):
         prepare_mixture(replace(mixture, sources=(sources[1], web)), quiet)
 
 
+@pytest.mark.parametrize("packing", ["concat", "best_fit"])
+def test_documents_of_a_mixture_are_packed_and_seen_alone(tmp_path, packing):
+    """Each row is one of its source's own, and says where its documents begin."""
+    sources = []
+    for name in ("a", "b"):
+        rows = [{"text": f"{name} " * (1 + n % 97)} for n in range(200)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        sources.append(SourceConfig(1, path=str(tmp_path / f"{name}.jsonl")))
+    config = DataConfig(
+        sources=tuple(sources), tokenizer="char", packing=packing, mask_documents=True,
+        cache_dir=str(tmp_path / "cache"),
+    )  # fmt: skip
+    data = prepare_mixture(config, quiet)
+    examples = open_examples(data, "train", 16, config=config, log=quiet)
+    assert examples is not None
+    batches = make_batches(examples, 8, 1)
+    start, end = data.tokenizer.start_id, data.tokenizer.end_id
+    for step in range(4):
+        parts = batches(step, 2)
+        assert sum(len(part.targets) for part in parts) == batches.target_count(step)
+        for part in parts:
+            assert part.documents is not None
+            borders = part.documents.tolist()
+            assert borders == sorted(set(borders)) and borders[-1] == part.ids.size
+            begins = set(borders[:-1])
+            assert begins >= set(range(0, part.ids.size, 16))  # none goes over a row's end
+            ids = part.ids.reshape(-1)
+            assert begins >= set(np.flatnonzero(ids == start).tolist())
+            letters = {data.tokenizer.decode(row)[:1].strip() for row in part.ids.tolist()}
+            assert letters <= {"", "a", "b"} and end not in (start, data.tokenizer.pad_id)
+    rows = np.concatenate([batches(step)[0].ids for step in range(4)])
+    told = [set(data.tokenizer.decode(row).split()) for row in rows.tolist()]
+    assert sum("a" in row for row in told) == sum("b" in row for row in told) == 16
+
+
 def test_a_prepared_folder_is_a_source_and_its_tokenizer_that_of_all(mixture, tmp_path):
     data = prepare_mixture(mixture, quiet)
     (folder,) = (tmp_path / "cache").glob("web-*/")
