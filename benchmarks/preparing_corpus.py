@@ -79,6 +79,9 @@ def write_parquet(folder: Path, size: int):
                 writer.write_table(pa.table({"text": rows}, schema), ROWS)
 
 
+FORMS = {".jsonl.zst": write_jsonl, "parquet": write_parquet}
+
+
 def prepare(folder: Path, cache: Path) -> dict:
     """Seconds and peak memory in MB of tools.prepare on what is in a folder."""
     flags = ["--data.path", folder, "--data.cache_dir", cache, "--data.vocab_size", VOCAB_SIZE]
@@ -172,6 +175,7 @@ def compare(result: Result, folder: Path, megabytes: int, rounds: int):
 def main():
     options = parser(__doc__, rounds=3)
     options.add_argument("--megabytes", type=int, default=200, help="of text to prepare")
+    options.add_argument("--forms", nargs="+", choices=FORMS, default=list(FORMS))
     options.add_argument("--compared", type=int, default=60, help="MB to compare the encoding on")
     options.add_argument("--folder", type=Path, help="where to work; a temporary one")
     options.add_argument("--datasets", help='compare with it; its folder, or "" if it is installed')
@@ -180,12 +184,12 @@ def main():
         return measure(*arguments.side)
     result = Result("preparing_corpus", "Preparing a corpus of many files")
     rows, most = [], 0.0
-    for name, make in {".jsonl.zst": write_jsonl, "parquet": write_parquet}.items():
+    for name in arguments.forms:
         with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
             corpus = Path(folder, "corpus")
             corpus.mkdir()
             print(f"writing {arguments.megabytes} MB as {name}", file=sys.stderr, flush=True)
-            make(corpus, arguments.megabytes * MB)
+            FORMS[name](corpus, arguments.megabytes * MB)
             size = sum(path.stat().st_size for path in corpus.iterdir()) / MB
             found = prepare(corpus, Path(folder, "cache"))
             speed = arguments.megabytes / found["seconds"]
