@@ -28,11 +28,11 @@ from typing import Annotated, Literal, cast
 import tyro
 from tqdm import tqdm
 
-from checkpoint.reader import Checkpoint, newest_run
+from checkpoint.reader import Checkpoint, named_or_newest
 from checkpoint.run_data import data_config
 from common import cli
 from common.errors import UserError, at_least, refuse
-from common.files import refuse_url, replace_synced, user_path
+from common.files import replace_synced, user_path
 from data.batches import Examples
 from data.builtin import named_files
 from data.config import DEFAULT_CACHE_DIR, DataConfig, as_paths
@@ -174,13 +174,7 @@ def main() -> int:
 
 def find(arguments: Arguments) -> Checkpoint:
     """The checkpoint that is meant, of which a line tells."""
-    refuse_url(arguments.checkpoint, f"--checkpoint {arguments.checkpoint}")
-    path = arguments.checkpoint or newest_run(user_path(arguments.runs_dir), log)
-    if path is None:
-        raise UserError(
-            f"--runs_dir {arguments.runs_dir}: no run with a checkpoint there; "
-            "train one with python train.py, or name it with --checkpoint"
-        )
+    path = named_or_newest(arguments.checkpoint, arguments.runs_dir, log)
     checkpoint = Checkpoint.find(path, log)
     for name in TOKENIZER_FILES:
         if name in checkpoint.manifest["files"]:

@@ -27,14 +27,13 @@ from typing import TYPE_CHECKING, Annotated, Literal, cast
 
 import tyro
 
-from checkpoint.reader import Checkpoint, newest_run, read_best
+from checkpoint.reader import Checkpoint, named_or_newest, read_best
 from common import cli
 from common.errors import UserError
 from common.files import (
     has_old_lines,
     refuse_binary,
     refuse_no_file,
-    refuse_url,
     user_path,
 )
 from data.prompt_format import end_id, prompt_ids, unread
@@ -199,14 +198,8 @@ def read_prompts(path: str) -> list[str]:
 
 def open_source(arguments: Arguments) -> Source:
     """Finds and reads the checkpoint, and says which one it is. No torch; no NumPy for python."""
-    refuse_url(arguments.checkpoint, f"--checkpoint {arguments.checkpoint}")
     log = partial(print, file=sys.stderr, flush=True)
-    path = arguments.checkpoint or newest_run(user_path(arguments.runs_dir), log)
-    if path is None:
-        raise UserError(
-            f"--runs_dir {arguments.runs_dir}: no run with a checkpoint there; "
-            "train one with python train.py, or name it with --checkpoint"
-        )
+    path = named_or_newest(arguments.checkpoint, arguments.runs_dir, log)
     checkpoint = Checkpoint.find(path, log)
     try:
         source = read_source(checkpoint, arguments.engine)

@@ -45,9 +45,8 @@ def train(spec: "RunSpec", processes: Processes) -> int:
         from checkpoint.reader import step_path
         from checkpoint.writer import is_saved
         from common.errors import UserError
-        from common.files import is_address
         from data.batches import Prefetch
-        from data.config import as_paths
+        from data.config import has_addresses
         from training.checkpointer import Checkpointer
         from training.compile import compile_loss
         from training.cuda_graphs import choose_step
@@ -65,7 +64,7 @@ def train(spec: "RunSpec", processes: Processes) -> int:
     state = build(spec, tell, processes)
     config, progress = state.config, state.progress
     accumulation = config.train.accumulation_steps
-    depth = 8 if any(map(is_address, as_paths(config.data.path))) else 1
+    depth = 8 if has_addresses(config.data) else 1
     batches = Prefetch(state.batches, accumulation, processes.index, processes.count, depth)
     loss_module = state.loss_module
     if config.compile:

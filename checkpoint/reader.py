@@ -21,7 +21,7 @@ from pathlib import Path
 
 from checkpoint.shards import INDEX, belongs_to
 from common.errors import MISSING, UnreadableError, UserError
-from common.files import read_checksummed_json, user_path
+from common.files import read_checksummed_json, refuse_url, user_path
 from data.prompt_format import are_pairs
 
 FORMAT = 1
@@ -335,6 +335,18 @@ def read_best(run: Path) -> dict | None:
         raise UnreadableError(error, file) from None
     except (ValueError, KeyError, TypeError, OverflowError):
         return None
+
+
+def named_or_newest(named: str, runs_dir: str, log: Callable[[str], object] = print) -> str | Path:
+    """What --checkpoint names, or else the newest run in --runs_dir. Raises UserError for none."""
+    refuse_url(named, f"--checkpoint {named}")
+    path = named or newest_run(user_path(runs_dir), log)
+    if path is None:
+        raise UserError(
+            f"--runs_dir {runs_dir}: no run with a checkpoint there; "
+            "train one with python train.py, or name it with --checkpoint"
+        )
+    return path
 
 
 def newest_run(runs_dir: Path, log: Callable[[str], object] = print) -> Path | None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from common.errors import refuse
+from common.files import is_address
 
 DEFAULT_CACHE_DIR = Path(__file__).parent / "cache"  # what an empty data.cache_dir means
 Kind = Literal["stream", "lines", "documents", "pairs"]
@@ -191,6 +192,11 @@ def wrong_reading(config: DataConfig | SourceConfig) -> list[str]:
                 "${NAME} in its place"
             )
     return wrong
+
+
+def has_addresses(config: DataConfig) -> bool:
+    """Whether data that is trained on, of one source or of several, is read from elsewhere."""
+    return any(is_address(p) for part in (config, *config.sources) for p in as_paths(part.path))
 
 
 def as_paths(path: str | Sequence[str]) -> tuple[str, ...]:

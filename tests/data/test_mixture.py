@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from common.errors import UserError
 from data.batches import Batches, Examples
-from data.config import DataConfig, SourceConfig
+from data.config import DataConfig, SourceConfig, has_addresses
 from data.mixture import MixedBatches, MixedExamples, Mixture, dealt, make_batches, open_examples
 from data.mixture import prepare as prepare_mixture
 from data.token_files import Split
@@ -233,3 +233,10 @@ def test_a_source_without_an_example_is_named():
     with pytest.raises(UserError, match=r"^data.sources.1: data.path: nothing to train on"):
         make_batches(MixedExamples(parts, [Fraction(1, 2)] * 2), 6, 3)
     assert isinstance(make_batches(parts["a"], 6, 3), Batches)
+
+
+def test_addresses_are_seen_in_every_source():
+    away, here = SourceConfig(1, path=("a.txt", "s3://b/c.txt")), SourceConfig(1, path="a.txt")
+    assert has_addresses(DataConfig(sources=(here, away)))
+    assert has_addresses(DataConfig(path="https://a.example/b.txt"))
+    assert not has_addresses(DataConfig(sources=(here,))) and not has_addresses(DataConfig())
