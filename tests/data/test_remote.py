@@ -48,9 +48,13 @@ def s3():
             "AWS_DEFAULT_REGION": "us-east-1", "AWS_ENDPOINT_URL": address,
         }.items():  # fmt: skip
             patch.setenv(name, value)
+        # fsspec keeps a file system for the life of a process, and this one its server's port
+        s3fs.S3FileSystem.clear_instance_cache()
         system = s3fs.S3FileSystem(use_listings_cache=False)
         system.mkdir("bucket")
         yield system
+        system.rm("bucket", recursive=True)  # moto keeps what it holds for the life of a process
+    s3fs.S3FileSystem.clear_instance_cache()
     thread.stop()
 
 
