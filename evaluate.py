@@ -14,8 +14,6 @@ import signal
 if __name__ == "__main__":  # before what takes time: until cli.run() listens, Ctrl-C is silent
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-import json
-import re
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -46,6 +44,7 @@ from data.tokenizer import TOKENIZER_FILES, Tokenizer, load_tokenizer
 from evaluation.answers import Choose, answer
 from evaluation.commands import nlc2cmd
 from evaluation.memorization import Index, index_file, open_index, shares
+from evaluation.report import publish
 from evaluation.scores import kind_of, measure, side_by_side, table
 from evaluation.similarity import Neighbours, has_sacrebleu
 from generation.rerank import choose as rerank
@@ -57,7 +56,6 @@ from model.config import ModelConfig, read_model_config
 DESCRIPTION = "Scores a trained model: perplexity, and how right its answers are."
 LOOK_UPS_AT_MOST = 50_000  # training pairs that look-ups search unasked
 FREE_TEXTS = 20  # that are written to see how much of them is memorized
-FORMAT = 1  # of evaluation.json
 log = partial(print, file=sys.stderr, flush=True)
 
 
@@ -165,7 +163,7 @@ def main() -> int:
         found |= score(arguments, checkpoint, data, tokenizer, model)
     elif data.index is not None:
         found |= memorized(data.index, {"free": write_freely(arguments, data, tokenizer, model)})
-    publish(checkpoint, arguments.split, found)
+    log(f"written: {publish(run_of(checkpoint), arguments.split, found)}")
     return 0
 
 
@@ -461,48 +459,10 @@ def chooser(arguments: Arguments, data: Data, prompts: list[str], kind: str) -> 
     return choose
 
 
-# Writing ------------------------------------------------------------------------------------------
-
-
 def run_of(checkpoint: Checkpoint) -> Path:
     """The folder of a checkpoint's run; of one that stands alone, its own."""
     path = checkpoint.path
     return path.parent.parent if path.parent.name == "checkpoints" else path
-
-
-def publish(checkpoint: Checkpoint, split: str, found: dict):
-    """Puts what was found into evaluation.json, by split, and into TensorBoard."""
-    file = run_of(checkpoint) / "evaluation.json"
-    try:
-        before = json.loads(file.read_bytes())["splits"]
-        before = before if isinstance(before, dict) else {}
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        before = {}
-    content = {"format": FORMAT, "splits": before | {split: found}}
-    replace_synced(file, f"{json.dumps(content, indent=1)}\n".encode())
-    log(f"written: {file}")
-    show_in_tensorboard(run_of(checkpoint) / "evaluation", content["splits"])
-
-
-def show_in_tensorboard(folder: Path, splits: dict):
-    """All that evaluation.json has, as a run of its own beside that of training."""
-    from torch.utils.tensorboard import SummaryWriter
-
-    before = [*folder.glob("events.out.tfevents.*")]
-    with SummaryWriter(folder) as writer:
-        for split, found in splits.items():
-            name = re.sub(r"[^\w.-]+", "_", split)
-            for key in ("loss", "perplexity", "bits_per_byte"):
-                writer.add_scalar(f"{name}/{key}", found[key], found["step"])
-            for texts, shares_found in found.get("memorization", {}).items():
-                for key, value in shares_found.items():
-                    writer.add_scalar(f"{name}/memorization_{key}/{texts}", value, found["step"])
-            for system, scores in found.get("scores", {}).items():
-                for key, value in scores.items():
-                    tag = f"{name}/{key}/{system}".replace(" ", "_").replace(",", "")
-                    writer.add_scalar(tag, value["value"], found["step"])
-    for file in before:
-        file.unlink()
 
 
 if __name__ == "__main__":

@@ -1,8 +1,11 @@
 """README.md of an exported model: what it is, how good it is, how it is loaded."""
 
+from pathlib import Path
+
 from checkpoint.reader import Checkpoint
 from common.jsonl import read_records
 from data.config import as_paths
+from evaluation.report import Found, read_report
 from model.config import ModelConfig
 
 MEASURES = {  # scalars of a run's log, by what people call them
@@ -58,7 +61,7 @@ A decoder-only transformer. {READS.get(kind, "")}
 |---|---|
 {table}
 
-## Use
+{evaluation(checkpoint)}## Use
 
 ```python
 {example.strip()}
@@ -75,6 +78,28 @@ def figures(checkpoint: Checkpoint) -> list[tuple[str, str]]:
         for key, name in MEASURES.items()
         if isinstance(found.get(key), float)
     ]
+
+
+def evaluation(checkpoint: Checkpoint) -> str:
+    """What evaluate.py has found of this step, a table a split; empty if it has not been run."""
+    found = read_report(checkpoint.path.parent.parent)
+    tables = [scores(split, f) for split, f in found.items() if f.step == checkpoint.step]
+    return "".join(["## Evaluation\n\n", *tables]) if tables else ""
+
+
+def scores(split: str, found: Found) -> str:
+    """One split's table. A split that is a file goes by its name, without its folders."""
+    measures = list(dict.fromkeys(key for column in found.scores.values() for key in column))
+    rows = [["", *found.scores], ["---"] * (1 + len(found.scores))]
+    for key in measures:
+        columns = found.scores.values()
+        rows.append([key, *(f"{c[key].value:.3f}" if key in c else "" for c in columns)])
+    settings = ", ".join(f"{key} {value}" for key, value in found.settings.items())
+    lines = ["| " + " | ".join(map(cell, row)) + " |" for row in rows] if measures else []
+    lines = [f"By `evaluate.py` on {cell(Path(split).name)}: loss {found.loss:.4f}, "
+             f"perplexity {found.perplexity:.3f}, {found.bits_per_byte:.4f} bits a byte"
+             + (f"; {cell(settings)}." if settings else "."), "", *lines]  # fmt: skip
+    return "\n".join(lines).rstrip() + "\n\n"
 
 
 def cell(text: str) -> str:

@@ -45,6 +45,7 @@ def read(out: Path) -> dict:
     return json.loads((out / "results.json").read_text())
 
 
+@pytest.mark.slow
 def test_the_whole_script_on_a_cpu(tmp_path):
     process = script(tmp_path / "a", "--shakespeare", str(TEXT))
     said, _ = process.communicate()

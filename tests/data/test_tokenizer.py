@@ -314,8 +314,10 @@ def test_sample_is_even_and_bounded():
 def test_signal_ends_training(tmp_path, number):
     """The trainer, a child, does not outlive its parent, which goes at once."""
     code = (
-        "import random, subprocess, sys\n"
+        "import random, signal, subprocess, sys\n"
         "from data import train_tokenizer\n"
+        # a shell's background job, as these tests may be, has Ctrl-C ignored, and its children too
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "real = subprocess.Popen\n"
         "def popen(*a, **k):\n"
         "    child = real(*a, **k)\n"
@@ -338,6 +340,7 @@ def test_signal_ends_training(tmp_path, number):
     started = time.monotonic()
     parent.send_signal(number)
     parent.communicate()
+    assert parent.returncode
     while _runs(child):
         assert time.monotonic() - started < 2.0
         time.sleep(0.02)
