@@ -286,10 +286,8 @@ def write(
     if note := unread(prompts, source.tokenizer, source.model_config.max_len):
         print(note, file=sys.stderr, flush=True)
     beams = arguments.beams
-    order = partial(ordered, source.tokenizer, jobs, arguments.rerank) if beams > 1 else None
+    order = partial(ordered, source.tokenizer, jobs, arguments) if beams > 1 else None
     generate = engines.generator(arguments.engine, arguments.compile, beams, order)
-    if arguments.rerank:  # by log probabilities
-        generate = partial(generate, length_penalty=0.0)
     rules, alone = arguments.sampling, len(jobs) == 1 and not arguments.json
     stops = tuple(map(clean_text, arguments.stop))
     longest = max((len(job.ids) for job in jobs), default=0) + rules.max_new_tokens
@@ -345,7 +343,7 @@ def write(
 def ordered(
     tokenizer: Tokenizer,
     jobs: list[Job],
-    rerank: bool,
+    arguments: Arguments,
     prompt: tuple[int, ...],
     found: list[tuple[list[int], float]],
 ) -> list[list[int]]:
@@ -354,15 +352,17 @@ def ordered(
     By its scores, with texts last that have a placeholder which the prompt lacks; or by minimum
     Bayes risk, each text once.
     """
-    from generation.rerank import choose, shares  # what few need
+    from generation.beams import with_log_probabilities  # what few need
+    from generation.rerank import choose, shares
 
     slots = next(job.slots for job in jobs if tuple(job.ids) == prompt)
     texts = [tokenizer.decode(ids) for ids, _ in found]
-    if not rerank:
+    if not arguments.rerank:
         order = sorted(range(len(found)), key=lambda i: slots.lacks(texts[i]))
         return [found[i][0] for i in order]
     of = {text: ids for text, (ids, _) in zip(reversed(texts), reversed(found), strict=True)}
-    weights = shares(texts, [score for _, score in found], slots)
+    found = with_log_probabilities(found, arguments.sampling.max_new_tokens)
+    weights = shares(texts, [total for _, total in found], slots)
     return [of[text] for text in choose(texts, weights, len(texts))]
 
 

@@ -47,13 +47,12 @@ def answer(
         chosen = order[first : first + size]
         batch = [ids[i] for i in chosen]
         if beams > 1:
-            from generation.beams import search
+            from generation.beams import search, with_log_probabilities
 
-            # with a length penalty of 0 a score is a log probability
-            penalty = 1.0 if choose is None else 0.0
-            found = search(
-                model, batch, beams, rules.max_new_tokens, end_id=end, length_penalty=penalty
-            )
+            limit = rules.max_new_tokens
+            found = search(model, batch, beams, limit, end_id=end)
+            if choose is not None:
+                found = [with_log_probabilities(row, limit) for row in found]
         else:
             from generation.batched import generate
 

@@ -104,6 +104,14 @@ def search(
     return results
 
 
+def with_log_probabilities(
+    found: Sequence[tuple[list[int], float]], max_new_tokens: int
+) -> list[tuple[list[int], float]]:
+    """What a search with a length penalty of 1 has found, each text with its own for its score."""
+    # a score is the mean of a text's tokens and, if it has ended, the end
+    return [(ids, score * min(len(ids) + 1, max_new_tokens)) for ids, score in found]
+
+
 def extend(
     found: Hypotheses,
     log_probabilities: torch.Tensor,
@@ -156,7 +164,6 @@ def generate(
     end_id: int | None = None,
     on_token: Callable[[int, int], bool | None] | None = None,
     order: Order | None = None,
-    length_penalty: float = 1.0,
     **_,
 ) -> list[list[int]]:
     """`batched.generate` with a beam search: sample 0 of a prompt is its best text, 1 the next.
@@ -166,7 +173,7 @@ def generate(
     """
     distinct = list(dict.fromkeys(map(tuple, prompts)))
     limit = rules.max_new_tokens
-    found = search(model, distinct, beams, limit, end_id=end_id, length_penalty=length_penalty)
+    found = search(model, distinct, beams, limit, end_id=end_id)
     texts = {}
     for prompt, several in zip(distinct, found, strict=True):
         texts[prompt] = order(prompt, several) if order else [ids for ids, _ in several]

@@ -19,7 +19,7 @@ from data.dataset import prepare
 from data.slots import Slots
 from evaluation.answers import answer
 from generation.batched import generate
-from generation.beams import search
+from generation.beams import search, with_log_probabilities
 from generation.rerank import choose, shares
 from generation.sampling import Sampling
 from model.config import ModelConfig
@@ -150,7 +150,6 @@ def test_answers_of_slots_are_filled_and_those_that_lack_one_come_last(folder):
         return texts[::-1]
 
     answers = answer(model, tokenizer, [prompt], rules, count=2, beams=4, slots=True, choose=choose)
-    ((*found,),) = search(model, [ids], 4, 9, end_id=tokenizer.end_id, length_penalty=0.0)
     written = sorted((tokenizer.decode(text) for text, _ in found), key=slots.lacks)
     number, texts, weights = asked[0]
     assert (number, texts) == (0, [slots.show(text) for text in written])
@@ -282,7 +281,8 @@ def test_generate_orders_what_a_search_has_found(folder, monkeypatch, capsys):
     for several, prompt in zip((by_risk[:4], by_risk[4:]), prompts, strict=True):
         slots = Slots(prompt)
         ids = [*tokenizer.encode(slots.prompt), tokenizer.start_id]
-        ((*found,),) = search(model, [ids], 4, 6, end_id=tokenizer.end_id, length_penalty=0.0)
+        ((*found,),) = search(model, [ids], 4, 6, end_id=tokenizer.end_id)
+        found = with_log_probabilities(found, 6)
         texts = [tokenizer.decode(text) for text, _ in found]
         best = choose(texts, shares(texts, [score for _, score in found], slots), 1)
         assert several[0] == slots.show(best[0])

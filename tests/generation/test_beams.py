@@ -97,3 +97,11 @@ def test_a_length_penalty_of_0_gives_log_probabilities(model):
     for text, total in found:
         whole = text if len(text) == 4 else [*text, END]
         assert total == pytest.approx(score(model, [5, 4], whole) * len(whole))
+
+
+def test_scores_of_whole_texts(model):
+    (found,) = beams.search(model, [[5, 4]], 60, 3, end_id=END)
+    assert {len(text) for text, _ in found} > {3}  # one that was cut off, and others
+    for text, total in beams.with_log_probabilities(found, 3):
+        whole = text if len(text) == 3 else [*text, END]
+        assert total == pytest.approx(score(model, [5, 4], whole) * len(whole))
