@@ -1,0 +1,112 @@
+"""How often the answers of two configurations are right, beside those of look-ups.
+
+    python -m benchmarks.quality                    default.toml: docstring -> signature
+    python -m benchmarks.quality --nl2bash PATH     and nl2bash.toml: a folder, or "" to download it
+
+`train.py` trains each configuration as it stands, timed as a whole process, and `evaluate.py`
+answers every held-out prompt: of nl2bash.toml with the model alone, with its answers reranked, and
+with those of neighbours beside them. Each measure has to be above those of all look-ups.
+"""
+
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from benchmarks.harness import ROOT, Result, parser
+from common import cli
+from common.errors import UserError
+from evaluation.report import Found, Score, read_report
+
+MINUTES = 10  # for training nl2bash.toml on two cores
+BEAMS = ["--beams", "16", "--num_samples", "5"]
+BASH = [*BEAMS, "--answers", "bash"]
+DEFAULT = {"beams": BEAMS}
+NL2BASH = {
+    "beams": BASH,
+    "reranked": [*BASH, "--rerank"],
+    "with neighbours": [*BASH, "--rerank", "--neighbours", "12"],
+}
+TOP = ("exact match", "name match")  # what the default run is judged by
+
+
+def program(script: str, *arguments) -> float:
+    """Runs a program of the project as a user does. Returns its seconds."""
+    command = [sys.executable, script, *map(str, arguments)]
+    print(f"+ {script} {' '.join(map(str, arguments))}", file=sys.stderr, flush=True)
+    began = time.perf_counter()
+    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL)  # noqa: S603, ours
+    if done.returncode:
+        raise UserError(f"{script} failed with status {done.returncode}")
+    return time.perf_counter() - began
+
+
+def run(folder: Path, ways: dict[str, list[str]], *flags) -> tuple[float, dict[str, Found]]:
+    """Seconds of training, and what is found in each way of answering."""
+    seconds = program("train.py", "--runs_dir", folder, "--name", "run", *flags)
+    found = {}
+    for way, more in ways.items():
+        program("evaluate.py", "--checkpoint", folder / "run", *more)
+        found[way] = read_report(folder / "run")["val"]
+    return seconds, found
+
+
+def own(found: Found) -> tuple[str, dict[str, Score]]:
+    """The model's column: the first."""
+    return next(iter(found.scores.items()))
+
+
+def best_look_up(found: Found, measure: str) -> float:
+    """The most that any look-up reaches in a measure."""
+    return max(column[measure].value for column in [*found.scores.values()][1:])
+
+
+def tell(result: Result, name: str, seconds: float, ways: dict[str, Found]):
+    """A table of all systems: each way of the model's, then the look-ups."""
+    first = next(iter(ways.values()))
+    columns = dict(own(found) for found in ways.values()) | dict([*first.scores.items()][1:])
+    rows = [
+        [system, *(f"{score.value:.3f} ({score.low:.3f} to {score.high:.3f})"
+                   if score.value < 2 else f"{score.value:.1f}" for score in column.values())]
+        for system, column in columns.items()
+    ]  # fmt: skip
+    measures = [*next(iter(columns.values()))]
+    note = (
+        f"{first.settings['examples']} held-out pairs; in brackets, 95 % confidence. Training took "
+        f"{seconds:.0f} s with start-up and evaluations: step {first.step:,}, validation loss "
+        f"{first.loss:.4f}."
+    )
+    result.table(name, ["", *measures], rows, note)
+
+
+def main() -> int:
+    options = parser(__doc__, rounds=1)
+    options.add_argument("--nl2bash", help="a folder of train.nl, train.cm, dev.nl and dev.cm")
+    arguments = options.parse_args()
+    result = Result("quality", "How often answers are right")
+    with tempfile.TemporaryDirectory() as scratch:
+        seconds, ways = run(Path(scratch) / "default", DEFAULT)
+        tell(result, "default.toml", seconds, ways)
+        for measure in TOP:
+            value = own(ways["beams"])[1][measure].value
+            bar = best_look_up(ways["beams"], measure)
+            result.claim(f"default.toml, {measure} over the best look-up's", value / bar, 1)
+        if arguments.nl2bash is not None:
+            path = arguments.nl2bash and Path(arguments.nl2bash).resolve()
+            data = ["--data.path", path] if path else []
+            flags = ["--config", "configs/nl2bash.toml", *data]
+            seconds, ways = run(Path(scratch) / "nl2bash", NL2BASH, *flags)
+            tell(result, "nl2bash.toml", seconds, ways)
+            result.claim("nl2bash.toml, training", seconds / 60, MINUTES, True, "minutes")
+            for way, found in ways.items():
+                for measure, score in own(found)[1].items():
+                    gain = score.value - best_look_up(found, measure)
+                    text = f"nl2bash.toml, {way}: {measure} above the best look-up's"
+                    result.claim(text, gain, 0, unit="points")
+    result.finish(arguments.json)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run("python -m benchmarks.quality", main))
