@@ -356,12 +356,13 @@ def ordered(
     from generation.rerank import choose, shares
 
     slots = next(job.slots for job in jobs if tuple(job.ids) == prompt)
+    if arguments.rerank:
+        found = with_log_probabilities(found, arguments.sampling.max_new_tokens)
     texts = [tokenizer.decode(ids) for ids, _ in found]
     if not arguments.rerank:
         order = sorted(range(len(found)), key=lambda i: slots.lacks(texts[i]))
         return [found[i][0] for i in order]
     of = {text: ids for text, (ids, _) in zip(reversed(texts), reversed(found), strict=True)}
-    found = with_log_probabilities(found, arguments.sampling.max_new_tokens)
     weights = shares(texts, [total for _, total in found], slots)
     return [of[text] for text in choose(texts, weights, len(texts))]
 

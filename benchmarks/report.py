@@ -12,8 +12,9 @@ from common import cli
 
 DOCUMENT = ROOT / "docs" / "benchmarks.md"
 ORDER = (
-    "gpu", "precision", "train_throughput", "train_profile", "compile_cost", "default_run", "quality",
-    "time_to_quality", "train_memory", "cost", "lite_step", "generation", "generation_peers",
+    "gpu", "precision", "train_throughput", "train_profile", "compile_cost", "default_run",
+    "quality", "time_to_quality", "train_memory", "cost", "lite_step", "generation",
+    "generation_peers",
     "decode_cost", "sampling_cost", "start_up", "preparing", "loader", "packing",
     "distributed", "one_curve",
 )  # fmt: skip

@@ -33,13 +33,13 @@ def answer(
     Prompts of like length are answered together, and each as if it were alone. advance: called with
     the number of prompts that have been answered. model: the PyTorch decoder. slots: it reads and
     writes placeholders; an answer with one that the prompt lacks comes after the others, or has
-    half the weight. choose: makes answers of all beams, or of all samples.
+    half the weight. choose: makes answers of all beams that have ended, or of all samples.
     """
     asked = [Slots(clean_text(prompt), slots) for prompt in prompts]
     ids = [prompt_ids("pairs", tokenizer, each.prompt) for each in asked]
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
-    end = end_id("pairs", tokenizer)
-    longest = max(map(len, ids), default=0) + rules.max_new_tokens
+    end, limit = end_id("pairs", tokenizer), rules.max_new_tokens
+    longest = max(map(len, ids), default=0) + limit
     rows = engines.rows_at_once("torch", model, longest)
     size = max(1, rows // max(beams, count))
     answers: list[list[str]] = [[] for _ in ids]
@@ -49,8 +49,7 @@ def answer(
         if beams > 1:
             from generation.beams import search, with_log_probabilities
 
-            limit = rules.max_new_tokens
-            found = search(model, batch, beams, limit, end_id=end)
+            found = search(model, batch, beams, limit, end_id=end, ended_first=True)
             if choose is not None:
                 found = [with_log_probabilities(row, limit) for row in found]
         else:

@@ -50,12 +50,14 @@ def search(
     *,
     end_id: int | None = None,
     length_penalty: float = 1.0,
+    ended_first: bool = False,
 ) -> list[list[tuple[list[int], float]]]:
     """Up to `beams` texts for each prompt, best first: new ids without `end_id`, and the score.
 
     With a length penalty of 1 the score is the mean log probability of a token, in nats, with 0 the
-    text's own. A text that has not ended after max_new_tokens is taken as it is. Raises UserError
-    for what `batched.generate` does.
+    text's own. A text that has not ended after max_new_tokens is taken as it is; with ended_first
+    after all that have, for it often repeats itself, and is the surer of it. Raises UserError for
+    what `batched.generate` does.
     """
     if not 1 <= beams <= MAX_BEAMS:
         raise UserError(f"beams = {beams} must be 1 to {MAX_BEAMS}")
@@ -99,7 +101,9 @@ def search(
     results, limit = [], max_new_tokens**length_penalty
     for hypotheses, prompt in zip(found, prompts, strict=True):
         unfinished = [(t[len(prompt) :], s / limit) for t, s in hypotheses.kept]
-        ranked = sorted(hypotheses.ended + unfinished, key=lambda each: -each[1])
+        ranked = hypotheses.ended + unfinished  # each from the best on
+        if not ended_first:
+            ranked = sorted(ranked, key=lambda each: -each[1])
         results.append(ranked[:beams])
     return results
 
@@ -107,9 +111,13 @@ def search(
 def with_log_probabilities(
     found: Sequence[tuple[list[int], float]], max_new_tokens: int
 ) -> list[tuple[list[int], float]]:
-    """What a search with a length penalty of 1 has found, each text with its own for its score."""
+    """What a search with a length penalty of 1 has found, each text with its own for its score.
+
+    Without the texts that had not ended; all of them where none has.
+    """
     # a score is the mean of a text's tokens and, if it has ended, the end
-    return [(ids, score * min(len(ids) + 1, max_new_tokens)) for ids, score in found]
+    whole = [each for each in found if len(each[0]) < max_new_tokens] or found
+    return [(ids, score * min(len(ids) + 1, max_new_tokens)) for ids, score in whole]
 
 
 def extend(
@@ -173,7 +181,7 @@ def generate(
     """
     distinct = list(dict.fromkeys(map(tuple, prompts)))
     limit = rules.max_new_tokens
-    found = search(model, distinct, beams, limit, end_id=end_id)
+    found = search(model, distinct, beams, limit, end_id=end_id, ended_first=True)
     texts = {}
     for prompt, several in zip(distinct, found, strict=True):
         texts[prompt] = order(prompt, several) if order else [ids for ids, _ in several]

@@ -99,9 +99,24 @@ def test_a_length_penalty_of_0_gives_log_probabilities(model):
         assert total == pytest.approx(score(model, [5, 4], whole) * len(whole))
 
 
+def test_texts_that_have_ended_come_first(model):
+    (found,) = beams.search(model, [[5, 4]], 60, 3, end_id=END)
+    (first,) = beams.search(model, [[5, 4]], 60, 3, end_id=END, ended_first=True)
+    whole = [len(ids) < 3 for ids, _ in first]
+    assert whole == sorted(whole, reverse=True) and 0 < sum(whole) < len(whole) == len(found)
+    for several in (first[: sum(whole)], first[sum(whole) :]):
+        assert several == sorted(several, key=lambda each: -each[1])
+    ended = [each for each in found if len(each[0]) < 3]
+    assert all(each in first for each in ended) and found != first
+
+
 def test_scores_of_whole_texts(model):
     (found,) = beams.search(model, [[5, 4]], 60, 3, end_id=END)
-    assert {len(text) for text, _ in found} > {3}  # one that was cut off, and others
-    for text, total in beams.with_log_probabilities(found, 3):
-        whole = text if len(text) == 3 else [*text, END]
+    rows = beams.with_log_probabilities(found, 3)
+    assert [ids for ids, _ in rows] == [ids for ids, _ in found if len(ids) < 3] != []
+    for text, total in rows:
+        whole = [*text, END]
         assert total == pytest.approx(score(model, [5, 4], whole) * len(whole))
+    cut = [each for each in found if len(each[0]) == 3]  # where none has ended all are taken
+    for text, total in beams.with_log_probabilities(cut, 3):
+        assert total == pytest.approx(score(model, [5, 4], text) * 3)
