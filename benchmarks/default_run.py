@@ -44,7 +44,7 @@ def score(path: Path) -> dict:
     """How many of the held-out pairs a run answers as they are, and with the right name."""
     from checkpoint.reader import Checkpoint
     from data.dataset import prepare
-    from data.tokenizer import load_tokenizer
+    from data.tokenizers.load import load_tokenizer
     from generation.batched import generate
     from generation.sampling import Sampling
     from model.transformer_full import TransformerDecoder

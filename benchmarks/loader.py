@@ -24,7 +24,7 @@ from common.memory import resident_memory
 from data.batches import Batches, Examples
 from data.config import DataConfig
 from data.dataset import prepare
-from data.token_files import open_split
+from data.prepared.token_files import open_split
 from model.config import ModelConfig
 from training.config import OptimizerConfig, TrainConfig, load
 

@@ -24,11 +24,11 @@ import numpy as np
 from benchmarks.harness import Result, in_turns, median, parser, spread
 from common import cli
 from data.batches import Batches, Examples, evaluation_batches
-from data.builtin import SKIPPED
 from data.config import DataConfig
 from data.dataset import Dataset, prepare
 from data.packing import open_examples
-from data.token_files import Split
+from data.prepared.token_files import Split
+from data.sources.builtin import SKIPPED
 from model.config import ModelConfig
 from training.config import OptimizerConfig, TrainConfig
 

@@ -22,11 +22,11 @@ from benchmarks.harness import Result, in_turns, median, parser, spread, worker
 from common import cli
 from data.config import DataConfig, Kind
 from data.dataset import prepare
-from data.encoding import Encoder
-from data.text import CHUNK
-from data.tokenizer import SentencePieceTokenizer, cores, load_tokenizer
-from data.train_tokenizer import train_sentencepiece
-from data.writing import Progress, open_writers, write_shards
+from data.prepared.encoding import Encoder
+from data.prepared.writing import Progress, open_writers, write_shards
+from data.sources.text import CHUNK
+from data.tokenizers.load import SentencePieceTokenizer, cores, load_tokenizer
+from data.tokenizers.train_sentencepiece import train_sentencepiece
 
 KINDS = {"stream": "text.txt", "lines": "text.txt", "pairs": "pairs.jsonl"}
 SIDES = {

@@ -25,8 +25,8 @@ from pathlib import Path
 from benchmarks.harness import ROOT, Result, in_turns, median, parser, spread
 from benchmarks.preparing import LIMIT, MB, VOCAB_SIZE, texts, write
 from common import cli
-from data.tokenizer import cores, load_tokenizer
-from data.train_tokenizer import train_sentencepiece
+from data.tokenizers.load import cores, load_tokenizer
+from data.tokenizers.train_sentencepiece import train_sentencepiece
 
 ROWS = 2000  # documents of a row group
 FILE = 500 * MB  # bytes of text of a file

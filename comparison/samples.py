@@ -9,7 +9,7 @@ from comparison.job import prompts
 from comparison.markdown import NONE, count, figure, plain, table
 from comparison.results import JobResults
 from comparison.trainers import LABELS
-from data.token_files import Split
+from data.prepared.token_files import Split
 
 WIDE = 100  # samples whose columns have up to so many characters together stand side by side
 DOCUMENT = {"lines": "line", "pairs": "completion"}

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from common.errors import UserError
+from data.prepared.token_files import Split
 from data.rng import Permutation, derive_seed, permutation
-from data.token_files import Split
 
 # Of the windows of a stream: a function. 1, that of earlier versions, is an array of all of them.
 ORDER = 2

@@ -4,7 +4,7 @@ A prepared data set is a folder in `data/cache/`, named by the hash of its sourc
 setting that shapes it: complete or absent, because it is built under a hidden name and renamed.
 
     manifest.json  tokenizer's files, as in a checkpoint
-    train-* val-*               shards of token files, as data/token_files.py has them
+    train-* val-*               shards of token files, as data/prepared/token_files.py has them
 """
 
 import hashlib
@@ -33,20 +33,26 @@ from common.files import (
     user_path,
 )
 from data.config import DEFAULT_CACHE_DIR, DataConfig, Kind, as_paths
-from data.encoding import Encoder, EndedError
-from data.paths import split_suffix
+from data.prepared.encoding import Encoder, EndedError
+from data.prepared.remote_shards import RemoteFolder, open_remote_split, verify_remote
+from data.prepared.token_files import Split, check_shard, check_shards, check_sizes, open_split
+from data.prepared.writing import PROGRESS, Progress, marks, open_writers, recorded, write_shards
 from data.prompt_format import are_pairs
-from data.readers import Pair, Place, Source, open_source
-from data.remote import Store, has_magic, name_of
-from data.remote_shards import RemoteFolder, open_remote_split, verify_remote
-from data.round_trip import warning
 from data.slots import PLACEHOLDERS, hidden
 from data.slots import VERSION as SLOTS_VERSION
-from data.special_tokens import FLAGS
-from data.token_files import Split, check_shard, check_shards, check_sizes, open_split
-from data.tokenizer import ByteTokenizer, CharTokenizer, ForeignTokenizer, Tokenizer, load_tokenizer
-from data.train_tokenizer import train_sentencepiece
-from data.writing import PROGRESS, Progress, marks, open_writers, recorded, write_shards
+from data.sources.paths import split_suffix
+from data.sources.readers import Pair, Place, Source, open_source
+from data.sources.remote import Store, has_magic, name_of
+from data.tokenizers.load import (
+    ByteTokenizer,
+    CharTokenizer,
+    ForeignTokenizer,
+    Tokenizer,
+    load_tokenizer,
+)
+from data.tokenizers.round_trip import warning
+from data.tokenizers.special_tokens import FLAGS
+from data.tokenizers.train_sentencepiece import train_sentencepiece
 
 FORMAT = 1  # of the token ids: another one is other data, on which no older run can be resumed
 LAYOUT = 3  # of the folder: another one is prepared beside those of older versions

@@ -30,10 +30,10 @@ from data import packing
 from data.batches import ORDER, Batch, Batches, Examples
 from data.config import DEFAULT_CACHE_DIR, DataConfig, Kind, SourceConfig
 from data.dataset import MAX_HELD_OUT, Dataset, Log
-from data.readers import Source, open_source
+from data.prepared.token_files import Shards, Split
 from data.rng import derive_seed
-from data.token_files import Shards, Split
-from data.tokenizer import Tokenizer, load_tokenizer
+from data.sources.readers import Source, open_source
+from data.tokenizers.load import Tokenizer, load_tokenizer
 
 WINDOWS = ("stream", "documents")  # kinds whose examples are windows
 

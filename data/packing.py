@@ -35,7 +35,7 @@ from common.files import (
 from data.batches import ORDER, Batch, Examples
 from data.config import DEFAULT_CACHE_DIR, DataConfig
 from data.dataset import Dataset, building, check_files, writing
-from data.token_files import Split
+from data.prepared.token_files import Split
 
 VERSION = 1  # of what goes where: another one is other batches, found beside those of older ones
 BLOCK = 1 << 18  # documents that are packed together: memory does not grow with the data

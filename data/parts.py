@@ -33,9 +33,9 @@ from data.dataset import (
     make_tokenizer,
     writing,
 )
-from data.readers import Place, Reader, Source, open_source
-from data.remote_shards import RemoteFolder
-from data.tokenizer import Tokenizer, load_tokenizer
+from data.prepared.remote_shards import RemoteFolder
+from data.sources.readers import Place, Reader, Source, open_source
+from data.tokenizers.load import Tokenizer, load_tokenizer
 
 SAME = ("format", "name", "kind", "fingerprint", "dtype", "vocab_size", "files")  # in all parts
 INTERVAL = 1.0  # seconds between two looks for the tokenizer

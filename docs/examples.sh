@@ -91,7 +91,7 @@ expect "validation loss"
 try "$python" -m tools.tensorboard_files check "$run"
 try "$python" -m tools.tensorboard_files rebuild "$run"
 try "$python" -m tools.tensorboard_files check "$run"
-try "$python" -m data.builtin list
+try "$python" -m data.sources list
 expect "^stdlib "
 
 # before a run, and when something is wrong

@@ -28,7 +28,7 @@ from common.errors import UnreadableError, UserError
 from common.files import refuse_url, user_path, write_hashed, write_synced
 from data.config import DataConfig
 from data.prompt_format import end_id
-from data.tokenizer import TOKENIZER_FILES, Tokenizer, load_tokenizer
+from data.tokenizers.load import TOKENIZER_FILES, Tokenizer, load_tokenizer
 from exchange import huggingface, tokenizers_json
 from exchange.folder import new_folder, refuse_taken
 from exchange.model_card import model_card

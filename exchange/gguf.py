@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from common.errors import UserError
-from data.tokenizer import SentencePieceTokenizer, Tokenizer
+from data.tokenizers.load import SentencePieceTokenizer, Tokenizer
 from exchange import huggingface
 from exchange.tokenizers_json import is_bpe, processor, to_tokenizers
 from model.config import ModelConfig

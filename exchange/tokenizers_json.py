@@ -9,9 +9,9 @@ import json
 from typing import TYPE_CHECKING
 
 from common.errors import UserError
-from data.foreign_tokenizers import SETTINGS, failing_as, missing, ranks_of, silent_panics
 from data.prompt_format import prompt_ids
-from data.tokenizer import (
+from data.tokenizers.foreign import SETTINGS, failing_as, missing, ranks_of, silent_panics
+from data.tokenizers.load import (
     ESCAPE,
     SPACE,
     SPECIALS,

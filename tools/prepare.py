@@ -24,8 +24,8 @@ from data.config import DataConfig
 from data.dataset import named_tokenizer, open_dataset, store_of, verify
 from data.mixture import prepare
 from data.parts import count_parts, merge, prepare_part
-from data.remote_shards import RemoteFolder
-from data.spool import keep_standard_input
+from data.prepared.remote_shards import RemoteFolder
+from data.sources.spool import keep_standard_input
 from training.command_line import DEFAULT, kind_of_own, together, underscored
 from training.config import load
 

@@ -6,7 +6,7 @@ from collections import Counter
 from benchmarks.default_run import name, report, score
 from checkpoint.reader import Checkpoint
 from data.dataset import prepare
-from data.tokenizer import load_tokenizer
+from data.tokenizers.load import load_tokenizer
 from model.transformer_full import TransformerDecoder
 from tests.helpers import run, write_config
 from training.config import check

@@ -27,7 +27,7 @@ from checkpoint.reader import (
 from checkpoint.writer import newest_complete, prune, save, set_best
 from common.errors import UnreadableError, UserError
 from common.files import checksummed_json
-from data.tokenizer import load_tokenizer
+from data.tokenizers.load import load_tokenizer
 from model.config import read_model_config
 from training.resume import find_resume
 from training.run_folder import check_run_name

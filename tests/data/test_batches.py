@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from common.errors import UserError
 from data.batches import Batches, Examples, evaluation_batches
-from data.token_files import Split
+from data.prepared.token_files import Split
 
 
 def stream(n: int) -> Split:

@@ -14,7 +14,7 @@ from data.batches import Batches, Examples
 from data.config import DataConfig, SourceConfig, has_addresses
 from data.mixture import MixedBatches, MixedExamples, Mixture, dealt, make_batches, open_examples
 from data.mixture import prepare as prepare_mixture
-from data.token_files import Split
+from data.prepared.token_files import Split
 from tests.data.test_batches import documents
 
 LINES = [f"{'ab' * (n % 7)} {n} is a number" for n in range(300)]

@@ -16,8 +16,8 @@ from data.batches import Batches, Examples, evaluation_batches
 from data.config import DataConfig
 from data.dataset import prepare
 from data.packing import BestFit, Masked, best_fit, open_examples, read_plan, search, write_plan
+from data.prepared.token_files import Split
 from data.prompt_format import prompt_ids
-from data.token_files import Split
 from tests.data.test_batches import epoch_targets
 
 

@@ -12,7 +12,7 @@ from data import parts
 from data.config import DataConfig
 from data.dataset import open_dataset, prepare, verify
 from data.parts import borders, merge, prepare_part
-from data.readers import open_source
+from data.sources.readers import open_source
 
 
 def quiet(_):

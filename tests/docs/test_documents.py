@@ -411,7 +411,7 @@ what it printed
     [
         ("`training/curves.py`", ["training/curves.py"]),
         ("`rooms/house.py` and `configs/none.toml`", ["rooms/house.py", "configs/none.toml"]),
-        ("`python -m data.sources fetch NAME`", ["data.sources"]),
+        ("`python -m data.rooms fetch NAME`", ["data.rooms"]),
         ("`train.py` `model/config.py` `tests/FOLDER/test_NAME.py` `runs/my-run/x.json`", []),
         ("`python -m tests.faults` `python3 -m venv .venv`", []),
     ],

@@ -9,8 +9,8 @@ import zipfile
 
 import pytest
 
-from data.readers import open_source
-from tests.data.test_remote import s3 as s3
+from data.sources.readers import open_source
+from tests.data.sources.test_remote import s3 as s3
 from tests.docs.test_documents import commands
 from tests.helpers import ROOT
 from training.command_line import read_command_line

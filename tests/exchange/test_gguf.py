@@ -8,8 +8,8 @@ import torch
 
 from checkpoint.reader import Checkpoint
 from common.errors import UserError
-from data.tokenizer import ByteTokenizer, load_tokenizer
-from data.train_tokenizer import train_sentencepiece
+from data.tokenizers.load import ByteTokenizer, load_tokenizer
+from data.tokenizers.train_sentencepiece import train_sentencepiece
 from exchange.gguf import refuse_unlike
 from model.transformer_full import TransformerDecoder
 from tests.exchange.helpers import CHARACTERS, PRE, SMALL, exchanged, save_run

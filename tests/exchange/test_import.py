@@ -14,7 +14,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from checkpoint.reader import Checkpoint
 from common.errors import UserError
-from data.tokenizer import load_tokenizer
+from data.tokenizers.load import load_tokenizer
 from generation.sampling import Sampling
 from model import engines
 from model.config import read_model_config

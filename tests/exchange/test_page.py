@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from data.train_tokenizer import train_sentencepiece
+from data.tokenizers.train_sentencepiece import train_sentencepiece
 from tests.exchange.helpers import PRE, exchanged, save_run
 from tests.helpers import ROOT
 

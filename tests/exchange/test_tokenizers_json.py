@@ -4,8 +4,8 @@ import random
 
 import pytest
 
-from data.tokenizer import CharTokenizer
-from data.train_tokenizer import train_sentencepiece
+from data.tokenizers.load import CharTokenizer
+from data.tokenizers.train_sentencepiece import train_sentencepiece
 from exchange.tokenizers_json import to_tokenizers
 from tests.helpers import ROOT
 
@@ -15,7 +15,7 @@ ODD += ["\u4e2d", "\U0001f600", "<", "<0x41>", "<0x0A>", "<start>", "<unk>", "10
 
 def texts() -> list[str]:
     """Paragraphs of the project's own pages and code, and what no page says."""
-    files = sorted([*(ROOT / "docs").glob("*.md"), *(ROOT / "data").glob("*.py")])
+    files = sorted([*(ROOT / "docs").glob("*.md"), *(ROOT / "data").rglob("*.py")])
     real = [text for file in files for text in file.read_text("utf-8").split("\n\n")]
     dice = random.Random(0)
     for letters in (ODD, ["a", "b", " "]):  # the second: many ways to cut the same

@@ -13,9 +13,9 @@ import numpy as np
 from checkpoint.reader import Checkpoint, CheckpointError, list_steps, read_best
 from checkpoint.writer import newest_complete
 from common.errors import UserError
-from data import encoding, token_files
 from data.config import DataConfig
 from data.dataset import prepare
+from data.prepared import encoding, token_files
 from tests.faults.campaign import TINY, Tally, campaign, home, one_line, same_run
 from tests.helpers import TEXT, run, write_config
 from training.config import load

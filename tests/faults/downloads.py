@@ -10,7 +10,7 @@ import threading
 import time
 from pathlib import Path
 
-from tests.data.test_builtin import CONTENT, SHA256, Handler
+from tests.data.sources.test_builtin import CONTENT, SHA256, Handler
 from tests.faults.campaign import Tally, campaign, one_line
 from tests.helpers import ROOT
 
@@ -18,7 +18,7 @@ TIMEOUT = 0.5  # seconds a server may be silent
 CLIENT = f"""
 import sys
 from pathlib import Path
-from data.builtin import download
+from data.sources.builtin import download
 from common import cli
 url, path = sys.argv[1:]
 to = Path(path), {SHA256!r}, {len(CONTENT)}, {TIMEOUT}, True
@@ -224,11 +224,11 @@ def through_proxy(tally: Tally, server, folder: Path, page: str):
     }
     server.as_proxy = page
     result = subprocess.run(
-        [sys.executable, "-m", "data.builtin", "fetch", "names"], cwd=code, capture_output=True,
+        [sys.executable, "-m", "data.sources", "fetch", "names"], cwd=code, capture_output=True,
         env={**os.environ, "PYTHONPATH": "", **proxy}, text=True, timeout=60,
     )  # fmt: skip
-    tally.counts["by data.builtin, behind a bad proxy"] += 1
+    tally.counts["by data.sources, behind a bad proxy"] += 1
     if wrong := one_line(result):
-        tally.undetected.append(f"data.builtin fetch, proxy {page}: {wrong[-300:]}")
+        tally.undetected.append(f"data.sources fetch, proxy {page}: {wrong[-300:]}")
     if old.read_text() != "old" or len(list(old.parent.iterdir())) > 1:
-        tally.lost.append(f"data.builtin fetch, proxy {page}: {list(old.parent.iterdir())}")
+        tally.lost.append(f"data.sources fetch, proxy {page}: {list(old.parent.iterdir())}")

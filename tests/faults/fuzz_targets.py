@@ -27,14 +27,14 @@ from data.batches import Examples
 from data.config import DataConfig, Kind
 from data.dataset import build, open_dataset
 from data.prompt_format import prompt_ids
-from data.readers import open_source
-from data.round_trip import warning
-from data.tokenizer import CharTokenizer, clean_text, load_tokenizer
-from data.train_tokenizer import train_sentencepiece
+from data.sources.readers import open_source
+from data.tokenizers.load import CharTokenizer, clean_text, load_tokenizer
+from data.tokenizers.round_trip import warning
+from data.tokenizers.train_sentencepiece import train_sentencepiece
 from exchange.__main__ import import_gpt2
 from exchange.huggingface import gpt2_shapes, read_shape
 from exchange.tokenizers_json import to_tokenizers
-from tests.data.foreign_files import all_kinds, tiktoken_file
+from tests.data.tokenizers.foreign_files import all_kinds, tiktoken_file
 from tests.faults.fuzz_inputs import (
     MB,
     ODD,

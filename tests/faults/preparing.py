@@ -19,7 +19,7 @@ from tests.helpers import ROOT
 CODE = """
 import sys
 from common import cli
-from data import encoding, token_files, writing
+from data.prepared import encoding, token_files, writing
 from tools import prepare
 encoding.PATIENCE, encoding.CHARACTERS = 0, 1 << 13
 writing.MARK, token_files.SHARD_TOKENS = 1 << 16, 1 << 15
@@ -222,7 +222,7 @@ def worker_killed(tally: Tally, folder: Path, whole, seconds, dice):
 
 def encodes(process: int) -> bool:
     try:
-        return b"data.encoding" in Path(f"/proc/{process}/cmdline").read_bytes()
+        return b"data.prepared.encoding" in Path(f"/proc/{process}/cmdline").read_bytes()
     except OSError:
         return False
 

@@ -15,8 +15,8 @@ import generate
 from checkpoint import writer
 from checkpoint.reader import Checkpoint, list_steps
 from common import cli
-from data.tokenizer import CharTokenizer
-from data.train_tokenizer import train_sentencepiece
+from data.tokenizers.load import CharTokenizer
+from data.tokenizers.train_sentencepiece import train_sentencepiece
 from generation.explain import Explained, in_colour
 from generation.sampling import Sampling, explain
 from model.config import ModelConfig

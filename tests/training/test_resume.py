@@ -15,8 +15,8 @@ from checkpoint.run_data import there_or_here
 from common.cli import explain_error
 from common.errors import UserError
 from common.jsonl import parse_record, read_records
-from data.paths import find_files
-from data.remote import Store
+from data.sources.paths import find_files
+from data.sources.remote import Store
 from tests.helpers import ROOT, command, losses, metrics, refused, run, write_config
 from training.resume import find_resume
 from training.run_folder import is_free, locked
@@ -201,7 +201,7 @@ def test_only_a_full_memory_is_called_one():
     "program",
     [
         "checkpoint.__main__",
-        "data.builtin",
+        "data.sources.__main__",
         "tools.replay",
         "tools.tensorboard_files",
         "tools.verify_resume",

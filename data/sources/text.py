@@ -4,7 +4,7 @@ import codecs
 from collections.abc import Iterator
 
 from common.errors import UserError
-from data.paths import Part, Tally
+from data.sources.paths import Part, Tally
 
 CHUNK = 1 << 20  # bytes read at a time
 MAX_TEXT = 1 << 28  # characters of a line or a document, which is held in memory

@@ -9,9 +9,9 @@ import sys
 import pytest
 
 from common.errors import UserError
-from data import text as text_module
 from data.config import DataConfig
-from data.readers import open_source
+from data.sources import text as text_module
+from data.sources.readers import open_source
 
 JSONL = b'{"prompt": "p", "completion": "c, d"}\n' * 12
 TABLE = b"prompt,completion\n" + b'"one, two",three\n' * 12
@@ -249,6 +249,7 @@ def test_not_utf8_names_the_byte(tmp_path, monkeypatch, kind, mark, bad, before)
 
 
 def test_no_heavy_import():
-    code = "import sys, data.builtin, data.tokenizer; print({'torch', 'numpy'} & set(sys.modules))"
+    code = "import sys, data.sources.__main__, data.tokenizers.load\n"
+    code += "print({'torch', 'numpy'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"

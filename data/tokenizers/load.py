@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from common.errors import UnreadableError, UserError
-from data.foreign_tokenizers import (
+from data.tokenizers.base import SPECIALS, SURROGATE, Tokenizer, clean_text, cores
+from data.tokenizers.foreign import (
     MAX_VOCAB,
     PATTERNS,
     SETTINGS,
@@ -21,9 +22,8 @@ from data.foreign_tokenizers import (
     TiktokenTokenizer,
     looks_like_tiktoken,
 )
-from data.sentencepiece_tokenizer import ESCAPE, SPACE, SentencePieceTokenizer, escape
-from data.special_tokens import FLAGS, Roles, hints_beside
-from data.tokenizer_base import SPECIALS, SURROGATE, Tokenizer, clean_text, cores
+from data.tokenizers.sentencepiece import ESCAPE, SPACE, SentencePieceTokenizer, escape
+from data.tokenizers.special_tokens import FLAGS, Roles, hints_beside
 
 if TYPE_CHECKING:
     import numpy as np

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from itertools import islice
 
-from data.tokenizer_base import Tokenizer, clean_text
+from data.tokenizers.base import Tokenizer, clean_text
 
 PLAIN = "one two three"
 PROBES = {  # what is lost where a text does not come back

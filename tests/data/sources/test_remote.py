@@ -18,16 +18,17 @@ import pytest
 
 from checkpoint.reader import list_steps, step_of
 from common.errors import UserError
-from data import block_cache, paths, remote, remote_shards, text, token_files
 from data.batches import Batches, Examples, Prefetch
-from data.block_cache import BlockCache
 from data.config import DataConfig
 from data.dataset import open_dataset, prepare, store_of, verify
 from data.parts import prepare_part
-from data.readers import open_source
-from data.remote_shards import RemoteFolder, RemoteShards
-from data.spool import keep_standard_input
-from tests.data.test_readers import opened, refusal
+from data.prepared import remote_shards, token_files
+from data.prepared.remote_shards import RemoteFolder, RemoteShards
+from data.sources import block_cache, paths, remote, text
+from data.sources.block_cache import BlockCache
+from data.sources.readers import open_source
+from data.sources.spool import keep_standard_input
+from tests.data.sources.test_readers import opened, refusal
 from tests.helpers import TINY, losses, write_config
 
 TEXTS = [f"text number {i}, " + "and so on, " * (i % 50) for i in range(3000)]

@@ -11,10 +11,10 @@ import zipfile
 
 import pytest
 
-from data import paths
 from data.config import DataConfig
-from data.readers import open_source
-from tests.data.test_readers import JSONL, opened, refusal
+from data.sources import paths
+from data.sources.readers import open_source
+from tests.data.sources.test_readers import JSONL, opened, refusal
 
 TEXT = "The first line\n\nand é, the last.\n" * 40
 

@@ -1,8 +1,8 @@
 """Tokenizers that others have trained: Hugging Face's, tiktoken's, and any SentencePiece model.
 
 They encode as their files say, but no text encodes to a special token, not even one that spells it.
-What they do not give back as it was, data/round_trip.py finds out. Their libraries are loaded where
-they are needed, and none of them loads NumPy or torch.
+What they do not give back as it was, round_trip.py finds out. Their libraries are loaded where they
+are needed, and none of them loads NumPy or torch.
 """
 
 import base64
@@ -17,8 +17,8 @@ from itertools import chain, islice
 from typing import TYPE_CHECKING
 
 from common.errors import UserError
-from data.special_tokens import FLAGS, Roles, choose
-from data.tokenizer_base import Tokenizer, clean_text, cores
+from data.tokenizers.base import Tokenizer, clean_text, cores
+from data.tokenizers.special_tokens import FLAGS, Roles, choose
 
 if TYPE_CHECKING:
     import numpy as np

@@ -1,7 +1,7 @@
 """A SentencePiece vocabulary learned from text of any size.
 
-`train_sentencepiece` trains in a process of its own, `python -m data.train_tokenizer bpe 2048`:
-text on stdin, the model on stdout.
+`train_sentencepiece` trains in a process of its own, `python -m data.tokenizers.train_sentencepiece
+bpe 2048`: text on stdin, the model on stdout.
 """
 
 import io
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import UserError
-from data.tokenizer import SPECIALS, SentencePieceTokenizer, escape
+from data.tokenizers.load import SPECIALS, SentencePieceTokenizer, escape
 
 SAMPLE_BYTES = 20_000_000  # of text that SentencePiece is trained on
 PIECE_CHARS = 1000  # at most 4,000 bytes: SentencePiece skips lines over 4,192
@@ -41,10 +41,10 @@ def train_sentencepiece(
     if not sample:
         raise UserError("data.path: the text is empty; give a file with text in it")
     trained = subprocess.run(  # noqa: S603, the command is our own
-        [sys.executable, "-m", "data.train_tokenizer", model_type, str(vocab_size), symbols],
+        [sys.executable, "-m", __name__, model_type, str(vocab_size), symbols],
         input=sample,
         capture_output=True,
-        cwd=Path(__file__).resolve().parent.parent,
+        cwd=Path(__file__).resolve().parents[2],
     )
     if trained.returncode or not trained.stdout:
         chatter = trained.stderr.decode("utf-8", "replace")

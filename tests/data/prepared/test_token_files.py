@@ -1,4 +1,4 @@
-"""data/token_files.py: shards that read as one array, written on from where another ended."""
+"""Token files: shards that read as one array, written on from where another ended."""
 
 import numpy as np
 import pytest
@@ -6,9 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.errors import UserError
-from data import token_files
-from data.encoding import Encoded
-from data.token_files import Shards, ShardWriter, check_shards, open_split
+from data.prepared import token_files
+from data.prepared.encoding import Encoded
+from data.prepared.token_files import Shards, ShardWriter, check_shards, open_split
 
 U2 = np.dtype("<u2")
 

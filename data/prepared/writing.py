@@ -12,8 +12,8 @@ from typing import Any
 from tqdm import tqdm
 
 from common.files import checksummed_json, read_checksummed_json, replace_synced
-from data.encoding import Block, Encoder, blocks
-from data.token_files import ShardWriter
+from data.prepared.encoding import Block, Encoder, blocks
+from data.prepared.token_files import ShardWriter
 
 PROGRESS = "progress.json"
 MARK = 1 << 26  # characters of the source between two records

@@ -26,7 +26,7 @@ import numpy as np
 
 from common.errors import UserError
 from common.files import hash_file
-from data.encoding import Encoded
+from data.prepared.encoding import Encoded
 
 SHARD_TOKENS = 1 << 28  # of a shard, unless a single document has more
 CHECK_SIZE = 1 << 20  # numbers checked at a time

@@ -1,4 +1,4 @@
-"""SentencePiece models as data/train_tokenizer.py trains them: exact for any text.
+"""SentencePiece models as train_sentencepiece.py trains them: exact for any text.
 
 NumPy and SentencePiece are loaded where they are needed.
 """
@@ -8,7 +8,7 @@ from itertools import chain
 from typing import TYPE_CHECKING
 
 from common.errors import UserError
-from data.tokenizer_base import SPECIALS, Tokenizer, clean_text, cores
+from data.tokenizers.base import SPECIALS, Tokenizer, clean_text, cores
 
 if TYPE_CHECKING:
     import numpy as np

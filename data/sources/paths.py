@@ -26,7 +26,7 @@ from typing import Any, Protocol, Self, cast
 from common.errors import UserError
 from common.files import is_address, refuse_no_file, user_path
 from data.config import DataConfig
-from data.remote import RemoteFile, Store, find, has_magic
+from data.sources.remote import RemoteFile, Store, find, has_magic
 
 HEAD = 1 << 20  # bytes by which a text is judged
 MAX_HEADER = 1 << 20  # bytes of a header in a tar file, which is held in memory

@@ -6,10 +6,10 @@ import sys
 
 import pytest
 
-from data import records, text
 from data.config import DataConfig
-from data.readers import open_source
-from tests.data.test_readers import opened, refusal
+from data.sources import records, text
+from data.sources.readers import open_source
+from tests.data.sources.test_readers import opened, refusal
 
 STORIES = ["One day.\n\nThe end.", "Zwei, é.", 'A "quoted",\ttext']
 

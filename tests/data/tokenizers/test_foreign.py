@@ -12,23 +12,23 @@ import generate
 import train
 from common import cli
 from common.errors import UserError
-from data import foreign_tokenizers as module
 from data.config import DataConfig
 from data.dataset import prepare
 from data.prompt_format import prompt_ids
-from data.round_trip import PROBES, lost, warning
-from data.tokenizer import (
+from data.tokenizers import foreign as module
+from data.tokenizers.load import (
     ByteTokenizer,
     CharTokenizer,
     HuggingFaceTokenizer,
     load_tokenizer,
     tokenizer_from_files,
 )
+from data.tokenizers.round_trip import PROBES, lost, warning
 from generation.explain import Explained
 from generation.sampling import Sampling
 from generation.streaming import StreamedText
-from tests.data.foreign_files import CORPUS, all_kinds
-from tests.data.test_tokenizer import anything, examples
+from tests.data.tokenizers.foreign_files import CORPUS, all_kinds
+from tests.data.tokenizers.test_own import anything, examples
 from tests.helpers import write_config
 from training.command_line import read_command_line
 from training.setup import given_tokenizer

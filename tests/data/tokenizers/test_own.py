@@ -14,15 +14,15 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from common.errors import UserError
-from data import train_tokenizer as module
-from data.tokenizer import (
+from data.tokenizers import train_sentencepiece as module
+from data.tokenizers.load import (
     SPECIALS,
     CharTokenizer,
     SentencePieceTokenizer,
     clean_text,
     load_tokenizer,
 )
-from data.train_tokenizer import train_sentencepiece
+from data.tokenizers.train_sentencepiece import train_sentencepiece
 from tests.helpers import ROOT
 
 TEXT = [
@@ -180,7 +180,7 @@ def test_saved_tokenizer_loads(folders, kind):
 
 def test_characters_load_with_the_standard_library_alone(folders):
     code = (
-        "import sys; from pathlib import Path; from data.tokenizer import load_tokenizer;"
+        "import sys; from pathlib import Path; from data.tokenizers.load import load_tokenizer;"
         "print(load_tokenizer(Path(sys.argv[1])).encode('hello'))"
     )
     command = [sys.executable, "-S", "-c", code, folders["char"]]  # -S: no site-packages
@@ -315,7 +315,7 @@ def test_signal_ends_training(tmp_path, number):
     """The trainer, a child, does not outlive its parent, which goes at once."""
     code = (
         "import random, signal, subprocess, sys\n"
-        "from data import train_tokenizer\n"
+        "from data.tokenizers.train_sentencepiece import train_sentencepiece\n"
         # a shell's background job, as these tests may be, has Ctrl-C ignored, and its children too
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "real = subprocess.Popen\n"
@@ -326,7 +326,7 @@ def test_signal_ends_training(tmp_path, number):
         "subprocess.Popen = popen\n"
         "r = random.Random(0)\n"
         "words = (''.join(r.choices('abcdefghijklmnopqrstuvwxyz', k=9)) for _ in range(600_000))\n"
-        "train_tokenizer.train_sentencepiece(words, 'unigram', 20_000)\n"
+        "train_sentencepiece(words, 'unigram', 20_000)\n"
     )
     note = tmp_path / "pid"
     parent = subprocess.Popen([sys.executable, "-c", code, note], cwd=ROOT, stderr=subprocess.PIPE)

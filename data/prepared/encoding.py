@@ -1,7 +1,8 @@
 """Texts to ids, a block at a time: by threads, and where there is much, by a process for each core.
 
-Such a process is `python -m data.encoding FOLDER KIND DTYPE START`, with the tokenizer's FOLDER:
-blocks of text on stdin, ids on stdout. It ends when its parent does, because its stdin does.
+Such a process is `python -m data.prepared.encoding FOLDER KIND DTYPE START`, with the tokenizer's
+FOLDER: blocks of text on stdin, ids on stdout. It ends when its parent does, because its stdin
+does.
 """
 
 import gc
@@ -26,13 +27,13 @@ from common.errors import UserError
 from common.memory import return_freed_memory
 from common.signals import listen
 from data.slots import hidden
-from data.tokenizer import Tokenizer, load_tokenizer
+from data.tokenizers.load import Tokenizer, load_tokenizer
 
 DOCUMENTS, CHARACTERS = 1 << 12, 1 << 18  # of a block: whichever is reached first
 PATIENCE = 1 << 24  # characters that threads encode before it is worth it to start processes
 TRIM_INTERVAL = 32  # pieces of work after which freed memory is given back
 REQUEST, ANSWER = struct.Struct("<QQ"), struct.Struct("<bQQ")
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 class EndedError(UserError):
@@ -212,7 +213,7 @@ class Worker:
         self.dtype = dtype
         settings = [kind, dtype, "start" if start_token else "no-start"]
         self.process = subprocess.Popen(  # noqa: S603, the command is our own
-            [sys.executable, "-m", "data.encoding", str(folder.resolve()), *settings],
+            [sys.executable, "-m", __name__, str(folder.resolve()), *settings],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             cwd=ROOT,

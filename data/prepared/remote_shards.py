@@ -22,8 +22,9 @@ from tqdm import tqdm
 
 from common.errors import UserError
 from common.files import read_checksummed_json, replace_synced
-from data.encoding import ordered_map
-from data.remote import (
+from data.prepared.encoding import ordered_map
+from data.prepared.token_files import NAME, SUFFIXES, Shards, Split, file_sizes
+from data.sources.remote import (
     BLOCK,
     FIRST_TRIES,
     LISTING,
@@ -37,7 +38,6 @@ from data.remote import (
     limited,
     persist,
 )
-from data.token_files import NAME, SUFFIXES, Shards, Split, file_sizes
 
 WHOLE_BLOCK = 1 << 20  # bytes fetched at once of data that the cache can hold
 PART_BLOCK = 1 << 17  # and of what it cannot

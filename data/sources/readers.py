@@ -1,8 +1,8 @@
 """Where text comes from: a source by name, or your own files, folders and patterns.
 
-Every source is files: one's own, or what data/builtin.py makes or downloads. data/paths.py finds
-and opens them, data/text.py and data/records.py read what is in them; nothing holds more of it in
-memory than a chunk, a line or a document.
+Every source is files: one's own, or what builtin.py makes or downloads. paths.py finds and opens
+them, text.py and records.py read what is in them; nothing holds more of it in memory than a chunk,
+a line or a document.
 """
 
 import codecs
@@ -20,9 +20,9 @@ from pathlib import Path
 
 from common.errors import UserError, refuse
 from common.files import has_old_lines, is_address, refuse_binary, user_path
-from data.builtin import NAMED, named_files
 from data.config import DataConfig, Kind, as_paths
-from data.paths import (
+from data.sources.builtin import NAMED, named_files
+from data.sources.paths import (
     ARCHIVES,
     HEAD,
     RECORDS,
@@ -34,7 +34,7 @@ from data.paths import (
     size_of,
     split_suffix,
 )
-from data.records import (
+from data.sources.records import (
     COLUMNAR,
     Pair,
     WrongError,
@@ -44,8 +44,8 @@ from data.records import (
     kind_of,
     records,
 )
-from data.remote import RemoteFile, Store, has_magic, name_of
-from data.text import chunks, codec, numbered_lines, separated, whole
+from data.sources.remote import RemoteFile, Store, has_magic, name_of
+from data.sources.text import chunks, codec, numbered_lines, separated, whole
 
 VERSION = "1"  # goes into every fingerprint: raise it when the same bytes come to give other text
 AS_IT_IS = 'or set data.kind = "stream" or "lines" to train on the text as it is'

@@ -10,11 +10,12 @@ import warnings
 import pytest
 
 from common.errors import UserError
-from data import builtin
-from data.builtin import Download, download
 from data.config import SOURCES, DataConfig
-from data.readers import open_source
-from tests.data.test_readers import refusal
+from data.sources import __main__ as command
+from data.sources import builtin
+from data.sources.builtin import Download, download
+from data.sources.readers import open_source
+from tests.data.sources.test_readers import refusal
 
 # The standard library -----------------------------------------------------------------------------
 
@@ -321,12 +322,12 @@ def test_table_of_downloads():
 
 def test_command(tmp_path, monkeypatch, capsys):
     def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["builtin", *arguments])
-        return builtin.main()
+        monkeypatch.setattr(sys, "argv", ["sources", *arguments])
+        return command.main()
 
     assert call("list") == 0
     assert "tinyshakespeare" in capsys.readouterr().out
-    monkeypatch.setattr(builtin, "DEFAULT_CACHE_DIR", tmp_path)
+    monkeypatch.setattr(command, "DEFAULT_CACHE_DIR", tmp_path)
     dead = Download("http://127.0.0.1/x", "n.txt", "00" * 32, 99)
     monkeypatch.setitem(builtin.DOWNLOADS, "names", (dead,))
     with pytest.raises(UserError, match="not https"):

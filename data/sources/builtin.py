@@ -1,15 +1,8 @@
 """Built-in sources: two made from this Python's standard library, the others downloaded once.
 
-Either way they end up as files in the cache, which data/readers.py reads like anyone's own.
-
-    python -m data.builtin list            the built-in sources
-    python -m data.builtin fetch NAME      prepare one beforehand; prints its files
+Either way they end up as files in the cache, which readers.py reads like anyone's own.
+`python -m data.sources fetch NAME` makes them beforehand.
 """
-
-import signal
-
-if __name__ == "__main__":  # before what takes time: until cli.run() listens, Ctrl-C is silent
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import ast
 import hashlib
@@ -17,7 +10,6 @@ import http.client
 import json
 import os
 import re
-import sys
 import sysconfig
 import textwrap
 import time
@@ -29,11 +21,10 @@ from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import urlsplit
 
-from common import cli
 from common.errors import UserError
 from common.files import hash_file
-from data.config import DEFAULT_CACHE_DIR, SOURCES, Kind
-from data.tokenizer import SURROGATE
+from data.config import Kind
+from data.tokenizers.load import SURROGATE
 
 VERSION = "1"  # of the extraction: raise it when the same standard library comes to give other text
 MAX_PROMPT = 160  # characters of a docstring's first paragraph that make a prompt
@@ -316,26 +307,3 @@ def _require_https(url: str, local: bool) -> None:
     parts = urlsplit(url)
     if parts.scheme != "https" and not (local and parts.hostname == "127.0.0.1"):
         raise OSError(f"leads to {url}, which is not https")
-
-
-# The command line ---------------------------------------------------------------------------------
-
-
-def main() -> int:
-    """`python -m data.builtin`."""
-    parser = cli.Parser(prog="python -m data.builtin", description=__doc__.splitlines()[0])
-    commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("list", help="list the built-in sources")
-    fetching = commands.add_parser("fetch", help="prepare a source, and print its files")
-    fetching.add_argument("name", choices=SOURCES)
-    options = parser.parse_args()
-    if options.command == "fetch":
-        print(*named_files(options.name, DEFAULT_CACHE_DIR, print), sep="\n")
-    else:
-        for name, (kind, description) in NAMED.items():
-            print(f"{name:15} {kind:7} {description}")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(cli.run("python -m data.builtin", main))

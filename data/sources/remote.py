@@ -1,8 +1,8 @@
 """Files in an object store or on the web, by addresses that fsspec understands.
 
 They are read in blocks, by requests of their own: each has a time limit and is tried again with
-growing pauses, so that a connection that is cut or hangs costs one block. data/block_cache.py keeps
-the blocks. What a file is, is told by what its store says of it (its etag, say), without reading.
+growing pauses, so that a connection that is cut or hangs costs one block. block_cache.py keeps the
+blocks. What a file is, is told by what its store says of it (its etag, say), without reading.
 """
 
 import glob
@@ -19,8 +19,8 @@ from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from common.errors import UserError
-from data.block_cache import BlockCache
-from data.spool import spool
+from data.sources.block_cache import BlockCache
+from data.sources.spool import spool
 
 T = TypeVar("T")
 BLOCK = 1 << 22  # bytes that are fetched at once

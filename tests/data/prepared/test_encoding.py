@@ -1,4 +1,4 @@
-"""data/encoding.py: the same ids whoever encodes, by threads or processes, and few blocks ahead."""
+"""Encoding: the same ids whoever encodes, by threads or processes, and few blocks ahead."""
 
 import gc
 import os
@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from common.errors import UserError
-from data import encoding
-from data.encoding import Block, Encoder, EndedError, blocks, encode, ordered_map
-from data.tokenizer import CharTokenizer
-from data.train_tokenizer import train_sentencepiece
+from data.prepared import encoding
+from data.prepared.encoding import Block, Encoder, EndedError, blocks, encode, ordered_map
+from data.tokenizers.load import CharTokenizer
+from data.tokenizers.train_sentencepiece import train_sentencepiece
 from tests.helpers import TEXT
 
 LINES = TEXT.read_text(encoding="utf-8").split("\n")

@@ -1,4 +1,4 @@
-"""data/writing.py: what a process that was ended has made is gone on from, to the same bytes."""
+"""Writing: what a process that was ended has made is gone on from, to the same bytes."""
 
 import json
 import shutil
@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 
 from common.errors import UserError
-from data import dataset, encoding, text, token_files, writing
+from data import dataset
 from data.config import DataConfig
 from data.dataset import prepare
+from data.prepared import encoding, token_files, writing
+from data.sources import text
 from tests.helpers import TEXT
 
 
