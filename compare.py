@@ -37,7 +37,7 @@ from comparison import generation_speed, report
 from comparison.job import Job, create
 from comparison.results import JobResults
 from comparison.trainers import BUILT_ON, LABELS
-from data.sources.readers import is_plain
+from data.sources.kinds import is_plain
 from training.config import Config, load
 from training.run_folder import check_run_name
 

@@ -33,14 +33,17 @@ from common.errors import UserError, at_least, refuse
 from common.files import replace_synced, user_path
 from data.batches import Examples
 from data.config import DEFAULT_CACHE_DIR, DataConfig, as_paths
-from data.dataset import Dataset, open_dataset, prepared_folder, split_texts
+from data.dataset import Dataset, open_dataset, prepared_folder
 from data.mixture import prepare, settings_of
+from data.prepared.splitting import split_texts
 from data.prompt_format import end_id, prompt_ids
 from data.rng import permutation
 from data.slots import Slots, readable
 from data.sources.builtin import named_files
-from data.sources.readers import Pair, open_source
-from data.tokenizers.load import TOKENIZER_FILES, Tokenizer, load_tokenizer
+from data.sources.records import Pair
+from data.sources.source import open_source
+from data.tokenizers.base import Tokenizer
+from data.tokenizers.load import TOKENIZER_FILES, load_tokenizer
 from evaluation.answers import Choose, answer
 from evaluation.commands import nlc2cmd
 from evaluation.memorization import Index, index_file, open_index, shares

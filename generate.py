@@ -38,7 +38,8 @@ from common.files import (
 )
 from data.prompt_format import end_id, prompt_ids, unread
 from data.slots import Slots
-from data.tokenizers.load import TOKENIZER_FILES, Tokenizer, clean_text, load_tokenizer
+from data.tokenizers.base import Tokenizer, clean_text
+from data.tokenizers.load import TOKENIZER_FILES, load_tokenizer
 from generation.explain import Explained, in_colour
 from generation.sampling import MAX_BEAMS, MAX_NEW_TOKENS, Sampling
 from generation.streaming import StreamedText

@@ -25,7 +25,9 @@ from data.dataset import prepare
 from data.prepared.encoding import Encoder
 from data.prepared.writing import Progress, open_writers, write_shards
 from data.sources.text import CHUNK
-from data.tokenizers.load import SentencePieceTokenizer, cores, load_tokenizer
+from data.tokenizers.base import cores
+from data.tokenizers.load import load_tokenizer
+from data.tokenizers.sentencepiece import SentencePieceTokenizer
 from data.tokenizers.train_sentencepiece import train_sentencepiece
 
 KINDS = {"stream": "text.txt", "lines": "text.txt", "pairs": "pairs.jsonl"}

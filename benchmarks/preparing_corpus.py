@@ -25,7 +25,8 @@ from pathlib import Path
 from benchmarks.harness import ROOT, Result, in_turns, median, parser, spread
 from benchmarks.preparing import LIMIT, MB, VOCAB_SIZE, texts, write
 from common import cli
-from data.tokenizers.load import cores, load_tokenizer
+from data.tokenizers.base import cores
+from data.tokenizers.load import load_tokenizer
 from data.tokenizers.train_sentencepiece import train_sentencepiece
 
 ROWS = 2000  # documents of a row group

@@ -9,7 +9,8 @@ from dataclasses import replace
 from common.errors import UserError
 from comparison.code_size import ROOT
 from comparison.markdown import NONE, figure, table
-from data.tokenizers.load import SPECIALS, ByteTokenizer
+from data.tokenizers.base import SPECIALS
+from data.tokenizers.byte import ByteTokenizer
 from model.config import ModelConfig
 from training.config import Config, load
 

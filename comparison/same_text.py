@@ -23,7 +23,8 @@ from common.errors import UserError
 from data.config import DataConfig
 from data.mixture import prepare
 from data.prompt_format import end_id, prompt_ids
-from data.tokenizers.load import Tokenizer, load_tokenizer
+from data.tokenizers.base import Tokenizer
+from data.tokenizers.load import load_tokenizer
 from generation.sampling import Sampling
 from model.config import read_model_config
 from model.engines import Engine, generator, load_model, read_weights

@@ -29,11 +29,15 @@ from data import dataset as single
 from data import packing
 from data.batches import ORDER, Batch, Batches, Examples
 from data.config import DEFAULT_CACHE_DIR, DataConfig, Kind, SourceConfig
-from data.dataset import MAX_HELD_OUT, Dataset, Log
+from data.dataset import Dataset, Log
+from data.prepared.building import LAYOUT, building, describe_tokenizer, make_tokenizer, writing
+from data.prepared.manifest import check_files, explained
+from data.prepared.splitting import MAX_HELD_OUT, check_sides, count_characters, split_texts
 from data.prepared.token_files import Shards, Split
 from data.rng import derive_seed
-from data.sources.readers import Source, open_source
-from data.tokenizers.load import Tokenizer, load_tokenizer
+from data.sources.source import Source, open_source
+from data.tokenizers.base import Tokenizer
+from data.tokenizers.load import load_tokenizer
 
 WINDOWS = ("stream", "documents")  # kinds whose examples are windows
 
@@ -107,7 +111,7 @@ def open_part(config: DataConfig, log: Log, tokenizer: Tokenizer | None) -> Sour
     if folder := single.prepared_folder(config, log):
         return single.open_given(folder, config, tokenizer)
     cache = user_path(config.cache_dir or DEFAULT_CACHE_DIR)
-    with single.writing(cache):
+    with writing(cache):
         cache.mkdir(parents=True, exist_ok=True)
     return open_source(config, log, cache)
 
@@ -159,27 +163,27 @@ def learn_tokenizer(
     """One tokenizer made of all sources, by their size: other weights need no other one."""
     each = list(zip(sources, parts, strict=True))
     made_of = [[source.fingerprint, source.kind, part.val_fraction] for source, part in each]
-    fingerprint = digest([made_of, single.describe_tokenizer(config)])
+    fingerprint = digest([made_of, describe_tokenizer(config)])
     cache = user_path(config.cache_dir or DEFAULT_CACHE_DIR)
-    folder = cache / f"tokenizer-{fingerprint}-{single.LAYOUT}"
+    folder = cache / f"tokenizer-{fingerprint}-{LAYOUT}"
 
     def texts(side: str) -> Iterator[str]:
         for source, part in each:
-            split = single.split_texts(source, part, single.count_characters(source, part))
+            split = split_texts(source, part, count_characters(source, part))
             documents = (document for own, document in split if own == side)
             yield from chain.from_iterable(documents) if source.kind == "pairs" else documents
 
-    with single.building(folder, fingerprint) as unfinished:
+    with building(folder, fingerprint) as unfinished:
         if unfinished:
             for i, (source, part) in enumerate(each):
-                named(i, single.check_sides, source, part)
+                named(i, check_sides, source, part)
             readers: list[Any] = [lambda *_: texts("train"), lambda *_: texts("val")]
             whole = Source("mixture", "lines", readers[0], readers[1], fingerprint, {})
-            single.make_tokenizer(config, whole, 0, log).save(unfinished)
+            make_tokenizer(config, whole, 0, log).save(unfinished)
             files = {path.name: hash_file(path) for path in sorted(unfinished.iterdir())}
             replace_synced(unfinished / "manifest.json", checksummed_json({"files": files}))
-    with single.explained(folder):
-        single.check_files(folder, read_checksummed_json(folder / "manifest.json")["files"])
+    with explained(folder):
+        check_files(folder, read_checksummed_json(folder / "manifest.json")["files"])
         return load_tokenizer(folder)
 
 

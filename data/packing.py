@@ -34,7 +34,9 @@ from common.files import (
 )
 from data.batches import ORDER, Batch, Examples
 from data.config import DEFAULT_CACHE_DIR, DataConfig
-from data.dataset import Dataset, building, check_files, writing
+from data.dataset import Dataset
+from data.prepared.building import building, writing
+from data.prepared.manifest import check_files
 from data.prepared.token_files import Split
 
 VERSION = 1  # of what goes where: another one is other batches, found beside those of older ones

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from data.tokenizers.load import Tokenizer
+    from data.tokenizers.base import Tokenizer
 
 
 def prompt_ids(

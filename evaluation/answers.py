@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from data.prompt_format import end_id, prompt_ids
 from data.slots import Slots
-from data.tokenizers.load import Tokenizer, clean_text
+from data.tokenizers.base import Tokenizer, clean_text
 from generation.rerank import shares
 from generation.sampling import Sampling
 from model import engines

@@ -23,7 +23,8 @@ from checkpoint.reader import Checkpoint
 from common import cli
 from common.errors import UserError
 from data.prompt_format import end_id, prompt_ids
-from data.tokenizers.load import Tokenizer, clean_text, load_tokenizer
+from data.tokenizers.base import Tokenizer, clean_text
+from data.tokenizers.load import load_tokenizer
 from generation.batched import generate
 from generation.sampling import Sampling
 from generation.streaming import StreamedText

@@ -28,7 +28,7 @@ from common.files import user_path
 from data.config import DEFAULT_CACHE_DIR
 from data.dataset import Dataset
 from data.mixture import prepare
-from data.tokenizers.load import Tokenizer
+from data.tokenizers.base import Tokenizer
 
 Log = Callable[[str], object]
 

@@ -28,7 +28,8 @@ from common.errors import UnreadableError, UserError
 from common.files import refuse_url, user_path, write_hashed, write_synced
 from data.config import DataConfig
 from data.prompt_format import end_id
-from data.tokenizers.load import TOKENIZER_FILES, Tokenizer, load_tokenizer
+from data.tokenizers.base import Tokenizer
+from data.tokenizers.load import TOKENIZER_FILES, load_tokenizer
 from exchange import huggingface, tokenizers_json
 from exchange.folder import new_folder, refuse_taken
 from exchange.model_card import model_card

@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from common.errors import UserError
-from data.tokenizers.load import SentencePieceTokenizer, Tokenizer
+from data.tokenizers.base import Tokenizer
+from data.tokenizers.sentencepiece import SentencePieceTokenizer
 from exchange import huggingface
 from exchange.tokenizers_json import is_bpe, processor, to_tokenizers
 from model.config import ModelConfig

@@ -10,18 +10,13 @@ from typing import TYPE_CHECKING
 
 from common.errors import UserError
 from data.prompt_format import prompt_ids
-from data.tokenizers.foreign import SETTINGS, failing_as, missing, ranks_of, silent_panics
-from data.tokenizers.load import (
-    ESCAPE,
-    SPACE,
-    SPECIALS,
-    ByteTokenizer,
-    CharTokenizer,
-    HuggingFaceTokenizer,
-    SentencePieceTokenizer,
-    TiktokenTokenizer,
-    Tokenizer,
-)
+from data.tokenizers.base import SPECIALS, Tokenizer
+from data.tokenizers.byte import ByteTokenizer
+from data.tokenizers.char import CharTokenizer
+from data.tokenizers.foreign import SETTINGS, failing_as, missing, silent_panics
+from data.tokenizers.huggingface import HuggingFaceTokenizer
+from data.tokenizers.sentencepiece import ESCAPE, SPACE, SentencePieceTokenizer
+from data.tokenizers.tiktoken import TiktokenTokenizer, ranks_of
 
 if TYPE_CHECKING:
     import tokenizers

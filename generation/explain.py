@@ -7,7 +7,8 @@ from typing import TextIO
 
 from common import cli
 from data.slots import readable
-from data.tokenizers.load import ESCAPE, Tokenizer
+from data.tokenizers.base import Tokenizer
+from data.tokenizers.sentencepiece import ESCAPE
 from generation.sampling import Explanation, Sampling, explain
 
 COLOURS = ((0.5, 32), (0.1, 33), (0.0, 31))  # from this probability: green, yellow, red

@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 
 from data.slots import UNFINISHED, Slots
-from data.tokenizers.load import ESCAPE, Tokenizer
+from data.tokenizers.base import Tokenizer
+from data.tokenizers.sentencepiece import ESCAPE
 
 CONTEXT = 8  # tokens before those that are made text of: some tokenizers need to see them
 NO_SLOTS = Slots("", on=False)

@@ -17,7 +17,7 @@ from checkpoint import writer
 from common import cli
 from common.errors import UserError
 from data.slots import ESCAPE, PLACEHOLDERS, RESERVED, Slots
-from data.tokenizers.load import CharTokenizer
+from data.tokenizers.char import CharTokenizer
 from data.tokenizers.train_sentencepiece import train_sentencepiece
 from generation import batched, compiled_decoder
 from generation.sampling import Sampling

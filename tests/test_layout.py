@@ -27,6 +27,7 @@ LEVELS = (
     {"benchmarks", "examples", "docs"},
 )
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
+INSIDE_DATA = ("data.tokenizers", "data.sources", "data.prepared")  # likewise
 PROGRAMS = {"train", "generate", "evaluate", "compare"}
 
 
@@ -67,6 +68,15 @@ def wrong_direction(edges: dict[str, set[str]]) -> list[str]:
     ]
 
 
+def by_folder(edges: dict[str, set[str]]) -> dict[str, set[str]]:
+    """The imports of folders inside folders, each of them taken for one module."""
+    found: dict[str, set[str]] = {}
+    for name, targets in edges.items():
+        unit, *others = (".".join(module.split(".")[:2]) for module in (name, *targets))
+        found.setdefault(unit, set()).update({*others} - {unit})
+    return found
+
+
 def test_every_folder_with_code_has_its_level():
     here = {f.relative_to(ROOT).parts[0].removesuffix(".py") for f in ROOT.glob("[!.]*/*.py")}
     here |= {f.stem for f in ROOT.glob("*.py")}
@@ -79,6 +89,15 @@ def test_imports_point_one_way():
 
 def test_no_file_imports_itself_by_way_of_others():
     TopologicalSorter(graph()).prepare()  # raises CycleError
+
+
+def test_folders_inside_folders_import_one_way():
+    edges = by_folder(graph())
+    TopologicalSorter(edges).prepare()  # raises CycleError
+    folders = [init.parent.name for init in (ROOT / "data").glob("*/__init__.py")]
+    assert {f"data.{name}" for name in folders} == {*INSIDE_DATA}
+    for i, folder in enumerate(INSIDE_DATA):
+        assert not edges[folder] & {*INSIDE_DATA[i:]}
 
 
 def test_nothing_imports_a_program():
@@ -94,6 +113,8 @@ def test_the_checks_find_what_they_look_for():
     assert wrong_direction({"generation.a": {"checkpoint.b"}})
     with pytest.raises(CycleError):
         TopologicalSorter({"a": {"b"}, "b": {"a"}}).prepare()
+    with pytest.raises(CycleError):
+        TopologicalSorter(by_folder({"a.b.c": {"a.d"}, "a.d": {"a.b.e"}})).prepare()
 
 
 @pytest.mark.parametrize("folder", [name for name in sorted(LEVEL) if name not in PROGRAMS])
@@ -102,13 +123,13 @@ def test_every_init_is_empty(folder):
 
 
 def test_tests_mirror_the_folders():
-    """Each folder of tests but these is named after the folder that it tests."""
+    """Each folder of tests but these is named after the folder that it tests, inside data/ too."""
     others = {"faults", "golden", "parity", "fixtures", "cuda", "distributed"}
     folders = {f.name for f in (ROOT / "tests").iterdir() if f.is_dir() and f.name[0] not in "._"}
     assert folders - others <= LEVEL.keys()
     for folder in folders - others:
-        for file in (ROOT / "tests" / folder).glob("test_*.py"):
-            assert (ROOT / folder).is_dir(), file
+        for file in (ROOT / "tests" / folder).rglob("test_*.py"):
+            assert (ROOT / file.relative_to(ROOT / "tests").parent).is_dir(), file
 
 
 def test_installed_it_is_found_from_anywhere_and_hides_nothing(tmp_path):
@@ -116,14 +137,10 @@ def test_installed_it_is_found_from_anywhere_and_hides_nothing(tmp_path):
     pytest.importorskip("setuptools", "77.0.1")
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     packages, clone = project["tool"]["setuptools"]["packages"], tmp_path / "clone"
-    level = set().union(*LEVELS[:6])
-    inside = {
-        ".".join(f.relative_to(ROOT).parts[:-1])
-        for n in level
-        for f in (ROOT / n).rglob("__init__.py")
-    }
-    assert packages == sorted(inside)
-    for name in level:
+    top = set().union(*LEVELS[:6])
+    inits = [file.relative_to(ROOT) for name in top for file in (ROOT / name).rglob("__init__.py")]
+    assert packages == sorted(".".join(init.parent.parts) for init in inits)
+    for name in top:
         shutil.copytree(ROOT / name, clone / name, ignore=shutil.ignore_patterns("*cache*"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, clone)

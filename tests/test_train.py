@@ -19,7 +19,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from checkpoint.reader import Checkpoint, list_steps, read_best, step_path
 from common.files import checksummed_json, hash_file, read_checksummed_json
 from data.batches import ORDER
-from data.dataset import LAYOUT
+from data.prepared.building import LAYOUT
 from tests.helpers import ROOT, command, losses, metrics, refused, run, write_config
 from training.resume import find_resume
 from training.tensorboard_files import find_difference

@@ -21,11 +21,12 @@ from common import cli
 from common.errors import UserError
 from common.files import is_address, user_path
 from data.config import DataConfig
-from data.dataset import named_tokenizer, open_dataset, store_of, verify
+from data.dataset import open_dataset, store_of, verify
 from data.mixture import prepare
-from data.parts import count_parts, merge, prepare_part
+from data.prepared.parts import count_parts, merge, prepare_part
 from data.prepared.remote_shards import RemoteFolder
 from data.sources.spool import keep_standard_input
+from data.tokenizers.load import named_tokenizer
 from training.command_line import DEFAULT, kind_of_own, together, underscored
 from training.config import load
 

@@ -18,7 +18,7 @@ from common import cli
 from common.errors import UserError
 from common.files import refuse_url, user_path
 from common.processes import Processes
-from data.sources.readers import is_plain
+from data.sources.kinds import is_plain
 from data.sources.spool import keep_standard_input
 from model.config import read_model_config
 from training.config import FREE_CHANGES, Config, load, to_toml

@@ -16,7 +16,7 @@ from torch.utils.tensorboard import summary
 
 from common.files import AppendFile, replace_synced, set_aside
 from common.jsonl import parse_record
-from data.tokenizers.load import clean_text
+from data.tokenizers.base import clean_text
 from training.config import Config, flatten, to_toml
 from training.tensorboard_files import EventFile, find_difference, histograms_of, rebuild
 

@@ -18,10 +18,11 @@ from common.processes import Processes
 from common.signals import defer_interrupts
 from data.batches import ORDER, Batches, Examples
 from data.config import SourceConfig, as_paths
-from data.dataset import Dataset, named_tokenizer
+from data.dataset import Dataset
 from data.mixture import MixedExamples, Mixture, make_batches, open_examples, prepare
 from data.rng import derive_seed
-from data.tokenizers.load import Tokenizer, load_tokenizer
+from data.tokenizers.base import Tokenizer
+from data.tokenizers.load import load_tokenizer, named_tokenizer
 from model.cpu_layers import use_cpu_layers
 from model.cuda_attention import prefers_cudnn, use_cuda_attention
 from model.loss import LossModule

@@ -27,7 +27,8 @@ from common.errors import UserError
 from common.memory import return_freed_memory
 from common.signals import listen
 from data.slots import hidden
-from data.tokenizers.load import Tokenizer, load_tokenizer
+from data.tokenizers.base import Tokenizer
+from data.tokenizers.load import load_tokenizer
 
 DOCUMENTS, CHARACTERS = 1 << 12, 1 << 18  # of a block: whichever is reached first
 PATIENCE = 1 << 24  # characters that threads encode before it is worth it to start processes

@@ -24,7 +24,7 @@ from urllib.parse import urlsplit
 from common.errors import UserError
 from common.files import hash_file
 from data.config import Kind
-from data.tokenizers.load import SURROGATE
+from data.tokenizers.base import SURROGATE
 
 VERSION = "1"  # of the extraction: raise it when the same standard library comes to give other text
 MAX_PROMPT = 160  # characters of a docstring's first paragraph that make a prompt

@@ -119,6 +119,20 @@ class Part:
         return self.stream.peek(HEAD)[:HEAD]
 
 
+@dataclass(frozen=True)
+class Files:
+    """What one setting names: files to be read one after the other, or two line by line."""
+
+    where: str  # the setting, as it was given, for errors
+    paths: tuple[File, ...] = ()
+    parallel: bool = False  # line i of one file belongs to line i of the other
+    alone: bool = False  # one file, by its own name
+
+    def place(self, name: str) -> str:
+        """Where an error is that one of the files has."""
+        return self.where if len(self.paths) == 1 else f"{self.where}: {name}"
+
+
 # Files --------------------------------------------------------------------------------------------
 
 

@@ -11,7 +11,7 @@ from common.errors import UserError
 from data.config import DataConfig, Kind
 from data.sources.paths import Part, Tally
 from data.sources.text import MAX_TEXT, chunks, numbered_lines
-from data.tokenizers.load import SURROGATE
+from data.tokenizers.base import SURROGATE
 
 Pair = tuple[str, str]  # (prompt, completion)
 ROWS = 1024  # of a row group, made Python's own at a time

@@ -1,150 +1,43 @@
-"""Text to ids and back: characters, bytes, and whatever a tokenizer's files hold.
+"""The tokenizer that a folder or a file holds, whoever has trained it.
 
 Imports the standard library only; NumPy, SentencePiece and other libraries are loaded where they
 are needed, so that a model of characters or bytes can be read without any of them.
 """
 
 import json
-from collections.abc import Iterable, Mapping
-from functools import cached_property
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from common.errors import UnreadableError, UserError
-from data.tokenizers.base import SPECIALS, SURROGATE, Tokenizer, clean_text, cores
-from data.tokenizers.foreign import (
-    MAX_VOCAB,
-    PATTERNS,
-    SETTINGS,
-    ForeignSentencePieceTokenizer,
-    ForeignTokenizer,
-    HuggingFaceTokenizer,
-    TiktokenTokenizer,
-    looks_like_tiktoken,
-)
-from data.tokenizers.sentencepiece import ESCAPE, SPACE, SentencePieceTokenizer, escape
+from common.files import refuse_no_file, user_path
+from data.config import DataConfig
+from data.tokenizers.base import Tokenizer
+from data.tokenizers.byte import ByteTokenizer
+from data.tokenizers.char import CharTokenizer
+from data.tokenizers.foreign import MAX_VOCAB, SETTINGS
+from data.tokenizers.foreign_sentencepiece import ForeignSentencePieceTokenizer
+from data.tokenizers.huggingface import HuggingFaceTokenizer
+from data.tokenizers.sentencepiece import SentencePieceTokenizer
 from data.tokenizers.special_tokens import FLAGS, Roles, hints_beside
-
-if TYPE_CHECKING:
-    import numpy as np
-
-__all__ = [  # what other folders take from here
-    "ESCAPE", "SPACE", "SPECIALS", "SURROGATE", "TOKENIZER_FILES", "ByteTokenizer", "CharTokenizer",
-    "ForeignTokenizer", "HuggingFaceTokenizer", "SentencePieceTokenizer", "TiktokenTokenizer",
-    "Tokenizer", "clean_text", "cores", "escape", "load_tokenizer", "tokenizer_from_files",
-]  # fmt: skip
+from data.tokenizers.tiktoken import PATTERNS, TiktokenTokenizer, looks_like_tiktoken
 
 MODELS = ("tokenizer.json", "tokenizer.model", "tokenizer.tiktoken")  # one of them, in this order
 TOKENIZER_FILES = (*MODELS, SETTINGS)  # all that a checkpoint may have
 MAX_BYTES = 1 << 27  # four times the largest that are used
 
 
-class CharTokenizer(Tokenizer):
-    """One token a character, in the order of code points.
-
-    Of kind "char", ids 0 to 3 are SPECIALS and the characters come after. Of kind "char_bos"
-    (microGPT), the characters come first, and one special token after them starts, ends and pads.
-    """
-
-    def __init__(self, characters: Iterable[str], kind: str = "char"):
-        self.kind = kind
-        self.characters = "".join(sorted(set(clean_text("".join(characters)))))
-        if not self.characters:
-            raise UserError("data.path: the text is empty; give a file with text in it")
-        if kind == "char":
-            self.pad_id, self.unk_id, self.start_id, self.end_id = range(4)
-            self._tokens = [*SPECIALS, *self.characters]
-        else:
-            self.pad_id = self.start_id = self.end_id = len(self.characters)
-            self.unk_id = None
-            self._tokens = [*self.characters, "<start>"]
-        self.vocab_size = len(self._tokens)
-        self._ids = {token: i for i, token in enumerate(self._tokens) if len(token) == 1}
-
-    def encode(self, text: str) -> list[int]:
-        """Raises UserError for unknown characters if there is no id for them."""
-        text = clean_text(text)
-        if self.unk_id is None and not self._ids.keys() >= set(text):
-            unknown = "".join(sorted(set(text) - self._ids.keys()))
-            raise UserError(
-                f"{unknown[:20]!r}: the model has not seen these characters; "
-                f"use only {self.characters[:80]!r}"
-            )
-        unknown = -1 if self.unk_id is None else self.unk_id  # -1: there is none, as seen above
-        return [self._ids.get(character, unknown) for character in text]
-
-    def encode_array(self, text: str) -> "np.ndarray":
-        """The same as an int32 array (T,), many times faster."""
-        import numpy as np
-
-        codes = np.frombuffer(clean_text(text).encode("utf-32-le"), np.dtype("<u4"))
-        ids = self._table[np.minimum(codes, len(self._table) - 1)]
-        if self.unk_id is None and (ids < 0).any():
-            self.encode(text)  # which says what is unknown
-        return ids
-
-    @cached_property
-    def _table(self) -> "np.ndarray":
-        """Code point -> id; the last entry stands for all code points beyond."""
-        import numpy as np
-
-        unknown = -1 if self.unk_id is None else self.unk_id
-        table = np.full(ord(self.characters[-1]) + 2, unknown, np.int32)
-        table[[ord(character) for character in self._ids]] = list(self._ids.values())
-        return table
-
-    def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        return [self.encode(text) for text in texts]
-
-    def decode(self, ids: "Iterable[int | np.integer]") -> str:
-        """The text of `ids`; special tokens have none."""
-        special = {self.pad_id, self.unk_id, self.start_id, self.end_id}
-        return "".join(self._tokens[i] for i in ids if i not in special)
-
-    def token(self, i: int) -> str:
-        """One token, for people to read."""
-        return self._tokens[i]
-
-    def files(self) -> dict[str, bytes]:
-        stored = {"kind": self.kind, "characters": self.characters}
-        return {"tokenizer.json": f"{json.dumps(stored)}\n".encode()}
-
-
-class ByteTokenizer(Tokenizer):
-    """A token a byte of UTF-8, whose value is its id; then `<pad>`, `<start>` and `<end>`."""
-
-    kind = "byte"
-    vocab_size = 259
-    pad_id, start_id, end_id = 256, 257, 258
-    unk_id = None  # any text is bytes
-
-    def encode(self, text: str) -> list[int]:
-        return [*clean_text(text).encode()]
-
-    def encode_array(self, text: str) -> "np.ndarray":
-        """The same as an int32 array (T,), many times faster."""
-        import numpy as np
-
-        return np.frombuffer(clean_text(text).encode(), np.uint8).astype(np.int32)
-
-    def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        return [self.encode(text) for text in texts]
-
-    def decode(self, ids: "Iterable[int | np.integer]") -> str:
-        """The text of `ids`; special tokens have none, bytes that are not UTF-8 give U+FFFD."""
-        return bytes(int(i) for i in ids if i < 256).decode("utf-8", "replace")
-
-    def token(self, i: int) -> str:
-        """One token: a character of ASCII, or <0xE2> for a byte of another."""
-        if i >= 256:
-            return ("<pad>", "<start>", "<end>")[i - 256]
-        return chr(i) if i < 128 else f"<0x{i:02X}>"
-
-    def files(self) -> dict[str, bytes]:
-        return {"tokenizer.json": b'{"kind": "byte"}\n'}
-
-
-# Loading ------------------------------------------------------------------------------------------
+def named_tokenizer(config: DataConfig) -> Tokenizer | None:
+    """The tokenizer at data.tokenizer_path, if that is given."""
+    path = config.tokenizer_path
+    if not path:
+        return None
+    refuse_no_file(path, f"data.tokenizer_path = {path}")
+    tokens = {role: getattr(config, flag.removeprefix("data.")) for role, flag in FLAGS.items()}
+    try:
+        given = {role: token for role, token in tokens.items() if token}
+        return load_tokenizer(user_path(path), given, config.tokenizer_pattern)
+    except UserError as error:
+        raise UserError(f"data.tokenizer_path: {error}") from None
 
 
 def load_tokenizer(place: Path, special: Roles | None = None, pattern: str = "") -> Tokenizer:

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import UserError
-from data.tokenizers.load import SPECIALS, SentencePieceTokenizer, escape
+from data.tokenizers.base import SPECIALS
+from data.tokenizers.sentencepiece import SentencePieceTokenizer, escape
 
 SAMPLE_BYTES = 20_000_000  # of text that SentencePiece is trained on
 PIECE_CHARS = 1000  # at most 4,000 bytes: SentencePiece skips lines over 4,192

@@ -15,7 +15,8 @@ import pytest
 from common.errors import UserError
 from data.batches import Examples, evaluation_batches
 from data.config import DataConfig
-from data.dataset import hash_fraction, prepare
+from data.dataset import prepare
+from data.prepared.splitting import hash_fraction
 from data.prompt_format import end_id, prompt_ids
 from tests.helpers import ROOT, TEXT
 

@@ -13,7 +13,7 @@ from common.errors import UserError
 from data.config import DataConfig
 from data.dataset import prepare
 from data.slots import ESCAPE, MAX_SLOTS, PLACEHOLDERS, RESERVED, TYPES, Slots, readable
-from data.tokenizers.load import CharTokenizer
+from data.tokenizers.char import CharTokenizer
 
 PAIRS = [  # a prompt, its completion, and both as the model has them
     (

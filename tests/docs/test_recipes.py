@@ -9,7 +9,7 @@ import zipfile
 
 import pytest
 
-from data.sources.readers import open_source
+from data.sources.source import open_source
 from tests.data.sources.test_remote import s3 as s3
 from tests.docs.test_documents import commands
 from tests.helpers import ROOT

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from data.tokenizers.load import CharTokenizer
+from data.tokenizers.char import CharTokenizer
 from generation.batched import generate
 from generation.sampling import Sampling
 from model.config import ModelConfig

@@ -11,7 +11,8 @@ import torch
 from checkpoint import writer
 from checkpoint.safetensors_python import write_arrays
 from common import cli
-from data.tokenizers.load import CharTokenizer, Tokenizer
+from data.tokenizers.base import Tokenizer
+from data.tokenizers.char import CharTokenizer
 from exchange import __main__ as exchange
 from model.config import ModelConfig
 

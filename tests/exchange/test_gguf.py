@@ -8,7 +8,8 @@ import torch
 
 from checkpoint.reader import Checkpoint
 from common.errors import UserError
-from data.tokenizers.load import ByteTokenizer, load_tokenizer
+from data.tokenizers.byte import ByteTokenizer
+from data.tokenizers.load import load_tokenizer
 from data.tokenizers.train_sentencepiece import train_sentencepiece
 from exchange.gguf import refuse_unlike
 from model.transformer_full import TransformerDecoder

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from data.tokenizers.load import CharTokenizer
+from data.tokenizers.char import CharTokenizer
 from data.tokenizers.train_sentencepiece import train_sentencepiece
 from exchange.tokenizers_json import to_tokenizers
 from tests.helpers import ROOT

@@ -18,7 +18,7 @@ from common.errors import UserError
 from common.files import checksummed_json
 from common.jsonl import read_records
 from data.config import DataConfig
-from data.tokenizers.load import CharTokenizer
+from data.tokenizers.char import CharTokenizer
 from model import engines
 from model.config import ModelConfig, read_model_config
 from model.transformer_lite import TransformerDecoderLite

@@ -25,10 +25,13 @@ from common import cli
 from common.errors import UserError
 from data.batches import Examples
 from data.config import DataConfig, Kind
-from data.dataset import build, open_dataset
+from data.dataset import open_dataset
+from data.prepared.building import build
 from data.prompt_format import prompt_ids
-from data.sources.readers import open_source
-from data.tokenizers.load import CharTokenizer, clean_text, load_tokenizer
+from data.sources.source import open_source
+from data.tokenizers.base import clean_text
+from data.tokenizers.char import CharTokenizer
+from data.tokenizers.load import load_tokenizer
 from data.tokenizers.round_trip import warning
 from data.tokenizers.train_sentencepiece import train_sentencepiece
 from exchange.__main__ import import_gpt2

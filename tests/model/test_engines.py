@@ -15,7 +15,7 @@ import generate
 from checkpoint import writer
 from checkpoint.reader import Checkpoint, list_steps
 from common import cli
-from data.tokenizers.load import CharTokenizer
+from data.tokenizers.char import CharTokenizer
 from data.tokenizers.train_sentencepiece import train_sentencepiece
 from generation.explain import Explained, in_colour
 from generation.sampling import Sampling, explain

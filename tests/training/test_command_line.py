@@ -10,7 +10,7 @@ from checkpoint.reader import Checkpoint
 from common.errors import UserError
 from data.config import DataConfig
 from data.dataset import prepare
-from data.tokenizers.load import CharTokenizer
+from data.tokenizers.char import CharTokenizer
 from tests.helpers import ROOT, TEXT, run, write_config
 from tests.test_generate import TOKENIZERS, save_run
 from training.command_line import read_command_line

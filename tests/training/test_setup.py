@@ -13,7 +13,7 @@ from common.signals import StopRequest
 from data.batches import ORDER
 from data.dataset import prepare
 from data.mixture import MixedBatches, MixedExamples
-from data.tokenizers.load import CharTokenizer
+from data.tokenizers.char import CharTokenizer
 from tests.helpers import ROOT, TINY, write_config
 from training.command_line import read_command_line
 from training.config import Config, check, load

@@ -11,7 +11,7 @@ import pytest
 from common.errors import UserError
 from data.prepared import encoding
 from data.prepared.encoding import Block, Encoder, EndedError, blocks, encode, ordered_map
-from data.tokenizers.load import CharTokenizer
+from data.tokenizers.char import CharTokenizer
 from data.tokenizers.train_sentencepiece import train_sentencepiece
 from tests.helpers import TEXT
 

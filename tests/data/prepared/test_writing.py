@@ -9,10 +9,9 @@ from pathlib import Path
 import pytest
 
 from common.errors import UserError
-from data import dataset
 from data.config import DataConfig
 from data.dataset import prepare
-from data.prepared import encoding, token_files, writing
+from data.prepared import building, encoding, token_files, writing
 from data.sources import text
 from tests.helpers import TEXT
 
@@ -99,7 +98,7 @@ def test_what_was_made_of_another_content_is_removed(tmp_path, monkeypatch):
     def stop(*_):
         raise Killed
 
-    monkeypatch.setattr(dataset, "write_shards", stop)
+    monkeypatch.setattr(building, "write_shards", stop)
     with pytest.raises(Killed):
         prepare(config, lambda _: None)
     cache = tmp_path / "texts-cache"
@@ -117,14 +116,14 @@ def test_what_was_made_of_another_content_is_removed(tmp_path, monkeypatch):
 
 def test_a_source_that_changes_while_it_is_read_is_refused(tmp_path, monkeypatch):
     config = make(tmp_path / "texts", "lines")
-    write = dataset.write_shards
+    write = building.write_shards
 
     def change(*arguments):
         write(*arguments)
         with open(tmp_path / "texts" / "1.txt", "a") as file:
             file.write("more")
 
-    monkeypatch.setattr(dataset, "write_shards", change)
+    monkeypatch.setattr(building, "write_shards", change)
     with pytest.raises(UserError, match=r"1.txt: changed while it was read; run"):
         prepare(config, lambda _: None)
     assert not files(config)

@@ -14,7 +14,7 @@ from data.config import SOURCES, DataConfig
 from data.sources import __main__ as command
 from data.sources import builtin
 from data.sources.builtin import Download, download
-from data.sources.readers import open_source
+from data.sources.source import open_source
 from tests.data.sources.test_readers import refusal
 
 # The standard library -----------------------------------------------------------------------------

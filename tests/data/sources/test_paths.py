@@ -13,7 +13,7 @@ import pytest
 
 from data.config import DataConfig
 from data.sources import paths
-from data.sources.readers import open_source
+from data.sources.source import open_source
 from tests.data.sources.test_readers import JSONL, opened, refusal
 
 TEXT = "The first line\n\nand é, the last.\n" * 40

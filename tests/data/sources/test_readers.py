@@ -11,7 +11,7 @@ import pytest
 from common.errors import UserError
 from data.config import DataConfig
 from data.sources import text as text_module
-from data.sources.readers import open_source
+from data.sources.source import open_source
 
 JSONL = b'{"prompt": "p", "completion": "c, d"}\n' * 12
 TABLE = b"prompt,completion\n" + b'"one, two",three\n' * 12

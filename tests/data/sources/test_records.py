@@ -8,7 +8,7 @@ import pytest
 
 from data.config import DataConfig
 from data.sources import records, text
-from data.sources.readers import open_source
+from data.sources.source import open_source
 from tests.data.sources.test_readers import opened, refusal
 
 STORIES = ["One day.\n\nThe end.", "Zwei, é.", 'A "quoted",\ttext']

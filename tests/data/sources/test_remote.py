@@ -21,12 +21,12 @@ from common.errors import UserError
 from data.batches import Batches, Examples, Prefetch
 from data.config import DataConfig
 from data.dataset import open_dataset, prepare, store_of, verify
-from data.parts import prepare_part
 from data.prepared import remote_shards, token_files
+from data.prepared.parts import prepare_part
 from data.prepared.remote_shards import RemoteFolder, RemoteShards
 from data.sources import block_cache, paths, remote, text
 from data.sources.block_cache import BlockCache
-from data.sources.readers import open_source
+from data.sources.source import open_source
 from data.sources.spool import keep_standard_input
 from tests.data.sources.test_readers import opened, refusal
 from tests.helpers import TINY, losses, write_config
@@ -463,7 +463,7 @@ def test_what_is_wrong_with_remote_shards(prepared, s3, tmp_path):
 def test_several_machines_prepare_into_the_store(tmp_path, monkeypatch, s3):
     """Part 2 waits for the tokenizer of part 1, each on a machine with a folder of its own."""
     monkeypatch.setattr(token_files, "SHARD_TOKENS", 200_000)
-    monkeypatch.setattr("data.parts.INTERVAL", 0.05)
+    monkeypatch.setattr("data.prepared.parts.INTERVAL", 0.05)
     (tmp_path / "a.jsonl").write_bytes(JSONL)
     whole = prepare(
         DataConfig(path=str(tmp_path / "a.jsonl"), tokenizer="char", cache_dir=str(tmp_path / "w")),

@@ -1,5 +1,6 @@
 """Tokenizers that others have trained: real ones of each kind, made here by their own libraries."""
 
+import hashlib
 import json
 import sys
 from pathlib import Path
@@ -15,15 +16,13 @@ from common.errors import UserError
 from data.config import DataConfig
 from data.dataset import prepare
 from data.prompt_format import prompt_ids
-from data.tokenizers import foreign as module
-from data.tokenizers.load import (
-    ByteTokenizer,
-    CharTokenizer,
-    HuggingFaceTokenizer,
-    load_tokenizer,
-    tokenizer_from_files,
-)
+from data.tokenizers import huggingface
+from data.tokenizers.byte import ByteTokenizer
+from data.tokenizers.char import CharTokenizer
+from data.tokenizers.huggingface import HuggingFaceTokenizer
+from data.tokenizers.load import load_tokenizer, tokenizer_from_files
 from data.tokenizers.round_trip import PROBES, lost, warning
+from data.tokenizers.tiktoken import KNOWN, PATTERNS
 from generation.explain import Explained
 from generation.sampling import Sampling
 from generation.streaming import StreamedText
@@ -125,20 +124,20 @@ def test_what_only_training_does_is_left_out(contents):
 def test_a_long_text_has_the_same_ids_in_pieces(made, kind, monkeypatch):
     text = (CORPUS + "\n\n  x  \n") * 3
     whole = made[kind].encode(text)
-    monkeypatch.setattr(module, "LONG", 400)
+    monkeypatch.setattr(huggingface, "LONG", 400)
     assert made[kind].encode(text) == whole
     pieces = [*made[kind]._pieces(text)]
     assert "".join(pieces) == text and max(map(len, pieces)) < 2000
 
 
 def test_tiktoken_reads_what_openai_publishes_by_its_hash(contents, files, monkeypatch):
-    digest = module.hashlib.sha256(contents["tiktoken"]).hexdigest()
-    monkeypatch.setitem(module.KNOWN, digest, ("cl100k_base", {"<|endoftext|>": 300, "<|x|>": 301}))
+    digest = hashlib.sha256(contents["tiktoken"]).hexdigest()
+    monkeypatch.setitem(KNOWN, digest, ("cl100k_base", {"<|endoftext|>": 300, "<|x|>": 301}))
     tokenizer = load_tokenizer(files["tiktoken"])
     assert tokenizer.end_id == 300 and tokenizer.vocab_size == 302
     assert tokenizer.decode([*tokenizer.encode("the\n"), 299, 301, 5000]) == "the\n"
     assert tokenizer.token(299) == "<299>" and tokenizer.token(301) == "<|x|>"
-    for pattern in module.PATTERNS:  # all compile, and lose nothing
+    for pattern in PATTERNS:  # all compile, and lose nothing
         again = load_tokenizer(files["tiktoken"], pattern=pattern)
         assert again.decode(again.encode(CORPUS)) == CORPUS
 

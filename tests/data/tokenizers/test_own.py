@@ -15,13 +15,10 @@ from hypothesis import strategies as st
 
 from common.errors import UserError
 from data.tokenizers import train_sentencepiece as module
-from data.tokenizers.load import (
-    SPECIALS,
-    CharTokenizer,
-    SentencePieceTokenizer,
-    clean_text,
-    load_tokenizer,
-)
+from data.tokenizers.base import SPECIALS, clean_text
+from data.tokenizers.char import CharTokenizer
+from data.tokenizers.load import load_tokenizer
+from data.tokenizers.sentencepiece import SentencePieceTokenizer
 from data.tokenizers.train_sentencepiece import train_sentencepiece
 from tests.helpers import ROOT
 

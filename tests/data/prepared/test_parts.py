@@ -1,4 +1,4 @@
-"""data/parts.py: a corpus in parts is the same data, each document once, whatever their number."""
+"""Parts: a corpus in parts is the same data, each document once, whatever their number."""
 
 import json
 import shutil
@@ -8,11 +8,11 @@ from itertools import chain, pairwise
 import pytest
 
 from common.errors import UserError
-from data import parts
 from data.config import DataConfig
 from data.dataset import open_dataset, prepare, verify
-from data.parts import borders, merge, prepare_part
-from data.sources.readers import open_source
+from data.prepared import parts
+from data.prepared.parts import borders, merge, prepare_part
+from data.sources.source import open_source
 
 
 def quiet(_):

@@ -20,22 +20,14 @@ from filelock import FileLock
 from common.errors import UserError
 from common.files import checksummed_json, read_checksummed_json, replace_synced, user_path
 from data.config import DEFAULT_CACHE_DIR, DataConfig
-from data.dataset import (
-    Log,
-    build,
-    building,
-    check_manifest,
-    count_characters,
-    explained,
-    fingerprint_of,
-    hash_fraction,
-    hold_out,
-    make_tokenizer,
-    writing,
-)
+from data.prepared.building import Log, build, building, fingerprint_of, make_tokenizer, writing
+from data.prepared.manifest import check_manifest, explained
 from data.prepared.remote_shards import RemoteFolder
-from data.sources.readers import Place, Reader, Source, open_source
-from data.tokenizers.load import Tokenizer, load_tokenizer
+from data.prepared.splitting import count_characters, hash_fraction, hold_out
+from data.sources.readers import Place, Reader
+from data.sources.source import Source, open_source
+from data.tokenizers.base import Tokenizer
+from data.tokenizers.load import load_tokenizer
 
 SAME = ("format", "name", "kind", "fingerprint", "dtype", "vocab_size", "files")  # in all parts
 INTERVAL = 1.0  # seconds between two looks for the tokenizer
