@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from common.device import PRECISIONS, Precision, check_precision, choose_device, processor
 from common.errors import UserError
-from common.memory import keep_freed_memory
+from common.memory import keep_freed_memory, limit_kernel_caches
 from common.processes import Processes
 from common.signals import defer_interrupts
 from data.batches import ORDER, Batches, Examples
@@ -233,6 +233,7 @@ def configure_torch(config: TrainConfig, device: torch.device):
     """Threads and algorithms. One thread and two give different bits, so they are recorded."""
     if device.type == "cpu":
         keep_freed_memory()
+        limit_kernel_caches()
     if device.type == "cuda":  # float32 is float32, as on a CPU: TF32 has 10 bits of 23
         torch.set_float32_matmul_precision("highest")
         warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores")
