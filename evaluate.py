@@ -166,7 +166,7 @@ def main() -> int:
         found |= score(arguments, checkpoint, data, tokenizer, model)
     elif data.index is not None:
         found |= memorized(data.index, {"free": write_freely(arguments, data, tokenizer, model)})
-    log(f"written: {publish(run_of(checkpoint), arguments.split, found)}")
+    log(f"written: {publish(checkpoint.run, arguments.split, found)}")
     return 0
 
 
@@ -365,7 +365,7 @@ def score(
         first = [several[0] for several in next(iter(answers.values()))]
         chosen = sorted(permutation(len(prompts), "examples")[: arguments.examples])
         shown = side_by_side(*([side[i] for i in chosen] for side in (prompts, true, first)))
-        path = run_of(checkpoint) / "evaluation.md"
+        path = checkpoint.run / "evaluation.md"
         replace_synced(path, shown.encode("utf-8", "replace"))
         print(f"{len(chosen)} of them side by side: {path}")
     settings = {"answers": kind, "beams": beams, "num_samples": count, "examples": len(prompts)}
@@ -460,12 +460,6 @@ def chooser(arguments: Arguments, data: Data, prompts: list[str], kind: str) -> 
         return rerank(texts + near, shares, arguments.num_samples, utility)
 
     return choose
-
-
-def run_of(checkpoint: Checkpoint) -> Path:
-    """The folder of a checkpoint's run; of one that stands alone, its own."""
-    path = checkpoint.path
-    return path.parent.parent if path.parent.name == "checkpoints" else path
 
 
 if __name__ == "__main__":

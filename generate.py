@@ -208,7 +208,7 @@ def open_source(arguments: Arguments) -> Source:
         if checkpoint.path == user_path(path) or checkpoint.path.exists():
             raise
         return open_source(arguments)  # training removed this step: it has published a newer one
-    best = read_best(checkpoint.path.parent.parent)
+    best = read_best(checkpoint.run)
     known = best if best is not None and best["step"] == checkpoint.step else None
     loss = f", validation loss {known['val_loss']:.4f}" if known else ""
     print(f"{checkpoint.path}: step {checkpoint.step:,}{loss}", file=sys.stderr, flush=True)
@@ -357,12 +357,10 @@ def ordered(
     from generation.rerank import choose, shares
 
     slots = next(job.slots for job in jobs if tuple(job.ids) == prompt)
-    if arguments.rerank:
-        found = with_log_probabilities(found, arguments.sampling.max_new_tokens)
-    texts = [tokenizer.decode(ids) for ids, _ in found]
     if not arguments.rerank:
-        order = sorted(range(len(found)), key=lambda i: slots.lacks(texts[i]))
-        return [found[i][0] for i in order]
+        return sorted((ids for ids, _ in found), key=lambda ids: slots.lacks(tokenizer.decode(ids)))
+    found = with_log_probabilities(found, arguments.sampling.max_new_tokens)
+    texts = [tokenizer.decode(ids) for ids, _ in found]
     of = {text: ids for text, (ids, _) in zip(reversed(texts), reversed(found), strict=True)}
     weights = shares(texts, [total for _, total in found], slots)
     return [of[text] for text in choose(texts, weights, len(texts))]

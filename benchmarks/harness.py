@@ -82,10 +82,19 @@ def shorter(argument: str) -> str:
 def parser(documentation: str, rounds: int = 5) -> argparse.ArgumentParser:
     """The options that every benchmark has; a worker's own come after --side."""
     made = cli.Parser(description=documentation.splitlines()[0])
-    made.add_argument("--rounds", type=int, default=rounds, help="of which medians are taken")
+    made.add_argument(
+        "--rounds", type=at_least_one, default=rounds, help="of which medians are taken"
+    )
     made.add_argument("--json", type=Path, help="where to write, instead of benchmarks/results")
     made.add_argument("--side", nargs="+", help=argparse.SUPPRESS)
     return made
+
+
+def at_least_one(text: str) -> int:
+    """A number of rounds."""
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1 (found {number})")
+    return number
 
 
 def in_turns(module: str, sides: dict[str, list], rounds: int) -> dict[str, list[dict]]:

@@ -39,6 +39,8 @@ def program(script: str, *arguments) -> float:
     print(f"+ {script} {' '.join(map(str, arguments))}", file=sys.stderr, flush=True)
     began = time.perf_counter()
     done = subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL)  # noqa: S603, ours
+    if done.returncode == 2:  # it has said what is wrong
+        sys.exit(2)
     if done.returncode:
         raise UserError(f"{script} failed with status {done.returncode}")
     return time.perf_counter() - began
@@ -69,8 +71,9 @@ def tell(result: Result, name: str, seconds: float, ways: dict[str, Found]):
     first = next(iter(ways.values()))
     columns = dict(own(found) for found in ways.values()) | dict([*first.scores.items()][1:])
     rows = [
-        [system, *(f"{score.value:.3f} ({score.low:.3f} to {score.high:.3f})"
-                   if score.value < 2 else f"{score.value:.1f}" for score in column.values())]
+        [system, *(f"{score.value:.1f}" if measure.endswith("BLEU")
+                   else f"{score.value:.3f} ({score.low:.3f} to {score.high:.3f})"
+                   for measure, score in column.items())]
         for system, column in columns.items()
     ]  # fmt: skip
     measures = [*next(iter(columns.values()))]
@@ -86,6 +89,14 @@ def main() -> int:
     options = parser(__doc__, rounds=1)
     options.add_argument("--nl2bash", help="a folder of train.nl, train.cm, dev.nl and dev.cm")
     arguments = options.parse_args()
+    data = []
+    if arguments.nl2bash:  # looked at before minutes of other work, and from where this was started
+        path = Path(arguments.nl2bash).resolve()
+        if not (path / "train.nl").is_file():
+            raise UserError(
+                f"--nl2bash {arguments.nl2bash}: no train.nl there; give nl2bash's folder"
+            )
+        data = ["--data.path", path]
     result = Result("quality", "How often answers are right")
     with tempfile.TemporaryDirectory() as scratch:
         rounds = []
@@ -100,8 +111,6 @@ def main() -> int:
                 text = f"default.toml, {way}: mean {measure} above the best look-up's"
                 result.claim(text, gain, 0, unit="")
         if arguments.nl2bash is not None:
-            path = arguments.nl2bash and Path(arguments.nl2bash).resolve()
-            data = ["--data.path", path] if path else []
             flags = ["--config", "configs/nl2bash.toml", *data]
             seconds, ways = run(Path(scratch) / "nl2bash", NL2BASH, *flags)
             tell(result, "nl2bash.toml", seconds, ways)

@@ -55,6 +55,11 @@ class Checkpoint:
         return self.state["step"]
 
     @property
+    def run(self) -> Path:
+        """The folder of its run; of a checkpoint that stands alone, its own."""
+        return self.path.parent.parent if self.path.parent.name == "checkpoints" else self.path
+
+    @property
     def is_nan_dump(self) -> bool:
         """Whether it holds a step that was not finite (training/nan_dump.py)."""
         return NAN_DUMP_BATCH in self.manifest["files"]

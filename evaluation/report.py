@@ -7,8 +7,9 @@ import json
 import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Annotated
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 
 from common.files import replace_synced
 
@@ -29,7 +30,7 @@ class Score:
 class Found:
     """What was found on one split."""
 
-    step: int
+    step: Annotated[int, Field(ge=0, lt=2**63)]
     checkpoint: str
     data: str
     loss: float
@@ -82,10 +83,10 @@ def _show_in_tensorboard(folder: Path, splits: dict[str, Found]):
             for texts, shares in found.memorization.items():
                 values |= {f"memorization_{key}/{texts}": share for key, share in shares.items()}
             for system, scores in found.scores.items():
-                for key, score in scores.items():
-                    values[f"{key}/{system}".replace(" ", "_").replace(",", "")] = score.value
-            name = re.sub(r"[^\w.-]+", "_", split)
+                values |= {f"{key}/{system}": score.value for key, score in scores.items()}
             for tag, value in values.items():
-                writer.add_scalar(f"{name}/{tag}", value, found.step)
+                parts = (split, *tag.split("/", 1))  # which TensorBoard takes for folders
+                clean = (re.sub(r"[^\w.-]+", "_", part) for part in parts)
+                writer.add_scalar("/".join(clean), value, found.step)
     for file in before:
         file.unlink()

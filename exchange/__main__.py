@@ -143,7 +143,7 @@ def to_gguf(source: Source, folder: Path):
     """A file of llama.cpp."""
     from exchange.gguf import write_gguf
 
-    where, name = str(source.checkpoint.path), source.checkpoint.path.parent.parent.name
+    where, name = str(source.checkpoint.path), source.checkpoint.run.name
     model = source.config, source.weights, source.tokenizer, source.kind
     if note := write_gguf(*model, name, where, folder / "model.gguf", source.start_token):
         print(f"note: {note}")

@@ -46,7 +46,7 @@ def model_card(checkpoint: Checkpoint, config: ModelConfig, kind: str, example: 
         ("tokens seen", f"{state.get('tokens', 0):,}"),
         *figures(checkpoint),
     ]
-    name = checkpoint.path.parent.parent.name.replace("\n", " ")
+    name = checkpoint.run.name.replace("\n", " ")
     table = "\n".join(f"| {what} | {cell(value)} |" for what, value in rows)
     return f"""---
 library_name: transformers
@@ -71,7 +71,7 @@ A decoder-only transformer. {READS.get(kind, "")}
 
 def figures(checkpoint: Checkpoint) -> list[tuple[str, str]]:
     """What the run's log says of this step."""
-    records = read_records(checkpoint.path.parent.parent / "metrics.jsonl")
+    records = read_records(checkpoint.run / "metrics.jsonl")
     found = {k: v for r in records if r.get("step") == checkpoint.step for k, v in r.items()}
     return [
         (name, f"{found[key]:.4f}")
@@ -82,7 +82,7 @@ def figures(checkpoint: Checkpoint) -> list[tuple[str, str]]:
 
 def evaluation(checkpoint: Checkpoint) -> str:
     """What evaluate.py has found of this step, a table a split; empty if it has not been run."""
-    found = read_report(checkpoint.path.parent.parent)
+    found = read_report(checkpoint.run)
     tables = [scores(split, f) for split, f in found.items() if f.step == checkpoint.step]
     return "".join(["## Evaluation\n\n", *tables]) if tables else ""
 

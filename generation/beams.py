@@ -111,9 +111,9 @@ def search(
 def with_log_probabilities(
     found: Sequence[tuple[list[int], float]], max_new_tokens: int
 ) -> list[tuple[list[int], float]]:
-    """What a search with a length penalty of 1 has found, each text with its own for its score.
+    """What a search with a length penalty of 1 has found, scores as log probabilities, in nats.
 
-    Without the texts that had not ended; all of them where none has.
+    Texts that had not ended are left out, unless none had.
     """
     # a score is the mean of a text's tokens and, if it has ended, the end
     whole = [each for each in found if len(each[0]) < max_new_tokens] or found

@@ -2,8 +2,12 @@
 
 import json
 
+import pytest
+
+from benchmarks import quality
 from benchmarks.harness import Result
 from benchmarks.quality import best_look_up, own, run, tell
+from common import cli
 from tests.helpers import TINY, write_config
 
 
@@ -31,3 +35,18 @@ def test_a_run_is_trained_and_evaluated(tmp_path):
     ]  # fmt: skip
     assert table["columns"][:3] == ["", "exact match", "name match"]
     assert "5 held-out pairs" in table["note"] and "step 2," in table["note"]
+    measures = dict(zip(table["columns"], table["rows"][-1], strict=True))
+    assert "(" not in measures["char-BLEU"] and " to " in measures["parses"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--rounds", "0"], "--rounds: must be at least 1 (found 0)"),
+        (["--nl2bash", "nowhere"], "--nl2bash nowhere: no train.nl there; give nl2bash's folder"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_at_once(flags, said, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["quality", *flags])
+    assert cli.run("python -m benchmarks.quality", quality.main) == 2
+    assert capsys.readouterr().err == f"python -m benchmarks.quality: {said}\n"

@@ -18,6 +18,7 @@ HOSTILE = [
     json.dumps({"splits": {"a": {**FOUND, "loss": "low"}, "b": {**FOUND, "step": 1.5}}}).encode(),
     json.dumps({"splits": {"a": {**FOUND, "scores": {"greedy": {"exact match": 1}}}}}).encode(),
     json.dumps({"splits": {"a": {**FOUND, "scores": [SCORE]}}}).encode(),
+    json.dumps({"splits": {"a": {**FOUND, "step": 10**30}, "b": {**FOUND, "step": -1}}}).encode(),
     json.dumps({"splits": {"a": {**FOUND, "memorization": {"true": {"verbatim": {}}}}}}).encode(),
 ]  # fmt: skip
 
@@ -28,6 +29,14 @@ def test_what_has_another_form_is_left_out(tmp_path, content):
     assert read_report(tmp_path) == {}
     publish(tmp_path, "val", FOUND)
     assert json.loads((tmp_path / "evaluation.json").read_bytes())["splits"] == {"val": FOUND}
+
+
+def test_numbers_of_any_size_and_names_of_any_kind_are_shown(tmp_path):
+    values = {"loss": float("inf"), "perplexity": float("nan"), "bits_per_byte": 1e300}
+    strange = {**FOUND, **values, "scores": {"\ud800 \n/": {"\u202e": SCORE}}}
+    (tmp_path / "evaluation.json").write_text(json.dumps({"splits": {"\ud800": strange}}))
+    publish(tmp_path, "val", FOUND)
+    assert [*read_report(tmp_path)] == ["\ud800", "val"]
 
 
 def test_splits_are_kept_and_shown_together(tmp_path):

@@ -1,5 +1,7 @@
 """README.md of an exported model."""
 
+import shutil
+
 from checkpoint.reader import Checkpoint
 from evaluation.report import publish
 from exchange.model_card import model_card
@@ -37,3 +39,16 @@ By `evaluate.py` on mine.jsonl: loss 1.5000, perplexity 4.480, 0.9000 bits a byt
 ## Use
 """
     assert table in page and "someone" not in page
+
+
+def test_a_checkpoint_that_stands_alone_has_its_own_figures(tmp_path):
+    save_run(tmp_path / "run", PRE, "pairs")
+    alone = tmp_path / "elsewhere" / "model"
+    shutil.copytree(Checkpoint.find(tmp_path / "run").path, alone)
+    publish(tmp_path, "val", found(7))  # of whatever lies around it
+    checkpoint = Checkpoint.find(alone)
+    assert checkpoint.run == alone
+    assert "evaluate.py" not in model_card(checkpoint, PRE, "pairs", "use()").decode()
+    publish(alone, "val", found(7))
+    page = model_card(checkpoint, PRE, "pairs", "use()").decode()
+    assert page.count("By `evaluate.py` on val") == 1 and "\n# model\n" in page
