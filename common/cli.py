@@ -19,7 +19,7 @@ from typing import Any, NoReturn, TextIO, TypeVar, cast
 from common import cuda
 from common.errors import UserError
 from common.files import user_path
-from common.signals import handle_interrupts
+from common.signals import INTERRUPT, handle_interrupts
 
 CONTROL = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f]")  # all but tab and newline
 # how tyro calls a part of the settings, and what it says of flags
@@ -173,7 +173,27 @@ def run(program: str, main: Callable[[], int | None]) -> int:
     """Calls main() and returns its exit status: 2 and one line on stderr for a user's mistake.
 
     A signal n of `common.signals` unwinds the program, so that nothing half made is left: 128 + n.
+    One of several processes that fails does not return, but ends with its status.
     """
+    try:
+        status = run_alone(program, main)
+    except BaseException as error:
+        if not INTERRUPT.launched:
+            raise
+        status = error.code if isinstance(error, SystemExit) else 1
+        if not isinstance(error, SystemExit):
+            sys.excepthook(type(error), error, error.__traceback__)
+    if status and INTERRUPT.launched:
+        # Threads that still send for PyTorch may let go of tensors, for which they need Python's
+        # lock. Up to Python 3.13, who asks for that while the interpreter ends is unwound, which
+        # C++ answers with abort(): a launcher would be told of SIGABRT, not of this status.
+        flush()
+        os._exit(status)
+    return status
+
+
+def run_alone(program: str, main: Callable[[], int | None]) -> int:
+    """The exit status of a process that may be the only one; raises what is a bug."""
     for name in ("stdin", "stdout", "stderr"):  # closed ones are None
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))  # noqa: SIM115
@@ -200,13 +220,18 @@ def run(program: str, main: Callable[[], int | None]) -> int:
                 return 2
             else:
                 raise
-        if status > 128:  # what cannot be written, to a terminal that has closed, changes it not
-            for stream in (sys.stdout, sys.stderr):
-                try:
-                    stream.flush()
-                except OSError:
-                    mute(stream)
+        if status > 128:
+            flush()
         return status
+
+
+def flush():
+    """Writes what is left; what cannot be, to a terminal that has closed, changes no status."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            mute(stream)
 
 
 def explain_error(error: BaseException, program: str = "") -> str:
