@@ -15,46 +15,32 @@ if __name__ == "__main__":  # before what takes time: until cli.run() listens, C
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import sys
-from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from functools import partial
-from itertools import islice
-from pathlib import Path
-from typing import Annotated, Literal, cast
+from typing import Annotated, Literal
 
 import tyro
 from tqdm import tqdm
 
 from checkpoint.reader import Checkpoint, named_or_newest
-from checkpoint.run_data import data_config
 from common import cli
-from common.errors import UserError, at_least, refuse
-from common.files import replace_synced, user_path
-from data.batches import Examples
-from data.config import DEFAULT_CACHE_DIR, DataConfig, as_paths
-from data.dataset import Dataset, open_dataset, prepared_folder
-from data.mixture import prepare, settings_of
-from data.prepared.splitting import split_texts
+from common.errors import at_least, refuse
+from common.files import replace_synced
 from data.prompt_format import end_id, prompt_ids
 from data.rng import permutation
-from data.slots import Slots, readable
-from data.sources.builtin import named_files
-from data.sources.records import Pair
-from data.sources.source import open_source
+from data.slots import Slots
 from data.tokenizers.base import Tokenizer
 from data.tokenizers.load import TOKENIZER_FILES, load_tokenizer
-from evaluation.answers import Choose, answer
-from evaluation.commands import nlc2cmd
-from evaluation.memorization import Index, index_file, open_index, shares
+from evaluation.answers import answer
+from evaluation.look_ups import chooser, look_ups, nearest
+from evaluation.memorization import Index, shares
 from evaluation.report import publish
 from evaluation.scores import kind_of, measure, side_by_side, table
-from evaluation.similarity import Neighbours, has_sacrebleu
-from generation.rerank import choose as rerank
-from generation.rerank import likeness
+from evaluation.similarity import has_sacrebleu
+from evaluation.split import Split, read_split
 from generation.sampling import Sampling
 from model import engines
-from model.config import ModelConfig, read_model_config
+from model.config import read_model_config
 
 DESCRIPTION = "Scores a trained model: perplexity, and how right its answers are."
 LOOK_UPS_AT_MOST = 50_000  # training pairs that look-ups search unasked
@@ -131,20 +117,6 @@ class Arguments:
         refuse(wrong)
 
 
-@dataclass(frozen=True)
-class Data:
-    """A split as ids, and for pairs the texts of it and of what look-ups know."""
-
-    name: str
-    kind: str
-    examples: Examples
-    pairs: list[Pair]
-    known: list[Pair]
-    start_token: bool  # whether documents begin with <start>
-    slots: bool  # prompts and answers have placeholders for what they share
-    index: Index | None  # of the training data
-
-
 def main() -> int:
     """Reads the command line, scores, prints and writes. Returns the exit status."""
     arguments = cli.parse(Arguments, DESCRIPTION)
@@ -152,7 +124,16 @@ def main() -> int:
     weights = engines.read_weights("torch", checkpoint)  # first, because the settings may not fit
     shape = read_model_config(checkpoint)
     tokenizer = load_tokenizer(checkpoint.path)
-    data = read_data(arguments, checkpoint, tokenizer, shape)
+    data = read_split(
+        checkpoint,
+        tokenizer,
+        shape,
+        arguments.split,
+        cache_dir=arguments.cache_dir,
+        limit=arguments.limit,
+        known={"no": 0, "yes": None, "auto": LOOK_UPS_AT_MOST}[arguments.look_ups],
+        memorization=arguments.memorization,
+    )
     precision, why = engines.choose_precision("torch", shape, arguments.device, arguments.precision)
     log(f"precision: {precision} ({why})")
     model = engines.load_model("torch", shape, weights, arguments.device, precision)
@@ -184,130 +165,10 @@ def find(arguments: Arguments) -> Checkpoint:
     return checkpoint
 
 
-def read_data(
-    arguments: Arguments, checkpoint: Checkpoint, tokenizer: Tokenizer, shape: ModelConfig
-) -> Data:
-    """The split to evaluate, prepared as the run's own data is. Raises UserError."""
-    config = data_config(checkpoint, log)
-    if arguments.cache_dir:
-        config = replace(config, cache_dir=arguments.cache_dir)
-    given = tokenizer if checkpoint.state.get("tokenizer_given") else None
-    own = arguments.split == "val"
-    chosen = config if own else other_split(arguments.split, config)
-    try:
-        dataset = prepare(chosen, log, given if own else tokenizer)
-    except UserError as error:
-        if own:
-            raise
-        raise UserError(str(error).replace("data.path = ", "--split ", 1)) from None
-    now = dataset.fingerprint, dataset.tokenizer.fingerprint
-    if own and now != (checkpoint.state.get("data"), checkpoint.state.get("tokenizer")):
-        raise UserError(
-            f"--split val: the data differs from what {checkpoint.path} was trained on, and may "
-            "have in it what that was; give a file that training has not seen with --split FILE"
-        )
-    split = dataset.val if own else dataset.train
-    if split is None:
-        raise UserError(
-            "--split val: the run has no validation data (data.val_fraction = 0); give a file with "
-            "--split FILE"
-        )
-    examples = Examples(split, config.seq_len or shape.max_len, tokenizer.pad_id)
-    if split.starts is not None and not examples.count:
-        raise UserError(
-            f"--split {arguments.split}: every example is longer than the model's "
-            f"{examples.seq_len} tokens; give another file"
-        )
-    log(f"data: {dataset.name} ({dataset.kind}): {split.describe()}")
-    pairs, known = [], []
-    if dataset.kind == "pairs":
-        pairs = [pair for side, pair in texts(chosen) if side == ("val" if own else "train")]
-        pairs = [
-            pairs[i]
-            for i in sorted(permutation(len(pairs), "evaluation")[: arguments.limit or None])
-        ]
-        if arguments.look_ups != "no":
-            most = LOOK_UPS_AT_MOST if arguments.look_ups == "auto" else None
-            trained = (pair for side, pair in texts(config) if side == "train")
-            known = [*islice(trained, most and most + 1)]
-            if most and len(known) > most:
-                log(f"note: without look-ups, which search over {most:,} pairs with --look_ups yes")
-                known = []
-    index = None
-    if arguments.memorization:
-        trained = dataset if own else prepare(config, lambda line: None, given)
-        cache = user_path(config.cache_dir or DEFAULT_CACHE_DIR)
-        index = open_index(trained.train.ids, index_file(cache, trained))
-    return Data(
-        dataset.name,
-        dataset.kind,
-        examples,
-        pairs,
-        known,
-        dataset.start_token,
-        dataset.slots,
-        index,
-    )
-
-
-def other_split(split: str, config: DataConfig) -> DataConfig:
-    """The settings that read a file, or the test split of a run's data, as its data is read."""
-    path = split
-    if split == "test":
-        folder = test_folder(config)
-        if folder is None:
-            raise UserError(
-                "--split test: the run's data has no test split; give a file with --split FILE"
-            )
-        path = str(folder / "test.nl")
-    return replace(config, path=path, sources=(), val_path="", val_fraction=0.0)
-
-
-def test_folder(config: DataConfig) -> Path | None:
-    """The folder that has a run's test.nl; None if there is none."""
-    paths = as_paths(config.path)
-    folder = user_path(paths[0]) if len(paths) == 1 else None
-    if not paths and not config.sources:
-        cache = user_path(config.cache_dir or DEFAULT_CACHE_DIR)
-        folder = named_files(config.source, cache, log)[0].parent
-    return folder if folder is not None and (folder / "test.nl").is_file() else None
-
-
-def texts(config: DataConfig) -> Iterator[tuple[str, Pair]]:
-    """The pairs that settings read, with their sides."""
-    if config.sources:
-        for source in config.sources:
-            yield from texts(settings_of(config, source))
-        return
-    if folder := prepared_folder(config, log):
-        yield from decoded(open_dataset(folder))
-        return
-    cache = user_path(config.cache_dir or DEFAULT_CACHE_DIR)
-    source = open_source(config, lambda line: None, cache)
-    yield from cast(Iterator[tuple[str, Pair]], split_texts(source, config))
-
-
-def decoded(dataset: Dataset) -> Iterator[tuple[str, Pair]]:
-    """The pairs of a folder of prepared data, of which nothing else may be there."""
-    if dataset.slots:
-        raise UserError(
-            f"data.path: {dataset.name} is prepared with data.slots, and has no arguments to put "
-            "back; give its texts as data.path when training, or others with --split FILE"
-        )
-    for side, split in (("train", dataset.train), ("val", dataset.val)):
-        if split is None or split.starts is None or split.prompts is None:
-            continue
-        for number, length in enumerate(split.prompts):
-            start, end = int(split.starts[number]), int(split.starts[number + 1])
-            ids = split.ids[start:end]
-            prompt, completion = ids[: int(length) - 1], ids[int(length) : -1]
-            yield side, (dataset.tokenizer.decode(prompt), dataset.tokenizer.decode(completion))
-
-
 # Scoring ------------------------------------------------------------------------------------------
 
 
-def losses(arguments: Arguments, data: Data, model, precision: str) -> dict:
+def losses(arguments: Arguments, data: Split, model, precision: str) -> dict:
     """Loss in nats a token, perplexity, and bits a byte."""
     from common.device import PRECISIONS
     from common.signals import StopRequest
@@ -326,7 +187,7 @@ def losses(arguments: Arguments, data: Data, model, precision: str) -> dict:
 
 
 def score(
-    arguments: Arguments, checkpoint: Checkpoint, data: Data, tokenizer: Tokenizer, model
+    arguments: Arguments, checkpoint: Checkpoint, data: Split, tokenizer: Tokenizer, model
 ) -> dict:
     """Answers to all prompts, their scores beside those of look-ups, printed and for the file."""
     prompts, true = [list(side) for side in zip(*data.pairs, strict=True)]
@@ -337,7 +198,12 @@ def score(
     name = f"{beams} beams" if beams > 1 else "greedy"
     if arguments.neighbours and data.known:
         name += f" and {arguments.neighbours} neighbours"
-    choose = chooser(arguments, data, prompts, kind) if arguments.rerank else None
+    choose = None
+    if arguments.rerank:
+        near = [[] for _ in prompts]
+        if arguments.neighbours and data.known:
+            near = nearest(prompts, data.known, arguments.neighbours, data.slots)
+        choose = chooser(near, kind, count)
     # disable=None: no bar where stderr is not a terminal
     with tqdm(total=len(prompts), unit="answer", leave=False, disable=None) as bar:
         answers = {
@@ -355,7 +221,7 @@ def score(
             )
         }
     if data.known:
-        answers |= look_ups(prompts, data, count)
+        answers |= look_ups(prompts, data.known, count, data.slots)
     bleu = not arguments.no_bleu and has_sacrebleu()
     if not bleu:
         log("note: without BLEU; it is computed after pip install -e '.[eval]'")
@@ -393,7 +259,7 @@ def score(
     return found
 
 
-def write_freely(arguments: Arguments, data: Data, tokenizer: Tokenizer, model) -> list[list[int]]:
+def write_freely(arguments: Arguments, data: Split, tokenizer: Tokenizer, model) -> list[list[int]]:
     """Texts without a prompt, sampled, as ids."""
     from generation.batched import generate
 
@@ -412,54 +278,6 @@ def memorized(index: Index, texts: dict[str, list[list[int]]]) -> dict:
             f"{share['longest_run']:.1%} of a text; all of it, of {share['verbatim']:.1%}"
         )
     return {"memorization": found}
-
-
-def look_ups(prompts: list[str], data: Data, count: int) -> dict[str, list[list[str]]]:
-    """What is answered without a model: the nearest prompts' answers, and the most frequent.
-
-    With slots also the answers of the prompts nearest without their arguments, with those of the
-    prompt in their place.
-    """
-    found = {"nearest neighbour": nearest(prompts, data.known, count, False)}
-    if data.slots:
-        found["nearest, its slots filled"] = nearest(prompts, data.known, count, True)
-    frequent = [text for text, _ in Counter(text for _, text in data.known).most_common(count)]
-    return found | {"most frequent": [frequent] * len(prompts)}
-
-
-def nearest(
-    prompts: Sequence[str], known: Sequence[Pair], count: int, slots: bool
-) -> list[list[str]]:
-    """Up to `count` different answers for each prompt, those of the nearest ones that are known."""
-    neighbours = Neighbours([readable(Slots(prompt, slots).prompt) for prompt, _ in known])
-    answers = []
-    for prompt in tqdm(prompts, desc="look-up", unit="prompt", leave=False, disable=None):
-        own, found = Slots(prompt, slots), {}
-        for i in neighbours(readable(own.prompt), 4 * count):
-            its_prompt, its_answer = known[i]
-            found[own.show(Slots(its_prompt, slots).hide(its_answer))] = True
-        answers.append([*found][:count])
-    return answers
-
-
-def chooser(arguments: Arguments, data: Data, prompts: list[str], kind: str) -> Choose:
-    """What orders a model's answers, and those of neighbours, by minimum Bayes risk."""
-    others = [[] for _ in prompts]
-    if arguments.neighbours and data.known:
-        others = nearest(prompts, data.known, arguments.neighbours, data.slots)
-
-    def utility(a: str, b: str) -> float:
-        if kind != "bash":
-            return likeness(a, b)
-        return (likeness(a, b) + (1 + nlc2cmd(a, b)) / 2) / 2
-
-    def choose(number: int, texts: list[str], shares: list[float]) -> list[str]:
-        near = others[number]
-        ranks = [1 / rank for rank in range(1, len(near) + 1)]  # as much as all of the model's
-        shares = shares + [sum(shares) * share / sum(ranks) for share in ranks]
-        return rerank(texts + near, shares, arguments.num_samples, utility)
-
-    return choose
 
 
 if __name__ == "__main__":

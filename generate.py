@@ -287,7 +287,7 @@ def write(
     if note := unread(prompts, source.tokenizer, source.model_config.max_len):
         print(note, file=sys.stderr, flush=True)
     beams = arguments.beams
-    order = partial(ordered, source.tokenizer, jobs, arguments) if beams > 1 else None
+    order = partial(ordered, source, jobs, arguments) if beams > 1 else None
     generate = engines.generator(arguments.engine, arguments.compile, beams, order)
     rules, alone = arguments.sampling, len(jobs) == 1 and not arguments.json
     stops = tuple(map(clean_text, arguments.stop))
@@ -342,7 +342,7 @@ def write(
 
 
 def ordered(
-    tokenizer: Tokenizer,
+    source: Source,
     jobs: list[Job],
     arguments: Arguments,
     prompt: tuple[int, ...],
@@ -351,19 +351,25 @@ def ordered(
     """What a beam search has found for a prompt, the best first.
 
     By its scores, with texts last that have a placeholder which the prompt lacks; or by minimum
-    Bayes risk, each text once.
+    Bayes risk, as evaluate.py has it, each text once.
     """
-    from generation.beams import with_log_probabilities  # what few need
-    from generation.rerank import choose, shares
-
+    tokenizer = source.tokenizer
     slots = next(job.slots for job in jobs if tuple(job.ids) == prompt)
     if not arguments.rerank:
         return sorted((ids for ids, _ in found), key=lambda ids: slots.lacks(tokenizer.decode(ids)))
+    from checkpoint.run_data import data_config  # what few need
+    from data.sources.source import name_data
+    from evaluation.look_ups import utility
+    from evaluation.scores import kind_of
+    from generation.beams import with_log_probabilities
+    from generation.rerank import choose, shares
+
+    kind = kind_of([], name_data(data_config(source.checkpoint, lambda line: None)))
     found = with_log_probabilities(found, arguments.sampling.max_new_tokens)
     texts = [tokenizer.decode(ids) for ids, _ in found]
     of = {text: ids for text, (ids, _) in zip(reversed(texts), reversed(found), strict=True)}
     weights = shares(texts, [total for _, total in found], slots)
-    return [of[text] for text in choose(texts, weights, len(texts))]
+    return [of[text] for text in choose(texts, weights, len(texts), utility(kind))]
 
 
 def as_json(job: Job, text: StreamedText, tokens: int, arguments: Arguments) -> dict:

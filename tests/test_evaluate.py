@@ -18,6 +18,8 @@ from data.config import DataConfig
 from data.dataset import prepare
 from data.slots import Slots
 from evaluation.answers import answer
+from evaluation.look_ups import utility
+from evaluation.split import decoded, texts
 from generation.batched import generate
 from generation.beams import search, with_log_probabilities
 from generation.rerank import choose, shares
@@ -260,8 +262,11 @@ def test_generate_writes_the_texts_of_a_beam_search(folder, monkeypatch, capsys)
             generate_program.main()
 
 
-def test_generate_orders_what_a_search_has_found(folder, monkeypatch, capsys):
+@pytest.mark.parametrize("kind", ["text", "bash"])
+def test_generate_orders_what_a_search_has_found(folder, monkeypatch, capsys, kind):
     """Of random weights, with slots: as evaluate.py has them, or by minimum Bayes risk."""
+    if kind == "bash":  # which the name of its data tells
+        monkeypatch.setattr("data.sources.source.name_data", lambda config: "nl2bash")
     checkpoint = Checkpoint.find(folder / "runs" / "slots")
     model = TransformerDecoder.from_checkpoint(checkpoint.path)
     tokenizer = evaluate.load_tokenizer(checkpoint.path)
@@ -284,7 +289,8 @@ def test_generate_orders_what_a_search_has_found(folder, monkeypatch, capsys):
         ((*found,),) = search(model, [ids], 4, 6, end_id=tokenizer.end_id)
         found = with_log_probabilities(found, 6)
         texts = [tokenizer.decode(text) for text, _ in found]
-        best = choose(texts, shares(texts, [score for _, score in found], slots), 1)
+        weights = shares(texts, [score for _, score in found], slots)
+        best = choose(texts, weights, 1, utility(kind))
         assert several[0] == slots.show(best[0])
 
 
@@ -292,7 +298,7 @@ def test_pairs_of_a_prepared_folder_are_those_that_it_was_made_of(folder):
     config = DataConfig(path=str(folder / "records.jsonl"), tokenizer="char")
     config = replace(config, cache_dir=str(folder / "runs" / "cache"))
     dataset = prepare(config, lambda line: None)
-    assert sorted(evaluate.decoded(dataset)) == sorted(evaluate.texts(config))
+    assert sorted(decoded(dataset)) == sorted(texts(config))
 
 
 def test_data_that_has_changed_is_refused(tmp_path, folder, run, monkeypatch):

@@ -68,7 +68,7 @@ def open_source(config: DataConfig, log: Callable[[str], object], cache: Path) -
     val, store = Files(""), Store.of(cache, config.remote_cache_gb, log)
     if given := as_paths(config.path):
         train = _own_files(given, "data.path", "train", config.kind, store)
-        name = _name(given[0])
+        name = name_data(config)
         path = user_path(given[0])
         if len(given) == 1 and any((path / file).exists() for file in ("dev.nl", "dev.cm")):
             val = _own_files(given, "data.path", "dev", config.kind, store)
@@ -117,8 +117,11 @@ def stamp_of(path: File) -> tuple[int, int | str]:
     return found.st_size, found.st_mtime_ns
 
 
-def _name(path: str) -> str:
-    """What data is called that stands at a path: by its file, or by where a pattern begins."""
+def name_data(config: DataConfig) -> str:
+    """What data is called: by its source, its first file, or where a pattern begins."""
+    if not (given := as_paths(config.path)):
+        return config.source
+    path = given[0]
     if is_address(path):
         place = name_of(path)
         while has_magic(f"x://{place}"):
