@@ -180,7 +180,8 @@ def run(program: str, main: Callable[[], int | None]) -> int:
     except BaseException as error:
         if not INTERRUPT.launched:
             raise
-        status = error.code if isinstance(error, SystemExit) else 1
+        code = error.code if isinstance(error, SystemExit) else 1
+        status = code if isinstance(code, int) else int(code is not None)
         if not isinstance(error, SystemExit):
             sys.excepthook(type(error), error, error.__traceback__)
     if status and INTERRUPT.launched:
