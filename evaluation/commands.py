@@ -11,7 +11,7 @@ argument, and that `find -exec`, `xargs`, `sudo` and `bash -c` hold commands of 
 import re
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 BASH_SECONDS = 10.0  # after which `bash -n` has not parsed a command
@@ -409,15 +409,33 @@ def nlc2cmd(predicted: str, true: str) -> float:
     max(|P|, |G|, 1) of the predicted and the true flags, 1 where neither has any; and the mean.
     """
     P, G = utilities_of(predicted), utilities_of(true)
-    scores = [-1.0] * abs(len(P) - len(G))
-    for p, g in zip(P, G, strict=False):
-        scores.append((1 + flag_score(p, g)) / 2 if p.name == g.name else -1.0)
+    scores = [-1.0] * abs(len(P) - len(G)) + aligned_scores(P, G)
     return sum(scores) / len(scores) if scores else 0.0
 
 
-def nlc2cmd_best(predicted: Sequence[str], true: str) -> float:
+def nlc2cmd_aligned(predicted: str, true: str) -> float:
+    """The same, -1 to 1, over the utilities alone that both commands have a place for.
+
+    So the first two of `ls | sort | uniq` are all that counts beside a true `ls | sort`. -1 where
+    only one of the two has any.
+    """
+    P, G = utilities_of(predicted), utilities_of(true)
+    scores = aligned_scores(P, G)
+    return sum(scores) / len(scores) if scores else 0.0 - bool(P or G)
+
+
+def aligned_scores(P: Sequence[Utility], G: Sequence[Utility]) -> list[float]:
+    """Of utilities side by side: -1 for different ones, (1 + F) / 2 for the same."""
+    return [
+        (1 + flag_score(p, g)) / 2 if p.name == g.name else -1.0 for p, g in zip(P, G, strict=False)
+    ]
+
+
+def nlc2cmd_best(
+    predicted: Sequence[str], true: str, score: Callable[[str, str], float] = nlc2cmd
+) -> float:
     """The competition's score of several answers: the best one's if above 0, else their mean."""
-    scores = [nlc2cmd(command, true) for command in predicted]
+    scores = [score(command, true) for command in predicted]
     return max(scores) if max(scores) > 0 else sum(scores) / len(scores)
 
 

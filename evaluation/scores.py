@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -34,6 +35,7 @@ PAIRED: dict[Kind, dict[str, Callable[[str, str], float]]] = {
         "exact match": commands.exact_match,
         "template match": commands.template_match,
         "NLC2CMD": commands.nlc2cmd,
+        "NLC2CMD, aligned": commands.nlc2cmd_aligned,
     },
     "python": {
         "exact match": commands.exact_match,
@@ -70,7 +72,9 @@ def measure(
     for name, score in PAIRED[kind].items():
         found[name] = mean([score(*pair) for pair in zip(first, true, strict=True)])
         if most > 1:
-            best = commands.nlc2cmd_best if name == "NLC2CMD" else best_of(score)
+            best = best_of(score)
+            if name.startswith("NLC2CMD"):
+                best = partial(commands.nlc2cmd_best, score=score)
             values = [best(several, t) for several, t in zip(answers, true, strict=True)]
             found[f"{name}, top-{most}"] = mean(values)
     for characters in (True, False) if bleu else ():

@@ -11,6 +11,7 @@ from evaluation.commands import (
     bash_parses,
     exact_match,
     nlc2cmd,
+    nlc2cmd_aligned,
     nlc2cmd_best,
     parse,
     template,
@@ -60,10 +61,19 @@ def test_what_is_no_command_gets_the_lowest_score():
     assert nlc2cmd("", "") == 0
 
 
+def test_utilities_that_only_one_command_has_do_not_count_when_aligned():
+    assert nlc2cmd("ls -la | wc -l", "ls -l -a | sort | uniq") == (1 - 1 - 1) / 3
+    assert nlc2cmd_aligned("ls -la | sort | wc -l", "ls -l -a | sort") == 1
+    assert nlc2cmd_aligned("ls | wc", "ls -l -a | sort | uniq") == (0 - 1) / 2
+    assert nlc2cmd_aligned("", "ls") == nlc2cmd_aligned("ls", "find 'x") == -1
+    assert nlc2cmd_aligned("", "") == 0
+
+
 def test_of_several_answers_the_best_counts_or_all():
     assert nlc2cmd_best(["touch x", "ls -a"], "ls -a") == 1
     assert nlc2cmd_best(["touch x", "ls -a"], "ls") == -0.5  # -1 and 0: none is above 0
     assert nlc2cmd_best(["touch x"], "ls") == -1
+    assert nlc2cmd_best(["touch x", "ls | wc"], "ls", nlc2cmd_aligned) == 1
 
 
 TEMPLATES = {
