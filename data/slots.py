@@ -48,8 +48,11 @@ QUOTED = re.compile(
 )
 TOKEN = re.compile(r"[^\s\"'`()<>|,;]+")
 NAME = r"[\w.+%-]*\w"
-GLOB = re.compile(r"[\w.~#@%+*?-]*\*[\w.~#@%+*?-]*")
-# by the whole of a token, the first that fits; the argument is the first group
+GLOB = re.compile(r"[\w.~#@%+?-]*\*[\w.~#@%+*?-]*")
+BRACES = r"\$\{\w+\}"
+STEP = r"[\w.*${}-]+"  # of a path
+# by the whole of a token, the first that fits; the argument is the first group. No text may fit a
+# form in several ways: trying all of them would take for ever
 FORMS = [
     (kind, re.compile(form))
     for kind, form in (
@@ -60,11 +63,11 @@ FORMS = [
         ("N", r"[-+]?(\d+(?:\.\d+)?)(?:[kKMGTcbBwdhmsx%]|[kKMG]i?[bB])?"),
         ("V", r"\$(\w+)"),
         ("V", r"\$\{(\w+)\}"),
-        ("P", r"((?:~\w*|\.{1,2}|\$\w+|\$\{\w+\})?/\S*[^\s.:]|[\w.*-]+/(?:[\w.*${}-]+/?)*)"),
+        ("P", rf"((?:~\w*|\.\.?|\$\w+|{BRACES})?/\S*[^\s.:]|[\w.*-]+/(?:{STEP}(?:/{STEP})*/?)?)"),
         ("F", r"([\w-][\w.+-]*\.[A-Za-z]\w*)"),
         ("E", r"(\.\w[\w.-]*)"),
         # dir1, MAX_SIZE, myFile
-        ("W", r"([A-Za-z]+[_-]?\d\w*|\w*_\w+|[a-z]+[A-Z]\w*|[A-Z][a-z]+[A-Z]\w*)"),
+        ("W", r"([A-Za-z]+[_-]?\d\w*|[^\W_]*_\w+|[a-z]+[A-Z]\w*|[A-Z][a-z]+[A-Z]\w*)"),
     )
 ]
 # what has the form of an argument and is none: tools, and words with a stroke between them

@@ -48,6 +48,17 @@ hostile = st.text(
 )
 
 
+@pytest.mark.parametrize(
+    "unit", ["dir/", "a", "_", "*", "a.", "a/", ".a", "a@", "~", "$", "-", "1", "'"]
+)
+@pytest.mark.parametrize("end", ["@", "=", ":", ""])
+def test_a_long_word_takes_no_more_than_its_length(unit, end):
+    """Of forms that fit in several ways each character would double the time, for years."""
+    text = f"show dir/{unit * 20_000}{end}"
+    slots = Slots(text)
+    assert slots.show(slots.hide(text)) == text
+
+
 @pytest.mark.parametrize("prompt, completion, asked, answered", PAIRS)
 def test_arguments_stand_in_both(prompt, completion, asked, answered):
     slots = Slots(prompt)
