@@ -16,7 +16,7 @@ from common.errors import UserError, refuse
 from common.files import is_address, read_checksummed_json, user_path
 from data.config import DEFAULT_CACHE_DIR, DataConfig, Kind, as_paths
 from data.prepared.building import LAYOUT, build, building, fingerprint_of, sweep, writing
-from data.prepared.manifest import check_files, check_manifest, explained
+from data.prepared.manifest import check_files, check_manifest, explained, what_is_begun
 from data.prepared.remote_shards import RemoteFolder, open_remote_split, verify_remote
 from data.prepared.token_files import Split, check_shard, check_sizes, open_split
 from data.sources.paths import split_suffix
@@ -65,7 +65,9 @@ def prepare(
     threads encode; 0: as many as are of use. source: that of `config`, if it is open already.
     """
     if folder := prepared_folder(config, log):
-        return open_given(folder, config, tokenizer)
+        data = open_given(folder, config, tokenizer)
+        log(f"reading {folder}, which is prepared: {data.kind}")
+        return data
     cache = user_path(config.cache_dir or DEFAULT_CACHE_DIR)
     with writing(cache):
         cache.mkdir(parents=True, exist_ok=True)
@@ -76,7 +78,7 @@ def prepare(
             log(found)
     fingerprint = fingerprint_of(source, config, tokenizer)
     folder = cache / f"{source.name}-{fingerprint}-{LAYOUT}"
-    with building(folder, fingerprint) as unfinished:
+    with building(folder, fingerprint, log) as unfinished:
         if unfinished:
             sweep(source, unfinished)
             build(source, config, fingerprint, unfinished, log, tokenizer, jobs)
@@ -160,7 +162,8 @@ def local_copy(folder: Path | RemoteFolder) -> Path:
 
 
 def prepared_folder(config: DataConfig, log: Log) -> Path | RemoteFolder | None:
-    """The folder that data.path names if it is one of prepared data."""
+    """The folder that data.path names if it is one of prepared data. Raises UserError where that
+    is begun, but not whole."""
     paths = as_paths(config.path)
     if len(paths) == 1 and is_address(paths[0]):
         may_be = not has_magic(paths[0]) and not split_suffix(name_of(paths[0]).name)[0]
@@ -169,9 +172,15 @@ def prepared_folder(config: DataConfig, log: Log) -> Path | RemoteFolder | None:
     folder = user_path(paths[0]) if len(paths) == 1 else Path()
     try:
         manifest = (folder / "manifest.json").read_bytes() if paths else b""
-    except (OSError, ValueError):  # ValueError: a NUL in the name
+    except OSError:
+        manifest = b""
+    except ValueError:  # a NUL in the name
         return None
-    return folder if b'"splits":' in manifest else None
+    if b'"splits":' in manifest:
+        return folder
+    if paths and (begun := what_is_begun(folder)):
+        raise UserError(f"data.path = {folder}: prepared data, but {begun}")
+    return None
 
 
 def store_of(config: DataConfig, log: Log) -> Store:

@@ -173,7 +173,7 @@ def learn_tokenizer(
             documents = (document for own, document in split if own == side)
             yield from chain.from_iterable(documents) if source.kind == "pairs" else documents
 
-    with building(folder, fingerprint) as unfinished:
+    with building(folder, fingerprint, log) as unfinished:
         if unfinished:
             for i, (source, part) in enumerate(each):
                 named(i, check_sides, source, part)

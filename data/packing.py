@@ -253,7 +253,7 @@ def open_plan(
     folder = cache / f"{dataset.name}-{dataset.fingerprint}-best_fit-{seq_len}-{VERSION}"
     with writing(cache):
         cache.mkdir(parents=True, exist_ok=True)
-    with building(folder, dataset.fingerprint) as unfinished:
+    with building(folder, dataset.fingerprint, log) as unfinished:
         if unfinished:
             manifest: dict = {"splits": {}}
             for name, split in splits.items():

@@ -70,6 +70,7 @@ EXCEPTIONS = {
     ("data/dataset.py", "data.{fault}"): "lists what DataConfig says of each setting",
     ("data/sources/source.py", "data.{fault}"): "lists what DataConfig says of each setting",
     ("data/prepared/manifest.py", "{folder / name}"): "open_dataset says to remove the folder",
+    ("data/dataset.py", "data.path = {folder}: prepared data, but {b"): "what_is_begun says it",
     ("data/dataset.py", "{folder}: its tokenizer"): "open_dataset says to remove the folder",
     ("generation/sequential.py", "prompt {i}"): "of the arguments of a Python function",
     ("training/config.py", "{origin}"): "lists what `describe` says of each key; see test_config",

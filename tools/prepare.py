@@ -11,6 +11,7 @@ import signal
 if __name__ == "__main__":  # before what takes time: until cli.run() listens, Ctrl-C is silent
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
+import contextlib
 import re
 import sys
 from dataclasses import dataclass, replace
@@ -64,6 +65,8 @@ def main() -> int:
     arguments = cli.parse(Arguments, DESCRIPTION, Arguments(settings.data), argv)
     if arguments.jobs < 0:
         raise UserError(f"--jobs {arguments.jobs} must be at least 0")
+    if arguments.verify and arguments.merge:
+        raise UserError("--verify, --merge: one at a time; leave one of them out")
     if arguments.verify:
         to, there = folders(arguments.verify, arguments.data)
         verify(there or to, log)
@@ -74,7 +77,12 @@ def main() -> int:
     else:
         given = replace(settings, data=arguments.data)
         given = replace(given, data=keep_standard_input(given.data, log))
-        make(kind_of_own(given, settings, argv).data, arguments)
+        try:
+            make(kind_of_own(given, settings, argv).data, arguments)
+        except KeyboardInterrupt:
+            with contextlib.suppress(OSError):  # a terminal that has closed
+                print("stopped; the same command continues", file=sys.stderr, flush=True)
+            raise
     return 0
 
 

@@ -94,7 +94,9 @@ def writing(cache: Path, key: str = "data.cache_dir") -> Generator[None]:
 
 
 @contextmanager
-def building(folder: Path, fingerprint: str, key: str = "data.cache_dir") -> Generator[Path | None]:
+def building(
+    folder: Path, fingerprint: str, log: Log, key: str = "data.cache_dir"
+) -> Generator[Path | None]:
     """A hidden folder that becomes `folder` when the block ends well; None if that is there.
 
     It may hold what a process that was ended had made of the same. What has been recorded stays
@@ -102,16 +104,21 @@ def building(folder: Path, fingerprint: str, key: str = "data.cache_dir") -> Gen
     """
     with writing(folder.parent, key):
         is_there = (folder / "manifest.json").exists()  # and nothing need be written
-        lock = nullcontext() if is_there else FileLock(f"{folder}.lock").acquire()
+        lock = nullcontext() if is_there else acquired(FileLock(f"{folder}.lock"), folder, log)
     with lock:  # two runs may prepare the same data at once
         if (folder / "manifest.json").exists():
             yield None
             return
         unfinished = folder.with_name(f".{folder.name}")
+        if recorded(unfinished).get("fingerprint", fingerprint) != fingerprint:
+            raise UserError(
+                f"{folder}: begun with another corpus or other settings; give those again to "
+                f"continue, or another {key}, or remove {unfinished}"
+            )
         with writing(folder.parent, key):
             if Progress(unfinished, fingerprint)["tokenizer"] is None:
                 shutil.rmtree(unfinished, ignore_errors=True)
-            unfinished.mkdir(0o700, exist_ok=True)
+            unfinished.mkdir(exist_ok=True)
         keep = True
         try:
             yield unfinished
@@ -134,6 +141,15 @@ def building(folder: Path, fingerprint: str, key: str = "data.cache_dir") -> Gen
         finally:
             if not (keep and (unfinished / PROGRESS).exists()):
                 shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def acquired(lock: FileLock, folder: Path, log: Log):
+    """A lock that is held now; whoever has to wait for it is told."""
+    try:
+        return lock.acquire(blocking=False)
+    except Timeout:
+        log(f"{folder}: another process is preparing it; waiting for that")
+        return lock.acquire()
 
 
 def sweep(source: Source, unfinished: Path):
@@ -182,6 +198,7 @@ def build(
         )
     else:
         tokenizer = tokenizer or load_tokenizer(folder)
+        log("tokenizer: made before")
     dtype = "<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4"
     writers = open_writers(folder, names, source.kind, dtype, progress)
     place = Place(**progress["place"]) if progress["place"] else replace((share or WHOLE)[0][0])

@@ -11,6 +11,8 @@ from data.config import Kind
 from data.prepared.token_files import check_shards
 from data.prompt_format import are_pairs
 
+PROGRESS = "progress.json"  # what is recorded in a folder that is not whole yet
+
 
 @contextmanager
 def explained(folder: Path) -> Generator[None]:
@@ -24,10 +26,44 @@ def explained(folder: Path) -> Generator[None]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         if isinstance(error, OSError) and error.errno not in MISSING:
             raise UnreadableError(error, folder) from None
+        if not (folder / "manifest.json").is_file():
+            raise UserError(f"{folder}: {why_absent(folder)}") from None
         raise UserError(
             f"{folder}: not a prepared data set ({type(error).__name__}: {error}); "
             "remove it and it will be prepared again"
         ) from None
+
+
+def why_absent(folder: Path) -> str:
+    """Why a folder has no manifest.json, and what to do."""
+    if not folder.is_dir():
+        there = "not a folder" if folder.exists() else "no such folder"
+        return f"{there}; give one that python -m tools.prepare --to has made"
+    if begun := what_is_begun(folder):
+        return begun
+    return (
+        "not prepared data: has no manifest.json; give a folder that python -m tools.prepare --to "
+        "has made"
+    )
+
+
+def what_is_begun(folder: Path) -> str:
+    """Of a folder that is not whole, but was begun to be prepared: what to do; else ""."""
+    if any(folder.glob(f".*-of-*/{PROGRESS}")) or (folder / PROGRESS).exists():
+        return "its preparing was ended; give the same python -m tools.prepare command to continue"
+    parts = [*folder.glob("[1-9]*-of-[1-9]*/manifest.json")]
+    if parts:
+        number = parts[0].parent.name.partition("-of-")[2]
+        return (
+            f"has {len(parts)} of {number} parts; run python -m tools.prepare with --part for the "
+            "others, or with --merge if all are there"
+        )
+    if any(folder.glob("train-*.ids")):
+        return (
+            "its manifest.json is missing or damaged; run python -m tools.prepare again, into an "
+            "empty folder"
+        )
+    return ""
 
 
 def check_manifest(manifest: dict, is_part: bool = False):

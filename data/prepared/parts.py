@@ -8,28 +8,43 @@ A part is a run of neighbouring files, or where files are few or unequal, of tex
 their order are those that one machine would have made, whatever the number of parts.
 """
 
+import re
 import shutil
 import time
 from bisect import bisect_left
 from collections import Counter
+from contextlib import suppress
 from itertools import accumulate
 from pathlib import Path
 
 from filelock import FileLock
 
 from common.errors import UserError
-from common.files import checksummed_json, read_checksummed_json, replace_synced, user_path
-from data.config import DEFAULT_CACHE_DIR, DataConfig
+from common.files import (
+    checksummed_json,
+    is_address,
+    read_checksummed_json,
+    replace_synced,
+    user_path,
+)
+from data.config import DEFAULT_CACHE_DIR, DataConfig, as_paths
 from data.prepared.building import Log, build, building, fingerprint_of, make_tokenizer, writing
-from data.prepared.manifest import check_manifest, explained
+from data.prepared.manifest import PROGRESS, check_manifest, explained
 from data.prepared.remote_shards import RemoteFolder
 from data.prepared.splitting import count_characters, hash_fraction, hold_out
 from data.sources.readers import Place, Reader
 from data.sources.source import Source, open_source
 from data.tokenizers.base import Tokenizer
-from data.tokenizers.load import load_tokenizer
+from data.tokenizers.byte import ByteTokenizer
+from data.tokenizers.load import TOKENIZER_FILES, load_tokenizer
 
 SAME = ("format", "name", "kind", "fingerprint", "dtype", "vocab_size", "files")  # in all parts
+TOKENIZER = "|".join(map(re.escape, TOKENIZER_FILES))
+# what may stand in a folder that was prepared into before
+OWN = re.compile(
+    rf"tokenizer-\w+|\d+-of-\d+(\.lock)?|manifest\.lock|"
+    rf"(\d+-of-\d+/)?(manifest\.json|(train|val)-\d+\.\w+|{TOKENIZER}|\w+\.tmp)"
+)
 INTERVAL = 1.0  # seconds between two looks for the tokenizer
 
 
@@ -49,8 +64,7 @@ def prepare_part(
     there: the folder in an object store whose mirror `to` is, to which all is moved.
     """
     cache = user_path(config.cache_dir or DEFAULT_CACHE_DIR)
-    with writing(to, "--to"):
-        to.mkdir(parents=True, exist_ok=True)
+    refuse_other_files(to, config)
     source = open_source(config, log, cache)
     if source.kind == "stream" and parts > 1:
         raise UserError(
@@ -58,24 +72,36 @@ def prepare_part(
             'set data.kind = "documents" for many texts'
         )
     fingerprint = fingerprint_of(source, config, tokenizer)
+    with writing(to, "--to"):
+        to.mkdir(parents=True, exist_ok=True)
+    folder = to / f"{part}-of-{parts}"
+    refuse_other(folder, fingerprint, "")
     tokenizer = tokenizer or shared_tokenizer(
-        config, source, to, fingerprint, part == 1, log, there
+        config, source, to, fingerprint, part, parts, log, there
     )
     readers = [reader for reader in (source.train, source.val) if reader]
     cuts = [borders(reader, parts) for reader in readers] if parts > 1 else []
     share = [(cut[part - 1], cut[part]) for cut in cuts] or None
-    folder = to / f"{part}-of-{parts}"
     if there:
         there.refuse_half(folder)
-    with building(folder, fingerprint, "--to") as unfinished:
+    with building(folder, fingerprint, log, "--to") as unfinished:
         if unfinished:
             build(source, config, fingerprint, unfinished, log, tokenizer, jobs, share)
-    with explained(folder):
-        if read_checksummed_json(folder / "manifest.json")["fingerprint"] != fingerprint:
-            raise UserError(f"{folder}: of another corpus or other settings; give another --to")
+    refuse_other(folder, fingerprint, "")  # in the meantime
     if there:
         there.move_part(folder)
     return merge(to, parts, log, there)
+
+
+def refuse_other_files(to: Path, config: DataConfig):
+    """Refuses to prepare into a folder of something else, which could be lost, or read as text."""
+    for path in as_paths(config.path):
+        if not is_address(path) and to.resolve().is_relative_to(user_path(path).resolve()):
+            raise UserError(f"--to {to}: is in data.path, {path}; give a folder elsewhere")
+    inside = [f"{file.parent.name}/{file.name}" for file in to.glob("[0-9]*-of-*/*")]
+    for name in sorted([file.name for file in to.glob("[!.]*")] + inside):
+        if not OWN.fullmatch(name):
+            raise UserError(f"--to {to}: has other files in it ({name}); give an empty folder")
 
 
 def borders(reader: Reader, parts: int) -> list[Place]:
@@ -101,19 +127,29 @@ def shared_tokenizer(
     source: Source,
     to: Path,
     fingerprint: str,
-    is_first: bool,
+    part: int,
+    parts: int,
     log: Log,
     there: RemoteFolder | None = None,
 ) -> Tokenizer:
-    """The tokenizer of all parts: the first makes it, and the others wait for it."""
+    """The tokenizer of all parts: the first makes it, and the others wait for it.
+
+    Raises UserError where the first is there, and of another corpus or other settings.
+    """
+    if config.tokenizer == "byte":
+        return ByteTokenizer()
     place = to / f"tokenizer-{fingerprint}"
 
     def is_here() -> bool:
         return place.exists() or bool(there and there.fetch_folder(place.name))
 
-    if not is_first and not is_here():
+    if part > 1 and not is_here():
         log(f"waiting for {place}: part 1 makes it")
         while not is_here():
+            first = to / f"1-of-{parts}"
+            if there:
+                there.fetch(f"{first.name}/manifest.json")
+            refuse_other(first, fingerprint, ", and makes no tokenizer for these")
             time.sleep(INTERVAL)
     if not is_here():
         tokenizer = make_tokenizer(config, source, count_characters(source, config), log)
@@ -123,9 +159,22 @@ def shared_tokenizer(
             unfinished.mkdir()
             tokenizer.save(unfinished)
             unfinished.rename(place)
-    if there and is_first:
+    if there and part == 1:
         there.send_folder(place)
     return load_tokenizer(place)
+
+
+def refuse_other(folder: Path, fingerprint: str, why: str):
+    """Refuses a part that is there, finished or not, of another corpus or other settings."""
+    for file in (folder / "manifest.json", folder.with_name(f".{folder.name}") / PROGRESS):
+        found = fingerprint
+        with suppress(OSError, ValueError, KeyError):  # not there, or not whole yet
+            found = read_checksummed_json(file)["fingerprint"]
+        if found != fingerprint:
+            raise UserError(
+                f"{file.parent}: of another corpus or other settings{why}; give those again, or "
+                "another --to"
+            )
 
 
 def merge(to: Path, parts: int, log: Log = print, there: RemoteFolder | None = None) -> bool:

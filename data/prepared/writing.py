@@ -13,9 +13,9 @@ from tqdm import tqdm
 
 from common.files import checksummed_json, read_checksummed_json, replace_synced
 from data.prepared.encoding import Block, Encoder, blocks
+from data.prepared.manifest import PROGRESS
 from data.prepared.token_files import ShardWriter
 
-PROGRESS = "progress.json"
 MARK = 1 << 26  # characters of the source between two records
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 
@@ -52,6 +53,19 @@ def test_two_processes_prepare_one_corpus(corpus, tmp_path):
     assert found.val.ids[:].tolist() == whole.val.ids.tolist()
 
 
+def test_ctrl_c_says_that_it_can_be_continued(corpus, tmp_path):
+    flags = ["--data.path", corpus, "--to", tmp_path / "to", "--part", "2/2"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tools.prepare", *map(str, flags)], cwd=ROOT, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "PYTHONUNBUFFERED": "1"},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )  # fmt: skip
+    assert any("waiting for" in line for line in process.stdout)
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=60)[1] == "stopped; the same command continues\n"
+    assert process.returncode == 130
+
+
 def test_what_it_has_made_is_what_train_finds(corpus, tmp_path, monkeypatch, capsys):
     flags = ["--data.path", corpus, "--data.cache_dir", tmp_path / "c", "--data.tokenizer", "char"]
     assert call(monkeypatch, *flags, "--jobs", 2) == 0
@@ -74,9 +88,10 @@ def test_what_it_has_made_is_what_train_finds(corpus, tmp_path, monkeypatch, cap
         (["--part", "3/2", "--to", "x"], "--part 3/2: must be i/n"),
         (["--part", "x", "--to", "x"], "--part x: must be i/n"),
         (["--part", "1/2"], "--part 1/2: needs a folder"),
+        (["--verify", "x", "--merge", "y"], "--verify, --merge: one at a time"),
         (["--jobs", "-1"], "--jobs -1 must be at least 0"),
         (["--merge", "nowhere"], "--merge nowhere: must have folders"),
-        (["--verify", "nowhere"], "nowhere: not a prepared data set"),
+        (["--verify", "nowhere"], "nowhere: no such folder; give one"),
         (["--data.pth", "x"], "see --data.path"),
     ],
 )

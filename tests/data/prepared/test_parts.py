@@ -2,17 +2,22 @@
 
 import json
 import shutil
+import time
 from dataclasses import replace
 from itertools import chain, pairwise
+from pathlib import Path
+from threading import Thread
 
 import pytest
+from filelock import FileLock
 
 from common.errors import UserError
 from data.config import DataConfig
 from data.dataset import open_dataset, prepare, verify
-from data.prepared import parts
+from data.prepared import building, parts
 from data.prepared.parts import borders, merge, prepare_part
 from data.sources.source import open_source
+from tests.helpers import TEXT
 
 
 def quiet(_):
@@ -93,6 +98,75 @@ def test_parts_of_other_settings_are_not_mixed(config, tmp_path):
     with pytest.raises(UserError, match="must have folders 1-of-N"):
         parts.count_parts(tmp_path)
     assert parts.count_parts(to) == 2
+
+
+@pytest.mark.parametrize("name", ["mine.txt", "1-of-1/mine.txt", "train/x"])
+def test_a_folder_with_other_files_is_left_as_it_is(config, tmp_path, name):
+    file = tmp_path / "to" / name
+    file.parent.mkdir(parents=True)
+    file.write_text("precious")
+    with pytest.raises(UserError, match=r"--to .*to: has other files in it .*; give an empty"):
+        prepare_part(config, tmp_path / "to", 1, 1, quiet)
+    assert [path for path in (tmp_path / "to").rglob("*") if path.is_file()] == [file]
+    for folder in (config.path, f"{config.path}/to"):
+        with pytest.raises(UserError, match=r"--to .*: is in data.path, .*; give a folder else"):
+            prepare_part(config, Path(folder), 1, 1, quiet)
+
+
+def test_what_is_begun_is_neither_lost_nor_read_as_text(config, tmp_path, monkeypatch):
+    to, other = tmp_path / "to", replace(config, val_fraction=0.3)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(building, "write_shards", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        prepare_part(config, to, 1, 2, quiet)
+    begun = sorted(path for path in to.rglob("*"))
+    with pytest.raises(UserError, match=r"\.1-of-2: of another corpus or other settings; give"):
+        prepare_part(other, to, 1, 2, quiet)
+    with pytest.raises(UserError, match=r"\.1-of-2: of another .*, and makes no tokenizer for"):
+        prepare_part(other, to, 2, 2, quiet)
+    assert begun == [path for path in sorted(to.rglob("*")) if path in begun]
+    given = replace(config, path=str(to))
+    for look in (verify, lambda *_: prepare(given, quiet)):
+        with pytest.raises(UserError, match=r"its preparing was ended; give the same python -m"):
+            look(to, quiet)
+    said = []
+    assert not prepare_part(config, to, 1, 2, said.append)
+    assert "tokenizer: made before" in said
+    with pytest.raises(UserError, match=r"1-of-2: of another .*, and makes no tokenizer for"):
+        prepare_part(other, to, 2, 2, quiet)
+    for look in (verify, lambda *_: prepare(given, quiet)):
+        with pytest.raises(UserError, match=r"has 1 of 2 parts; run python -m tools.prepare with"):
+            look(to, quiet)
+    assert prepare_part(config, to, 2, 2, quiet)
+    assert (to / "1-of-2").stat().st_mode & 0o777 == to.stat().st_mode & 0o777
+    said.clear()
+    prepare(given, said.append)
+    assert said == [f"reading {to}, which is prepared: {open_dataset(to).kind}"]
+    (to / "manifest.json").write_text("{")
+    with pytest.raises(UserError, match=r"prepared data, but has 2 of 2 parts; run .* --merge if"):
+        prepare(given, quiet)
+    for wrong, why in ((config.path, "not prepared data: has"), (str(TEXT), "not a folder; give")):
+        with pytest.raises(UserError, match=why):
+            verify(Path(wrong), quiet)
+
+
+def test_bytes_wait_for_no_tokenizer(config, tmp_path):
+    config = replace(config, tokenizer="byte")
+    assert not prepare_part(config, tmp_path / "to", 2, 2, quiet)
+    assert prepare_part(config, tmp_path / "to", 1, 2, quiet)
+    assert facts(open_dataset(tmp_path / "to")) == facts(prepare(config, quiet))
+
+
+def test_who_waits_for_another_process_says_so(config, tmp_path):
+    said, folder = [], tmp_path / "to" / "1-of-1"
+    folder.parent.mkdir()
+    with FileLock(f"{folder}.lock"):
+        waiting = Thread(target=prepare_part, args=(config, folder.parent, 1, 1, said.append))
+        waiting.start()
+        while not any("another process" in line for line in said):
+            time.sleep(0.01)
+    waiting.join()
+    assert f"{folder}: another process is preparing it; waiting for that" in said
+    assert open_dataset(tmp_path / "to").train
 
 
 def test_a_stream_is_not_prepared_in_parts(tmp_path):
