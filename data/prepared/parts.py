@@ -96,7 +96,9 @@ def prepare_part(
 def refuse_other_files(to: Path, config: DataConfig):
     """Refuses to prepare into a folder of something else, which could be lost, or read as text."""
     for path in as_paths(config.path):
-        if not is_address(path) and to.resolve().is_relative_to(user_path(path).resolve()):
+        if is_address(path) or "\0" in path:  # which is refused when it is read
+            continue
+        if to.resolve().is_relative_to(user_path(path).resolve()):
             raise UserError(f"--to {to}: is in data.path, {path}; give a folder elsewhere")
     inside = [f"{file.parent.name}/{file.name}" for file in to.glob("[0-9]*-of-*/*")]
     for name in sorted([file.name for file in to.glob("[!.]*")] + inside):
