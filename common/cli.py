@@ -23,7 +23,7 @@ from common.signals import INTERRUPT, handle_interrupts
 
 CONTROL = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f]")  # all but tab and newline
 # how tyro calls a part of the settings, and what it says of flags
-PART = re.compile(r"Error parsing (?:Arguments|sampling|settings)?\.?(\w*): ")
+PART = re.compile(r"Error parsing (?:Arguments|sampling|settings)?\.?([\w.]*): ")
 CHOICE = re.compile(r"[Ii]nvalid choice '(.*)' for argument '(.*)'\. Expected one of \((.*)\)\.")
 NUMBERS = {  # what Python and argparse say of numbers: in plain words
     "invalid literal for int() with base 10:": "must be a whole number, found",
@@ -113,10 +113,12 @@ def explain_stray(box: str, argv: list[str], arguments: Any) -> str:
         return ""
     words = [word for argument in argv for word in argument.split("=", 1) if word]
     names = {field.name for field in dataclasses.fields(arguments)}
+    stray = {w for w in words if re.search(rf"(options: |, ){re.escape(w)}(,| *$)", box, re.M)}
     for before, value in zip(["", *words], words, strict=False):
-        if not re.search(rf"(options: |, ){re.escape(value)}(,| *$)", box, re.MULTILINE):
+        if value not in stray:
             continue  # it was taken
-        if before.startswith("--") and value.lower() in YES_OR_NO:
+        # a flag that there is not is stray itself
+        if before.startswith("--") and before not in stray and value.lower() in YES_OR_NO:
             table, dot, name = before[2:].rpartition(".")
             off = f"--{table}{dot}no-{name.removeprefix('no_')}"
             return f"{before}: takes no value, found {value!r}; give {before}, or {off} for no"

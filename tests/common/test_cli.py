@@ -12,7 +12,7 @@ from typing import Literal
 import pytest
 
 from common.cli import Parser, explain_error, is_out_of_memory, parse, quoted
-from common.errors import UserError
+from common.errors import UserError, refuse
 from common.files import user_path
 from tests.helpers import ROOT
 
@@ -93,6 +93,16 @@ class Part:
 
 
 @dataclass(frozen=True)
+class Item:
+    """One of several tables."""
+
+    weight: float = 1.0
+
+    def __post_init__(self):
+        refuse([] if self.weight > 0 else [f"weight = {self.weight} must be above 0"])
+
+
+@dataclass(frozen=True)
 class Flags:
     """Flags of every type."""
 
@@ -103,6 +113,7 @@ class Flags:
     kind: Literal["auto", "a kind with a long name", "another kind with a long name"] = "auto"
     fast: bool = False
     part: Part = field(default_factory=Part)
+    items: tuple[Item, ...] = (Item(),)
 
 
 WRONG = {
@@ -119,6 +130,10 @@ WRONG = {
     ("nothing",): "Unrecognized options: nothing; see --help",
     ("9" * 999,): f"Unrecognized options: {'9' * 999}; see --help",  # no file can have that name
     ("--stepps", "3"): "Unrecognized options: --stepps, 3; see --steps INT",
+    ("--fsat", "1"): "Unrecognized options: --fsat, 1; see --fast, --no_fast",
+    ("--items.1.weight", "1"): "Unrecognized options: --items.1.weight, 1; "
+    "see --items.0.weight FLOAT",
+    ("--items.0.weight", "0"): "--items.0.weight = 0.0 must be above 0",
     ("--kind", "b"): "--kind b: must be one of 'auto', 'a kind with a long name', "
     "'another kind with a long name'; see --help",
 }
