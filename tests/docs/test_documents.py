@@ -277,6 +277,13 @@ def test_commands_stand_in_fenced_blocks(name):
     assert INDENTED.findall(prose(TEXTS[name])) == []
 
 
+@pytest.mark.parametrize("name", TEXTS)
+def test_tables_are_whole(name):
+    """An empty line ends a table: rows after it have no header, and are shown as raw text."""
+    tables = re.findall(r"^(\|.*)\n(.*)(?:\n\|.*)*", prose(TEXTS[name]), re.MULTILINE)
+    assert [first for first, rule in tables if not re.fullmatch(r"\|[-:| ]+\|", rule)] == []
+
+
 def test_readme_is_short():
     assert too_long(TEXTS["README.md"]) == []
 
