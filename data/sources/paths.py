@@ -70,6 +70,7 @@ class Tally:
     skipped: int = 0
     first: list[str] = field(default_factory=list)
     replaced: int = 0  # bytes that are no characters
+    where: str = ""  # the first of these
     separators: int = 0
     file: io.BufferedReader | None = None  # that is being read
 
@@ -81,7 +82,7 @@ class Tally:
         """What another tally can go on from."""
         return {
             "skipped": self.skipped, "first": self.first[:], "replaced": self.replaced,
-            "separators": self.separators,
+            "where": self.where, "separators": self.separators,
         }  # fmt: skip
 
     def skip(self, place: str, why: str, fix: str):
@@ -100,7 +101,10 @@ class Tally:
             found.append(f"note: skipped {self.skipped:,}: {what}{'; '.join(self.first)}")
         if self.replaced:
             encoding = self.config.encoding
-            found.append(f"note: {self.replaced:,} places are not {encoding}: U+FFFD stands there")
+            first = f", the first at {self.where}" if self.where else ""
+            found.append(
+                f"note: {self.replaced:,} places are not {encoding}: U+FFFD stands there{first}"
+            )
         return found
 
 

@@ -9,7 +9,7 @@ from data.config import DataConfig, Kind
 from data.sources.kinds import holds_records, looks_like, refuse_bytes, unreadable
 from data.sources.paths import File, Files, Part, Tally, open_parts, size_of
 from data.sources.records import Pair, WrongError, as_document, as_pair, describe, records
-from data.sources.text import chunks, numbered_lines, separated, whole
+from data.sources.text import chunks, is_whole, numbered_lines, separated, whole
 
 
 @dataclass
@@ -39,7 +39,7 @@ class Reader:
 
     def __init__(self, files: Files, kind: Kind, config: DataConfig, log: Callable[[str], object]):
         self.files, self.kind, self.config, self.log = files, kind, config, log
-        self.told = False
+        self.told, self.tally = False, Tally(config)
         # the two files of parallel ones are read as one
         self.parts = [files.paths] if files.parallel else [(path,) for path in files.paths]
         self.sizes = [sum(map(size_of, part)) for part in self.parts]
@@ -51,7 +51,7 @@ class Reader:
         first, skipped = place.file, place.item
         whole = end is None and (bool(place.tally) or not (first or skipped))
         end = end or Place(file=len(self.parts))
-        tally = Tally(self.config, **place.tally)
+        tally = self.tally = Tally(self.config, **place.tally)
         for number in range(first, len(self.parts)):
             place.tally, place.file, place.item = tally.counts(), number, 0
             place.read = lambda: self.before[place.file] + tally.position()
@@ -71,7 +71,7 @@ class Reader:
     def of_file(self, number: int, tally: Tally) -> Iterator:
         """What one file holds, or the two that are read line by line."""
         if self.files.parallel:
-            yield from self.parallel()
+            yield from self.parallel(tally)
             return
         for part in open_parts(self.files.paths[number], self.config.kind, tally):
             yield from self.read(part, tally)
@@ -99,11 +99,13 @@ class Reader:
         if self.kind == "stream":
             return chunks(part, tally)
         if self.kind == "lines":
-            return (line for _, line in numbered_lines(part, tally) if line.strip())
+            lines = numbered_lines(part, tally, skips=True)
+            texts = (t for n, t in lines if is_whole(t, f"{part.place}:{n}", tally))
+            return filter(str.strip, texts)
         looks = looks_like(part.suffix, part.head, self.config)
         if self.kind == "pairs" or holds_records(part, looks):
             return self.of_records(part, looks, tally)
-        texts = separated(part, tally) if self.config.separator else iter([whole(part, tally)])
+        texts = separated(part, tally) if self.config.separator else whole(part, tally)
         return filter(str.strip, texts)
 
     def of_records(self, part: Part, looks: str, tally: Tally) -> Iterator[str | Pair]:
@@ -117,14 +119,13 @@ class Reader:
             if not isinstance(found, str) or found.strip():
                 yield found
 
-    def lines(self, path: File) -> Iterator[str]:
-        tally = Tally(self.config)
+    def lines(self, path: File, tally: Tally) -> Iterator[str]:
         for part in open_parts(path, self.config.kind, tally):
             yield from (line for _, line in numbered_lines(part, tally))
 
-    def parallel(self) -> Iterator[Pair]:
-        prompts, completions = self.files.paths
-        for prompt, completion in zip(self.lines(prompts), self.lines(completions), strict=True):
+    def parallel(self, tally: Tally) -> Iterator[Pair]:
+        prompts, completions = (self.lines(path, tally) for path in self.files.paths)
+        for prompt, completion in zip(prompts, completions, strict=True):
             if prompt or completion:
                 yield prompt, completion
 
@@ -134,7 +135,8 @@ def check_reader(reader: Reader) -> None:
     files = reader.files
     try:
         if files.parallel:
-            first, second = (sum(1 for _ in reader.lines(path)) for path in files.paths)
+            tally = Tally(reader.config)
+            first, second = (sum(1 for _ in reader.lines(path, tally)) for path in files.paths)
             if first != second:
                 names = [path.name for path in files.paths]
                 raise UserError(
@@ -144,5 +146,11 @@ def check_reader(reader: Reader) -> None:
         empty = not any("".join(piece).strip() for piece in reader())
     except OSError as error:
         raise unreadable(files.where, error) from None
+    if empty and reader.tally.skipped:
+        shown = f"{reader.tally.skipped:,}; the first: {reader.tally.first[0]}"
+        raise UserError(
+            f"{files.where}: all records were skipped ({shown}); correct them, or leave "
+            "data.skip_bad out to be told what each must be"
+        )
     if empty:
         raise UserError(f"{files.where}: is empty or white space only; give a file with text in it")

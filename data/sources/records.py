@@ -10,7 +10,7 @@ from typing import Any
 from common.errors import UserError
 from data.config import DataConfig, Kind
 from data.sources.paths import Part, Tally
-from data.sources.text import MAX_TEXT, chunks, numbered_lines
+from data.sources.text import MAX_TEXT, chunks, is_whole, numbered_lines
 from data.tokenizers.base import SURROGATE
 
 Pair = tuple[str, str]  # (prompt, completion)
@@ -38,9 +38,9 @@ def records(part: Part, looks: str, tally: Tally) -> Iterator[tuple[str, Any]]:
 
 
 def json_lines(part: Part, tally: Tally) -> Iterator[tuple[str, Any]]:
-    for number, line in numbered_lines(part, tally):
-        if line.strip():
-            place = f"{part.place}:{number}"
+    for number, line in numbered_lines(part, tally, skips=True):
+        place = f"{part.place}:{number}"
+        if line.strip() and is_whole(line, place, tally):
             try:
                 record = json.loads(line)
             except (ValueError, RecursionError):
@@ -51,7 +51,7 @@ def json_lines(part: Part, tally: Tally) -> Iterator[tuple[str, Any]]:
 
 def json_array(part: Part, tally: Tally) -> Iterator[tuple[str, Any]]:
     """The elements of one array, a piece of the file at a time."""
-    decoder, pieces = json.JSONDecoder(), chunks(part, tally)
+    decoder, pieces = json.JSONDecoder(), chunks(part, tally, skips=True)
     text, at, number = next(pieces, "").lstrip().removeprefix("["), 0, 0
     while True:
         while at < len(text) and text[at] in WHITE + ",":
@@ -74,14 +74,16 @@ def json_array(part: Part, tally: Tally) -> Iterator[tuple[str, Any]]:
                 ) from None
             text, at = text[at:] + "".join(more), 0
             continue
-        number, at = number + 1, end
-        yield f"{part.place}: record {number:,}", record
+        number, begin, at = number + 1, at, end
+        place = f"{part.place}: record {number:,}"
+        if is_whole(text[begin:end], place, tally):
+            yield place, record
 
 
 def table(part: Part, tally: Tally) -> Iterator[tuple[str, Any]]:
     """The rows of a table with a header, as {column: text}."""
     csv.field_size_limit(MAX_TEXT)
-    lines = (line + "\n" for _, line in numbered_lines(part, tally))
+    lines = (line + "\n" for _, line in numbered_lines(part, tally, skips=True))
     rows = csv.reader(lines, delimiter="\t" if part.suffix == ".tsv" else ",", strict=True)
     names, fix = None, "correct it"
     while True:
@@ -95,6 +97,8 @@ def table(part: Part, tally: Tally) -> Iterator[tuple[str, Any]]:
             return
         if names is None:
             names = row
+        elif not is_whole("".join(row), place, tally):
+            continue
         elif len(row) == len(names):
             yield place, dict(zip(names, row, strict=True))
         elif row:

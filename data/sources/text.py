@@ -22,14 +22,16 @@ def codec(head: bytes, encoding: str) -> str:
     return "utf-8-sig"
 
 
-def chunks(part: Part, tally: Tally) -> Iterator[str]:
+def chunks(part: Part, tally: Tally, skips: bool = False) -> Iterator[str]:
     """The whole text, \\r\\n as it stands, in pieces that need not end at a line.
 
-    Raises UserError with the line and the byte of what cannot be decoded.
+    skips: leave MARK where a byte is wrong and data.skip_bad is set, for `is_whole` to see.
+    Otherwise raises UserError with the line and the byte of what cannot be decoded.
     """
     config = tally.config
     name = codec(part.head, config.encoding)
-    strict = config.errors == "strict"
+    replaces = config.errors == "replace"
+    strict = not replaces and not (skips and config.skip_bad)
     decoder = codecs.getincrementaldecoder(name)("strict" if strict else "triptych.mark")
     done, line = 0, 1
     while True:
@@ -46,7 +48,9 @@ def chunks(part: Part, tally: Tally) -> Iterator[str]:
                 f"{part.place}:{line}: not {what} at byte {offset}; save it as UTF-8, or set "
                 'data.encoding, or data.errors = "replace" to read on'
             ) from None
-        if not strict and MARK in text:
+        if replaces and MARK in text:
+            if not tally.replaced:
+                tally.where = f"{part.place}:{line + text[: text.index(MARK)].count(chr(10))}"
             tally.replaced += text.count(MARK)
             text = text.replace(MARK, "\ufffd")
         if text:
@@ -56,10 +60,18 @@ def chunks(part: Part, tally: Tally) -> Iterator[str]:
             return
 
 
-def numbered_lines(part: Part, tally: Tally) -> Iterator[tuple[int, str]]:
-    """(number from 1, line without its end); only \\n or \\r\\n ends a line."""
+def is_whole(text: str, place: str, tally: Tally) -> bool:
+    """Whether all of a text was characters; else it is left out, as data.skip_bad says."""
+    wrong = tally.config.skip_bad and MARK in text
+    if wrong:
+        tally.skip(place, "has bytes that are no characters of its encoding", "correct it")
+    return not wrong
+
+
+def numbered_lines(part: Part, tally: Tally, skips: bool = False) -> Iterator[tuple[int, str]]:
+    """(number from 1, line without its end); only \\n or \\r\\n ends a line. skips: as `chunks`."""
     number, begun, length = 1, [], 0
-    for text in chunks(part, tally):
+    for text in chunks(part, tally, skips):
         first, *lines = text.split("\n")
         begun.append(first)
         length += len(first)
@@ -74,25 +86,30 @@ def numbered_lines(part: Part, tally: Tally) -> Iterator[tuple[int, str]]:
         yield number, line.removesuffix("\r")
 
 
-def whole(part: Part, tally: Tally) -> str:
+def whole(part: Part, tally: Tally) -> Iterator[str]:
     """All of a text. Raises UserError for one that is too long to be a document."""
     pieces, length = [], 0
-    for text in chunks(part, tally):
+    for text in chunks(part, tally, skips=True):
         pieces.append(text)
         length += len(text)
         refuse_long(length, part.place)
-    return "".join(pieces)
+    if is_whole(text := "".join(pieces), part.place, tally):
+        yield text
 
 
 def separated(part: Part, tally: Tally) -> Iterator[str]:
     """The texts that stand between data.separator, without the ends of lines around it."""
-    mark, rest = tally.config.separator, ""
-    for text in chunks(part, tally):
+    mark, rest, number = tally.config.separator, "", 1
+    for text in chunks(part, tally, skips=True):
         *texts, rest = (rest + text).split(mark)
         tally.separators += len(texts)
-        yield from (text.strip("\r\n") for text in texts)
+        for text in texts:
+            if is_whole(text, f"{part.place}: text {number:,}", tally):
+                yield text.strip("\r\n")
+            number += 1
         refuse_long(len(rest), part.place)
-    yield rest.strip("\r\n")
+    if is_whole(rest, f"{part.place}: text {number:,}", tally):
+        yield rest.strip("\r\n")
 
 
 def refuse_long(length: int, place: str):

@@ -244,6 +244,13 @@ def test_members_that_are_refused_or_skipped(tmp_path, name, content, expected, 
     assert os.listdir(tmp_path) == [path.name]
 
 
+def test_an_archive_of_which_all_is_skipped_is_not_said_to_be_empty(tmp_path):
+    make_zip(tmp_path / "corpus.zip", [("inner.zip", b"PK")])
+    message = refusal(opened, tmp_path / "corpus.zip", tmp_path, skip_bad=True)
+    assert "all records were skipped (1; the first: " in message
+    assert "corpus.zip: inner.zip (an archive in an archive))" in message
+
+
 def test_damaged_archives_are_one_line(tmp_path):
     members = [(f"{i}.txt", f"{i} ".encode() * 999) for i in range(9)]
     tar(tmp_path / "a.tar", members)

@@ -80,6 +80,15 @@ def test_folder_of_pairs(tmp_path):
     (tmp_path / "dev.cm").write_text("3\n4\n")
     message = refusal(opened, tmp_path, tmp_path)
     assert "dev.nl has 1 lines" in message and "dev.cm has 2" in message
+    for name in ("dev.nl", "dev.cm"):
+        (tmp_path / name).unlink()
+    (tmp_path / "train.cm").write_bytes(b"1\n\n\xff")
+    assert "train.cm:3: not UTF-8" in refusal(opened, tmp_path, tmp_path, skip_bad=True)
+    said = []
+    config = DataConfig(path=str(tmp_path), errors="replace")
+    assert list(open_source(config, said.append, tmp_path).train())[1] == ("b ", "\ufffd")
+    assert said[-1].startswith("note: 1 places are not utf-8")
+    assert said[-1].endswith(f"the first at {tmp_path / 'train.cm'}:3")
 
 
 def test_val_path(tmp_path):

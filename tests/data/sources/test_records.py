@@ -92,6 +92,47 @@ def test_a_bad_line_is_refused_or_skipped(tmp_path, line, expected):
     assert f"{path}:6 " in note and f"{path}:7 " not in note
 
 
+def test_it_is_said_where_all_records_are_skipped(tmp_path):
+    path = write(tmp_path / "a.jsonl", '{"txt": "a"}\n' * 300)
+    message = refusal(opened, path, tmp_path, kind="documents", skip_bad=True)
+    shown = f'300; the first: {path}:1 ("text" is missing)'
+    assert message.startswith(f"data.path = {path}: all records were skipped ({shown})")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "kind", "place"),
+    [
+        ("a.jsonl", b'{"text": "one"}\n{"text": "\xff"}\n{"text": "two"}\n', "auto", ":2"),
+        ("a.json", b'[{"text": "one"}, {"text": "\xff"}, {"text": "two"}]', "auto", ": record 2"),
+        ("a.csv", b"text,n\none,1\nx,\xff\ntwo,2\n", "auto", ":3"),
+        ("a.txt", b"one\n\xff\ntwo\n", "lines", ":2"),
+        ("a.txt", b"one|\xff|two", "documents", ": text 2"),
+        ("folder", b"\xff", "auto", "/b.txt"),
+    ],
+)
+@pytest.mark.parametrize("chunk", [3, 1 << 20])
+def test_what_cannot_be_decoded_is_skipped_too(
+    tmp_path, monkeypatch, name, content, kind, place, chunk
+):
+    monkeypatch.setattr(text, "CHUNK", chunk)
+    path = tmp_path / name
+    if name == "folder":
+        path.mkdir()
+        for file, each in ("a.txt", b"one"), ("b.txt", content), ("c.txt", b"two"):
+            write(path / file, each)
+    else:
+        write(path, content)
+    settings = {"kind": kind, "separator": "|" if b"|" in content else ""}
+    message = refusal(lambda: list(opened(path, tmp_path, **settings).train()))
+    assert "not UTF-8 at byte" in message
+    said = []
+    config = DataConfig(path=str(path), skip_bad=True, **settings)
+    source = open_source(config, said.append, tmp_path)
+    assert [list(source.train()) for _ in range(2)] == [["one", "two"]] * 2
+    what = "has bytes that are no characters of its encoding"
+    assert said[-1] == f"note: skipped 1: {path}{place} ({what})"
+
+
 # Separated text -----------------------------------------------------------------------------------
 
 
@@ -230,7 +271,11 @@ def test_what_cannot_be_decoded(tmp_path):
     config = DataConfig(path=str(path), errors="replace")
     source = open_source(config, said.append, tmp_path)
     assert "".join(source.train()) == "one\ntwo\nth\ufffdr\ufffde\ufffd"
-    assert said[-1] == "note: 3 places are not utf-8: U+FFFD stands there"
+    assert said[-1] == f"note: 3 places are not utf-8: U+FFFD stands there, the first at {path}:3"
+    given = (str(write(tmp_path / "good.txt", "good")), str(path))
+    config = DataConfig(path=given, errors="replace")
+    list(open_source(config, said.append, tmp_path).train())
+    assert said[-1].endswith(f"the first at {path}:3")
     path = write(tmp_path / "b.txt", b"\xff\xfe" + "one\ntwo".encode("utf-16-le") + b"\x00\xdca\0")
     assert ":2: not UTF-16 at byte 16" in refusal(opened, path, tmp_path)
 
