@@ -5,6 +5,7 @@ what the checkpoint carries), the flags.
 """
 
 import os
+import re
 import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -38,6 +39,7 @@ from training.run_folder import check_run_name, name_run
 DESCRIPTION = "Trains a transformer decoder. Flags override the configuration file, in any order."
 AUTO = "auto"  # --resume's
 PATH = "--data.path"  # which may be given several times
+PATHS = re.compile(r"--data\.(sources\.\d+\.)?path")  # the same of a source of a mixture
 DEFAULT = Path(__file__).parent.parent / "configs" / "default.toml"
 
 
@@ -155,6 +157,7 @@ def underscored(flag: str) -> str:
 
 def together(argv: list[str]) -> list[str]:
     """`argv` with the values of all --data.path after one: of several, tyro takes the last."""
+    refuse_empty(argv)
     paths, rest, flags, ours = [], [], 0, False
     for word in argv:
         if word.startswith("--"):
@@ -166,6 +169,20 @@ def together(argv: list[str]) -> list[str]:
         elif word:
             paths.append(word)
     return [*rest, PATH, *paths] if flags > 1 else argv
+
+
+def refuse_empty(argv: list[str]):
+    """Refuses an empty path, as a shell's variable that is not set gives: it means data.source."""
+    flag = ""
+    for word in argv:
+        if word.startswith("--"):
+            flag, equals, value = word.partition("=")
+            is_empty = bool(equals) and not value
+        else:
+            is_empty = not word
+        if is_empty and PATHS.fullmatch(flag):
+            key = flag.removeprefix("--")
+            raise UserError(f'{key} = "": is empty; give a file or folder, or leave it out')
 
 
 def check_runs_dir(folder: Path):

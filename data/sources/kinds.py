@@ -45,10 +45,17 @@ def choose_kind(files: Files, config: DataConfig, log: Callable[[str], object]) 
     Raises UserError for what is not text, and for text that is no prose unless a kind is given.
     """
     kind, found = config.kind, {}
+    separable = not config.separator  # or some file is a text that it may divide
     for path in files.paths:
         try:
             for part in open_parts(path, kind, Tally(config)):
                 found.setdefault(_natural_kind(part, files, config, log), part.place)
+                is_member = part.place != str(path)
+                separable = (
+                    separable
+                    or is_member
+                    or not holds_records(part, looks_like(part.suffix, part.head, config))
+                )
                 break  # the others of an archive are taken to be like it
         except OSError as error:
             raise unreadable(files.where, error) from None
@@ -58,6 +65,11 @@ def choose_kind(files: Files, config: DataConfig, log: Callable[[str], object]) 
                 f'{files.where}: a folder of pairs, but data.kind = "{kind}"; set it to "auto"'
             )
         return "pairs"
+    if found and not separable and kind in ("auto", "documents"):
+        raise UserError(
+            f"data.separator = {config.separator!r}: stands between the documents of a text, and "
+            f"{files.where} has records; leave it out"
+        )
     if kind != "auto":
         return kind
     if "pairs" in found and len(found) > 1:

@@ -13,7 +13,7 @@ from data.dataset import prepare
 from data.tokenizers.char import CharTokenizer
 from tests.helpers import ROOT, TEXT, run, write_config
 from tests.test_generate import TOKENIZERS, save_run
-from training.command_line import read_command_line
+from training.command_line import read_command_line, refuse_empty
 from training.config import load
 from training.metrics import hyperparameters
 from training.resume import RunSpec
@@ -141,3 +141,16 @@ def test_data_path_may_be_given_several_times(tmp_path, flags, paths):
     assert spec is not None and spec.config.data.path == paths
     shown = hyperparameters(spec.config)["data.path"]  # TensorBoard takes no tuple
     assert shown == (paths if isinstance(paths, str) else ", ".join(paths))
+
+
+@pytest.mark.parametrize("flag", ["--data.path", "--data.sources.0.path"])
+@pytest.mark.parametrize("given", [["{}", ""], ["{}="], ["{}", "a", ""], ["{}=a", "{}", ""]])
+def test_an_empty_path_is_none_that_was_left_out(flag, given):
+    """A shell's variable that is not set leaves one, and the built-in source is not what is meant.
+
+    In TOML it is the default. Other settings can be emptied.
+    """
+    argv = [word.format(flag) for word in given]
+    with pytest.raises(UserError, match=f'^{flag[2:]} = "": is empty; give a file or folder'):
+        read_command_line(lambda line: None, argv)
+    assert refuse_empty(["--data.path", "a", "--data.val_path", "", "--data.separator="]) is None

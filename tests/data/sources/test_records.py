@@ -151,6 +151,23 @@ def test_texts_between_a_separator(tmp_path, monkeypatch, chunk, separator):
     assert message.startswith("data.separator = '<|end|>': does not occur in data.path = ")
 
 
+@pytest.mark.parametrize("kind", ["stream", "lines", "pairs", "auto", "documents"])
+def test_a_separator_that_would_be_ignored_is_refused_at_once(tmp_path, kind):
+    wrong = "data.separator = '|': stands between the documents of a text, and "
+    texts = write(tmp_path / "a.txt", "one|two")
+    pairs = write(tmp_path / "a.jsonl", '{"prompt": "a", "completion": "b", "text": "c"}\n' * 3)
+    for path in (texts, pairs):
+        if path == texts and kind in ("auto", "documents"):
+            assert list(opened(path, tmp_path, kind=kind, separator="|").train()) == ["one", "two"]
+        else:
+            message = refusal(opened, path, tmp_path, kind=kind, separator="|")
+            assert message.startswith(wrong) and "leave it out" in message
+    given = (str(texts), str(write(tmp_path / "b.jsonl", '{"text": "c"}')))
+    both = DataConfig(path=given, kind="documents", separator="|")
+    source = open_source(both, lambda line: None, tmp_path)
+    assert list(source.train()) == ["one", "two", "c"]
+
+
 # Tables -------------------------------------------------------------------------------------------
 
 
