@@ -16,7 +16,7 @@ import struct
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath, PurePosixPath
@@ -72,6 +72,8 @@ class Tally:
     replaced: int = 0  # bytes that are no characters
     where: str = ""  # the first of these
     separators: int = 0
+    others: int = 0  # members of archives that have not the name of a text
+    other: str = ""  # the first of these
     file: io.BufferedReader | None = None  # that is being read
 
     def position(self) -> int:
@@ -83,6 +85,7 @@ class Tally:
         return {
             "skipped": self.skipped, "first": self.first[:], "replaced": self.replaced,
             "where": self.where, "separators": self.separators,
+            "others": self.others, "other": self.other,
         }  # fmt: skip
 
     def skip(self, place: str, why: str, fix: str):
@@ -99,6 +102,11 @@ class Tally:
         if self.skipped:
             what = "the first: " if self.skipped > FIRST else ""
             found.append(f"note: skipped {self.skipped:,}: {what}{'; '.join(self.first)}")
+        if self.others:
+            found.append(
+                f"note: left out {self.others:,} members of archives, by name, the first: "
+                f'{self.other}; data.kind = "documents" reads all'
+            )
         if self.replaced:
             encoding = self.config.encoding
             first = f", the first at {self.where}" if self.where else ""
@@ -149,7 +157,7 @@ def find_files(path: str, where: str, kind: str, store: Store) -> list[File]:
         remote = find(path, where, store)
         if "" in remote or has_magic(path):
             return list(remote.values())
-        return choose(remote, path, where, kind)
+        return choose(remote, path, where, kind, store.log)
     place = user_path(path)
     if not os.path.lexists(place) and glob.has_magic(path):
         found = (Path(name) for name in sorted(glob.glob(str(place), recursive=True)))
@@ -161,13 +169,17 @@ def find_files(path: str, where: str, kind: str, store: Store) -> list[File]:
     if not place.is_dir():
         return [place]
     found = (file for file in sorted(place.rglob("*")) if file.is_file())
-    return choose({str(file.relative_to(place)): file for file in found}, path, where, kind)
+    named = {str(file.relative_to(place)): file for file in found}
+    return choose(named, path, where, kind, store.log)
 
 
-def choose(found: Mapping[str, File], path: str, where: str, kind: str) -> list[File]:
+def choose(
+    found: Mapping[str, File], path: str, where: str, kind: str, log: Callable[[str], object]
+) -> list[File]:
     """Those of a folder's files, by their names in it, that are read. Raises UserError."""
-    files = [file for name, file in found.items() if not is_hidden(PurePath(name).parts)]
-    files = [file for file in files if is_wanted(file.name, kind)]
+    found = {name: file for name, file in found.items() if not is_hidden(PurePath(name).parts)}
+    files = [file for file in found.values() if is_wanted(file.name, kind)]
+    others = [name for name, file in found.items() if not is_wanted(file.name, kind)]
     if not files:
         known = " ".join(sorted(TEXTS | RECORDS | ARCHIVES))
         raise UserError(
@@ -180,6 +192,13 @@ def choose(found: Mapping[str, File], path: str, where: str, kind: str) -> list[
         raise UserError(
             f"{where}: this folder has both text ({texts[0].name}) and other files ({other.name}); "
             f"give a pattern, such as '{path.rstrip('/')}/**/*{''.join(other.suffixes[-2:])}'"
+        )
+    if others:
+        first = ", ".join(others[:FIRST])
+        more = f" and {len(others) - FIRST:,} more" if len(others) > FIRST else ""
+        log(
+            f"note: {where}: left out {len(others):,} of its files, by name: {first}{more}; "
+            'data.kind = "documents" reads all files'
         )
     return files
 
@@ -235,7 +254,11 @@ def open_parts(path: File, kind: str, tally: Tally) -> Iterator[Part]:
             shown = f"{path}: {name}"
             if wrong:
                 tally.skip(shown, wrong, "pack the archive without it")
-            elif not is_hidden(PurePosixPath(name).parts) and is_wanted(name, kind):
+            elif is_hidden(PurePosixPath(name).parts):
+                continue
+            elif not is_wanted(name, kind):
+                tally.others, tally.other = tally.others + 1, tally.other or shown
+            else:
                 suffix, compression = split_suffix(name)
                 if suffix in ARCHIVES:
                     tally.skip(shown, "an archive in an archive", "unpack the outer one")

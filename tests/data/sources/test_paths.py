@@ -78,6 +78,10 @@ def test_a_folder_and_a_pattern(tmp_path):
     assert (source.name, source.kind) == ("corpus", "documents")
     assert list(source.train()) == ["a.txt", "b/1.txt", "b/2.txt"]
     assert "reading corpus as documents" in said[-1]
+    assert said[0] == (
+        f"note: data.path = {corpus}: left out 1 of its files, by name: image.png; "
+        'data.kind = "documents" reads all files'
+    )
     found = opened(f"{corpus}/**/[12].txt", tmp_path)
     assert (found.name, list(found.train())) == ("corpus", ["b/1.txt", "b/2.txt"])
     assert found.kind == "documents"
@@ -186,9 +190,12 @@ def test_members_are_documents(tmp_path, suffix):
         whole = (tmp_path / "plain.tar").read_bytes()
         compress = COMPRESS.get(suffix.replace("tgz", "tar.gz")[4:], bytes)
         path.write_bytes(compress(whole))
-    source = opened(path, tmp_path)
+    said = []
+    source = open_source(DataConfig(path=str(path)), said.append, tmp_path)
     assert source.kind == "documents"
     assert list(source.train()) == list(source.train()) == ["one", "two", "three", "four"]
+    left = "note: left out 1 members of archives, by name, the first: "
+    assert [line.partition(";")[0] for line in said[1:]] == [f"{left}{path}: picture.png"]
     assert sorted(os.listdir(tmp_path)) == sorted(
         {path.name, *(() if suffix == ".zip" else ("plain.tar",))}
     )
