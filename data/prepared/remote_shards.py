@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from common.errors import UserError
+from common.errors import UnreadableError, UserError
 from common.files import read_checksummed_json, replace_synced
 from data.prepared.encoding import ordered_map
 from data.prepared.token_files import NAME, SUFFIXES, Shards, Split, file_sizes
@@ -56,6 +56,11 @@ class RemoteFolder:
     def __str__(self) -> str:
         return self.address
 
+    def broken(self, name: str, what: str, first: str = "remove it there, and ") -> UnreadableError:
+        """What is wrong with a file in the store, which a new copy of it here does not mend."""
+        again = f"prepare it again with python -m tools.prepare --to {self}"
+        return UnreadableError(OSError(0, what), self.place(name).rstrip("/"), f"{first}{again}")
+
     def place(self, name: str) -> str:
         return f"{self.address.rstrip('/')}/{name}"
 
@@ -73,6 +78,10 @@ class RemoteFolder:
 
         Raises UserError where the store cannot be reached.
         """
+        try:
+            connect(self.address, self.address)
+        except UserError:  # open_source says so, and of which setting
+            return None
         try:
             content = self.read("manifest.json")
         except Failure:
@@ -102,7 +111,11 @@ class RemoteFolder:
     # Writing ----------------------------------------------------------------------------------
 
     def mirror(self) -> Path:
-        """The local folder in which it is prepared before it is sent."""
+        """The local folder in which it is prepared before it is sent.
+
+        Raises UserError for what is no address.
+        """
+        connect(self.address, self.address)
         name = hashlib.sha256(self.address.rstrip("/").encode()).hexdigest()[:16]
         return self.store.folder / f"to-{name}"
 
@@ -203,13 +216,11 @@ class RemoteFolder:
             name = f"{shard['name']}.{suffix}"
             size, identity = file_sizes(kind, shard, dtype)[suffix], shard["sha256"][suffix]
             if listing is not None:
-                info = listing.get(name, {"size": "no"})
-                identity += f" {identify(info)}"
-                if info["size"] != size:
-                    place = self.place(name)
-                    raise UserError(
-                        f"{place}: damaged ({info['size']} bytes instead of {size}); write it again"
-                    )
+                if name not in listing:
+                    raise self.broken(name, "is missing in the bucket", "")
+                identity += f" {identify(listing[name])}"
+                if (there := listing[name]["size"]) != size:
+                    raise self.broken(name, f"damaged ({there} bytes instead of {size})")
             found.append(RemoteFile(self.place(name), size, identity, self.store, block))
         return found
 
@@ -260,10 +271,8 @@ def open_remote_split(
     """One split of prepared data in an object store; nothing of its ids is read yet."""
     for shard in shards:
         if shard["top"] >= vocab_size:
-            raise UserError(
-                f"{folder}: {shard['name']} holds id {shard['top']}, the vocabulary has "
-                f"{vocab_size}; write the folder again"
-            )
+            problem = f"holds id {shard['top']}, and the vocabulary has {vocab_size}"
+            raise folder.broken(f"{shard['name']}.ids", problem)
     tokens = [*accumulate((shard["tokens"] for shard in shards), initial=0)]
     documents = [*accumulate((shard["documents"] for shard in shards), initial=0)]
     total = sum(sum(file_sizes(kind, shard, dtype.str).values()) for shard in shards)
@@ -287,7 +296,7 @@ def open_remote_split(
     prompts = RemoteShards(files("prompts"), documents, np.dtype("<i4"))[:]
     lengths = np.diff(starts)
     if not (starts[-1] == len(ids) and ((prompts >= 1) & (prompts < lengths)).all()):
-        raise UserError(f"{folder}: its starts do not fit its ids; write the folder again")
+        raise folder.broken("", "its starts do not fit its ids")
     return Split(ids, starts, prompts, text_bytes)
 
 
@@ -301,6 +310,5 @@ def verify_remote(folder: RemoteFolder, kind: str, shards: list[dict], dtype: st
             for data in ordered_map(file.fetch, range(-(-file.size // file.block)), FETCHING):
                 digest.update(data)
             if digest.hexdigest() != shard["sha256"][suffix]:
-                raise UserError(
-                    f"{file}: damaged (its sha256 is not that of manifest.json); write it again"
-                )
+                wrong = "damaged (its sha256 is not that of manifest.json)"
+                raise folder.broken(f"{shard['name']}.{suffix}", wrong)

@@ -18,7 +18,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
-from common.errors import UserError
+from common.errors import UnreadableError, UserError
 from data.sources.block_cache import BlockCache
 from data.sources.spool import spool
 
@@ -96,7 +96,7 @@ def hidden(text: str, address: str) -> str:
 # Failures -----------------------------------------------------------------------------------------
 
 
-class Failure(UserError):
+class Failure(UnreadableError):
     """What a store has refused, such as a file that it has not: trying again is of no use."""
 
 
@@ -109,7 +109,7 @@ def persist(
 ) -> T:
     """What `action` returns, which is tried again where that may help.
 
-    Raises UserError, which begins with `where`.
+    Raises UnreadableError, which begins with `where`: what is kept here of it may be sound.
     """
     for number in range(1, tries + 1):
         try:
@@ -121,9 +121,9 @@ def persist(
             reason = hidden(" ".join(reason.split())[:300], address)
             if fix or number == tries:
                 often = "" if fix else f" after {number} tries"
-                fix = fix or "check the network and the address, and try again"
-                kind = UserError if often else Failure
-                raise kind(f"{where}: {reason}{often}; {fix}") from None
+                kind = UnreadableError if often else Failure
+                problem = OSError(0, f"{reason}{often}")
+                raise kind(problem, where, fix or "check the network and the address") from None
             if number == 1:
                 log(f"note: {where}: {reason}; trying again")
             pause = min(MAX_PAUSE, PAUSE * 2.0 ** (number - 1))
@@ -301,6 +301,9 @@ def find(address: str, where: str, store: Store) -> dict[str, RemoteFile | Path]
         )
         listed = {name: info for name, info in listed.items() if info["type"] == "file"}
         if not listed:
+            base = re.split(r"[*?[]", path)[0].rpartition("/")[0]
+            if base and not address.startswith("http"):  # of which a folder need not be a page
+                look(address, base, where, store.log)
             raise UserError(f"{where}: no file matches it; fix the pattern")
     else:
         info = look(address, path, where, store.log)

@@ -213,6 +213,8 @@ def test_what_is_wrong_with_an_address(tmp_path, s3, monkeypatch):
         "s3://bucket/w/b.txt": "there is no such file, folder or bucket; fix the address",
         "s3://none/b.txt": "there is no such file, folder or bucket (The specified bucket",
         "s3://bucket/w/*.md": "no file matches it; fix the pattern",
+        "s3://none/*.md": "there is no such file, folder or bucket; fix the address",
+        "s3://none/a/**/*.md": "there is no such file, folder or bucket",
         "s3://Bad_@/x": 'Invalid bucket name "Bad_@"',
         "nonsense://x/y": "Protocol not known: nonsense; fix the address",
         "s3://bucket/${NOT_SET}": "NOT_SET is not in the environment; set it there",
@@ -222,6 +224,11 @@ def test_what_is_wrong_with_an_address(tmp_path, s3, monkeypatch):
     }.items():
         message = refusal(opened, address, tmp_path)
         assert message.startswith(f"data.path = {address}: ") and wrong in message, message
+    for address in ("nonsense://x", "s3://bucket/${NOT_SET}", "gs://bucket/x"):  # may be prepared
+        config = DataConfig(path=address, cache_dir=str(tmp_path))
+        assert refusal(prepare, config).startswith(f"data.path = {address}: ")
+        folder = RemoteFolder(address, store_of(config, print))
+        assert refusal(folder.mirror).startswith(f"{address}: ")  # of --to and --verify
     monkeypatch.setitem(__import__("sys").modules, "fsspec.core", None)
     assert "pip install -e '.[remote]'" in refusal(opened, "s3://bucket/w/a.txt", tmp_path)
 
@@ -441,18 +448,34 @@ def test_shards_are_read_as_they_are_here(prepared, s3):
 
 
 def test_what_is_wrong_with_remote_shards(prepared, s3, tmp_path):
-    _, config = prepared
+    here, config = prepared
     place = config.path.removeprefix("s3://")
     data = prepare(config, lambda line: None)
     name = data.train.ids.paths[1].name
     s3.pipe_file(f"{place}/1-of-1/{name}", b"x" * data.train.ids.paths[1].size)
     folder = RemoteFolder(config.path, store_of(config, print))
-    assert f"{name}: damaged (its sha256" in refusal(verify, folder, lambda line: None)
+    again = f"prepare it again with python -m tools.prepare --to {config.path}, and try again"
+    assert refusal(verify, folder, lambda line: None) == (
+        f"{config.path}/1-of-1/{name}: damaged (its sha256 is not that of manifest.json); "
+        f"remove it there, and {again}"
+    )
+    s3.pipe_file(f"{place}/1-of-1/{name}", b"xyz")
+    size = data.train.ids.paths[1].size
+    assert refusal(prepare, config) == (
+        f"{config.path}/1-of-1/{name}: damaged (3 bytes instead of {size}); remove it there, and "
+        f"{again}"
+    )
     s3.rm(f"{place}/1-of-1/{name}")
     message = refusal(lambda: data.train.ids[:])
     assert message.startswith(f"{config.path}/1-of-1/{name}: there is no such file")
-    message = refusal(prepare, config)
-    assert f"{name}: damaged (no bytes instead of {data.train.ids.paths[1].size})" in message
+    for opening in (lambda: prepare(config), lambda: verify(folder)):
+        message = refusal(opening)  # and not to remove what is kept here, which mends nothing
+        assert message == f"{config.path}/1-of-1/{name}: is missing in the bucket; {again}"
+    first = DataConfig(
+        path=str(here.parent / "a.jsonl"), tokenizer="char", cache_dir=config.cache_dir
+    )
+    prepare_part(first, folder.mirror(), 1, 1, lambda line: None, there=folder)
+    verify(folder)
     s3.pipe_file(f"{place}/manifest.json", b'{"splits": 1')
     assert "manifest.json is damaged" in refusal(prepare, config)
     s3.rm(f"{place}/manifest.json")
