@@ -35,8 +35,12 @@ class ForeignSentencePieceTokenizer(ForeignTokenizer):
                 **(hints or {}),
                 **{role: made.id_to_piece(i) for role, i in own.items() if i >= 0},
             }
-            # those that a text can spell score 0
-            known = [made.id_to_piece(i) for i in range(self.vocab_size) if made.get_score(i) == 0]
+            # those that a text can spell score 0, as bytes do; the first merge of BPE scores -0
+            known = [
+                made.id_to_piece(i)
+                for i in range(self.vocab_size)
+                if str(made.get_score(i)) == "0.0" and not made.is_byte(i)
+            ]
         roles = choose(special or {}, hints, known, self._id_of, where)
         self._set_special(roles, controls, self._id_of, self._spelled)
 

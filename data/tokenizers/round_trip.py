@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from itertools import islice
 
+from common.errors import UserError
 from data.tokenizers.base import Tokenizer, clean_text
 
 PLAIN = "one two three"
@@ -27,6 +28,7 @@ PROBES = {  # what is lost where a text does not come back
 }
 TEXTS, CHARACTERS = 100, 200_000  # of the data that are tried at most
 AROUND = 20  # characters shown of a difference
+LEAST = 0.05  # of the characters of these texts must come back, or nothing can be learned
 
 
 def lost(tokenizer: Tokenizer) -> list[str]:
@@ -45,8 +47,11 @@ def lost(tokenizer: Tokenizer) -> list[str]:
 
 
 def changed(tokenizer: Tokenizer, texts: Iterable) -> str:
-    """How many of the first texts, or pairs of them, come back changed, and how; "" if none."""
-    total = count = size = 0
+    """How many of the first texts, or pairs of them, come back changed, and how; "" if none.
+
+    Raises UserError where next to nothing comes back.
+    """
+    total = count = size = kept = 0
     example = ""
     for text in islice(texts, TEXTS):
         for part in (text,) if isinstance(text, str) else text:
@@ -54,11 +59,17 @@ def changed(tokenizer: Tokenizer, texts: Iterable) -> str:
             back = tokenizer.decode(tokenizer.encode(part))
             total += 1
             size += len(part)
+            kept += min(len(part), len(back))
             if back != part:
                 count += 1
                 example = example or difference(part, back)
         if size >= CHARACTERS:
             break
+    if kept < LEAST * size:
+        raise UserError(
+            f"data.tokenizer_path: only {kept:,} of the first {size:,} characters come back from "
+            "the tokenizer; use another one, or fix data.tokenizer_pattern if that is set"
+        )
     return f"{count:,} of the first {total:,} texts come back changed ({example})" if count else ""
 
 
@@ -71,7 +82,10 @@ def difference(text: str, back: str) -> str:
 
 
 def warning(tokenizer: Tokenizer, texts: Iterable) -> str:
-    """A line for people: what of text gets lost in this tokenizer; "" if nothing."""
+    """A line for people: what of text gets lost in this tokenizer; "" if nothing.
+
+    Raises UserError where nearly all does.
+    """
     if tokenizer.exact:
         return ""
     names, what = lost(tokenizer), changed(tokenizer, texts)

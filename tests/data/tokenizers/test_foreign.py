@@ -20,13 +20,13 @@ from data.tokenizers import huggingface
 from data.tokenizers.byte import ByteTokenizer
 from data.tokenizers.char import CharTokenizer
 from data.tokenizers.huggingface import HuggingFaceTokenizer
-from data.tokenizers.load import load_tokenizer, tokenizer_from_files
+from data.tokenizers.load import load_tokenizer, named_tokenizer, tokenizer_from_files
 from data.tokenizers.round_trip import PROBES, lost, warning
 from data.tokenizers.tiktoken import KNOWN, PATTERNS
 from generation.explain import Explained
 from generation.sampling import Sampling
 from generation.streaming import StreamedText
-from tests.data.tokenizers.foreign_files import CORPUS, all_kinds
+from tests.data.tokenizers.foreign_files import CORPUS, all_kinds, sentencepiece_model
 from tests.data.tokenizers.test_own import anything, examples
 from tests.helpers import write_config
 from training.command_line import read_command_line
@@ -232,6 +232,10 @@ def test_what_cannot_be_had_is_one_line(contents, files, tmp_path):
     assert "set data.end_token" in says({"added_tokens": []})
     assert "data.end_token = '<eos>' is not in its vocabulary" in says(special={"end": "<eos>"})
     assert "special tokens there: '<|endoftext|>'" in says(special={"pad": "<eos>"})
+    more = {"vocab_size": 600, "byte_fallback": True, "eos_id": -1, "user_defined_symbols": ["<x>"]}
+    model = tmp_path / "bpe.model"
+    model.write_bytes(sentencepiece_model(model_type="bpe", **more))
+    assert "(special tokens there: '<s>', '<unk>', '<x>')" in refused(model)
     assert "data.end_token = '!' is what texts are made of" in says(special={"end": "!"})
     assert "data.tokenizer_pattern: " in says(pattern="gpt2")
     # a component that only a later version has
@@ -303,6 +307,22 @@ def test_what_is_lost_is_named(made, contents):
         HuggingFaceTokenizer(theirs.to_str().encode())
     )[0]  # fmt: skip
     assert len(PROBES) == 17
+
+
+def test_a_tokenizer_that_loses_nearly_all_is_refused(files, tmp_path):
+    (tmp_path / "a.txt").write_text(CORPUS)
+    path, theirs = str(tmp_path / "a.txt"), str(files["tiktoken"])
+    for pattern, trains in ("x", False), ("[a-s]+", True):  # the latter loses a third
+        config = DataConfig(
+            path=path, cache_dir=str(tmp_path), tokenizer_path=theirs, tokenizer_pattern=pattern
+        )
+        said = []
+        if trains:
+            prepare(config, said.append, named_tokenizer(config))
+            assert any("lost: everything" in line for line in said)
+        else:
+            with pytest.raises(UserError, match=r"^data\.tokenizer_path: only \d+ of .* fix"):
+                prepare(config, said.append, named_tokenizer(config))
 
 
 # Generating ---------------------------------------------------------------------------------------
@@ -386,7 +406,8 @@ def test_it_trains_and_generates_with_every_engine(kind, files, tmp_path, monkey
 
 
 def test_documents_end_only_where_they_end(made, tmp_path):
-    records = (json.dumps({"text": f"{SPELLED} {i}"}) for i in range(40))
+    known = CORPUS[:100]  # so that enough of each text is, in whole words too
+    records = (json.dumps({"text": f"{SPELLED} {i} {known}"}) for i in range(40))
     (tmp_path / "texts.jsonl").write_text("\n".join(records))
     for kind, tokenizer in made.items():
         data = DataConfig(path=str(tmp_path / "texts.jsonl"), cache_dir=str(tmp_path / "cache"))
