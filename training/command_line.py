@@ -39,7 +39,8 @@ from training.run_folder import check_run_name, name_run
 DESCRIPTION = "Trains a transformer decoder. Flags override the configuration file, in any order."
 AUTO = "auto"  # --resume's
 PATH = "--data.path"  # which may be given several times
-PATHS = re.compile(r"--data\.(sources\.\d+\.)?path")  # the same of a source of a mixture
+# what is not given empty to mean something: these here, and those of tools/prepare.py
+PATHS = re.compile(r"--(data\.(sources\.\d+\.)?path|init_from|resume|verify|merge)")
 DEFAULT = Path(__file__).parent.parent / "configs" / "default.toml"
 
 
@@ -172,7 +173,7 @@ def together(argv: list[str]) -> list[str]:
 
 
 def refuse_empty(argv: list[str]):
-    """Refuses an empty path, as a shell's variable that is not set gives: it means data.source."""
+    """Refuses an empty path, as a shell's variable that is not set gives: it would be ignored."""
     flag = ""
     for word in argv:
         if word.startswith("--"):
@@ -181,7 +182,7 @@ def refuse_empty(argv: list[str]):
         else:
             is_empty = not word
         if is_empty and PATHS.fullmatch(flag):
-            key = flag.removeprefix("--")
+            key = flag.replace("--data.", "data.")
             raise UserError(f'{key} = "": is empty; give a file or folder, or leave it out')
 
 
