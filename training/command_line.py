@@ -19,6 +19,7 @@ from common import cli
 from common.errors import UserError
 from common.files import refuse_url, user_path
 from common.processes import Processes
+from data.config import DataConfig
 from data.sources.kinds import is_plain
 from data.sources.spool import keep_standard_input
 from model.config import read_model_config
@@ -143,9 +144,23 @@ def kind_of_own(given: Config, settings: Config, argv: list[str]) -> Config:
     settings: the configuration without the flags.
     """
     data = given.data
-    if data.path == settings.data.path or any(a.startswith("--data.kind") for a in argv):
-        return given
-    return given if is_plain(data.path) else replace(given, data=replace(data, kind="auto"))
+    own = data.path == settings.data.path or any(a.startswith("--data.kind") for a in argv)
+    if not own and not is_plain(data.path):
+        given = replace(given, data=replace(data, kind="auto"))
+    if not any(a.startswith("--resume") for a in argv):  # earlier runs have ignored it
+        refuse_separator(given.data)
+    return given
+
+
+def refuse_separator(data: DataConfig):
+    """Refuses data.separator where a kind is given that is not divided by it."""
+    parts = {f"data.sources.{i}.separator": part for i, part in enumerate(data.sources)}
+    for key, part in {"data.separator": data, **parts}.items():
+        if part.separator and part.kind in ("stream", "lines", "pairs"):
+            raise UserError(
+                f"{key} = {part.separator!r}: stands between documents, but the kind that is set "
+                f'is "{part.kind}"; leave one of them out'
+            )
 
 
 def underscored(flag: str) -> str:

@@ -65,7 +65,7 @@ def choose_kind(files: Files, config: DataConfig, log: Callable[[str], object]) 
                 f'{files.where}: a folder of pairs, but data.kind = "{kind}"; set it to "auto"'
             )
         return "pairs"
-    if found and not separable and kind in ("auto", "documents"):
+    if found and not separable and kind in ("auto", "documents") and "pairs" not in found:
         raise UserError(
             f"data.separator = {config.separator!r}: stands between the documents of a text, and "
             f"{files.where} has records; leave it out"

@@ -94,11 +94,8 @@ def open_source(config: DataConfig, log: Callable[[str], object], cache: Path) -
             )
     if kind != "documents":  # which was found by content
         refuse([f"data.{fault}" for fault in config.for_documents_alone(kind)])
-        if config.separator:  # not a fault of the settings alone: older runs have it in theirs
-            raise UserError(
-                f"data.separator = {config.separator!r}: stands between the documents of a text, "
-                f'and {name} is read as {kind}; leave it out, or set data.kind = "documents"'
-            )
+        if config.separator:  # not refused: older runs have it in their settings
+            log(f"note: data.separator = {config.separator!r} is ignored: {name} is read as {kind}")
     files = train.paths + val.paths
     more = f" and {len(files) - SHOWN:,} more" if len(files) > SHOWN else ""
     log(f"reading {name} as {kind}: {', '.join(map(str, files[:SHOWN]))}{more}")

@@ -158,3 +158,22 @@ def test_an_empty_path_is_none_that_was_left_out(flag, given):
     with pytest.raises(UserError, match=f'^{re.escape(key)} = "": is empty; give a file or folder'):
         read_command_line(lambda line: None, argv)
     assert refuse_empty(["--data.path", "a", "--data.val_path", "", "--data.separator="]) is None
+
+
+def test_a_separator_is_refused_with_a_kind_that_ignores_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    separated = ["--data.separator", "|"]
+    mixture = tmp_path / "mixture.toml"
+    mixture.write_text('[[data.sources]]\nsource = "names"\nweight = 1.0\n' * 2)
+    for key, flags in {
+        "data": ["--data.kind", "stream", *separated],
+        "data.sources.0": ["--data.sources.0.kind", "lines", "--data.sources.0.separator", "|"],
+    }.items():
+        argv = flags if key == "data" else [f"--config={mixture}", *flags]
+        wrong = rf"^{key}\.separator = '\|': stands between documents, but the kind "
+        with pytest.raises(UserError, match=wrong):
+            read_command_line(lambda line: None, argv)
+    for kind in ("auto", "documents"):
+        argv = ["--data.path", str(TEXT), "--data.kind", kind, *separated]
+        spec = read_command_line(lambda line: None, argv)
+        assert spec is not None and spec.config.data.separator == "|"

@@ -151,21 +151,26 @@ def test_texts_between_a_separator(tmp_path, monkeypatch, chunk, separator):
     assert message.startswith("data.separator = '<|end|>': does not occur in data.path = ")
 
 
-@pytest.mark.parametrize("kind", ["stream", "lines", "pairs", "auto", "documents"])
-def test_a_separator_that_would_be_ignored_is_refused_at_once(tmp_path, kind):
-    wrong = "data.separator = '|': stands between the documents of a text, and "
+def test_a_separator_for_records_is_refused_at_once(tmp_path):
     texts = write(tmp_path / "a.txt", "one|two")
-    pairs = write(tmp_path / "a.jsonl", '{"prompt": "a", "completion": "b", "text": "c"}\n' * 3)
-    for path in (texts, pairs):
-        if path == texts and kind in ("auto", "documents"):
-            assert list(opened(path, tmp_path, kind=kind, separator="|").train()) == ["one", "two"]
-        else:
-            message = refusal(opened, path, tmp_path, kind=kind, separator="|")
-            assert message.startswith(wrong) and "leave it out" in message
-    given = (str(texts), str(write(tmp_path / "b.jsonl", '{"text": "c"}')))
-    both = DataConfig(path=given, kind="documents", separator="|")
-    source = open_source(both, lambda line: None, tmp_path)
-    assert list(source.train()) == ["one", "two", "c"]
+    path = write(tmp_path / "b.jsonl", '{"text": "c"}')
+    for kind in ("auto", "documents"):
+        message = refusal(opened, path, tmp_path, kind=kind, separator="|")
+        assert message == (
+            "data.separator = '|': stands between the documents of a text, and data.path = "
+            f"{path} has records; leave it out"
+        )
+    both = DataConfig(path=(str(texts), str(path)), separator="|")
+    assert list(open_source(both, print, tmp_path).train()) == ["one", "two", "c"]
+
+
+@pytest.mark.parametrize("kind", ["stream", "lines", "pairs"])
+def test_a_separator_that_is_ignored_is_said_to_be(tmp_path, kind):
+    """Earlier runs have it in their settings, and can be resumed; command_line.py refuses it."""
+    path = write(tmp_path / "a.jsonl", '{"prompt": "a", "completion": "b"}\n' * 3)
+    config, said = DataConfig(path=str(path), kind=kind, separator="|"), []
+    open_source(config, said.append, tmp_path)
+    assert f"note: data.separator = '|' is ignored: a is read as {kind}" in said
 
 
 # Tables -------------------------------------------------------------------------------------------
