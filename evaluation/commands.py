@@ -11,7 +11,7 @@ argument, and that `find -exec`, `xargs`, `sudo` and `bash -c` hold commands of 
 import re
 import shutil
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 BASH_SECONDS = 10.0  # after which `bash -n` has not parsed a command
@@ -77,8 +77,9 @@ class Utility:
 
     def all_flags(self) -> set[str]:
         """Its flags and, as the competition counts them, those of all commands inside it."""
-        found = {flag for flag in self.flags if flag.startswith("-") and flag != "-or"}
-        return found.union(*(u.all_flags() for script in self.inside for u in utilities(script)))
+        inside = [u for script in self.inside for u in utilities(script)]  # at any depth
+        flags = {flag for utility in (self, *inside) for flag in utility.flags}
+        return {flag for flag in flags if flag.startswith("-") and flag != "-or"}
 
 
 Script = list[str | Utility]  # operators and reserved words, and utilities
@@ -260,10 +261,13 @@ class Reader:
     def token(self) -> Word | str:
         """The next word or operator; "" at the end."""
         text = self.text
-        while self.at < len(text) and (text[self.at] in " \t\r" or text[self.at :][:2] == "\\\n"):
+        while self.at < len(text) and (
+            text[self.at] in " \t\r" or text.startswith("\\\n", self.at)
+        ):
             self.at += 2 if text[self.at] == "\\" else 1
         if text[self.at : self.at + 1] == "#":
-            self.at = (text + "\n").index("\n", self.at)
+            end = text.find("\n", self.at)
+            self.at = len(text) if end < 0 else end
         if self.at >= len(text):
             return ""
         operator = OPERATOR.match(text, self.at)
@@ -274,60 +278,64 @@ class Reader:
 
     def word(self) -> Word:
         word = Word("", self.text[self.at] in "'\"\\")
+        pieces: list[str] = []  # joined at the end: a text that grows is copied each time
         while c := self.text[self.at : self.at + 1]:
             bracket = self.text[self.at : self.at + 2] in ("<(", ">(")
             if c in " \t\r\n;|&<>()" and not bracket:
-                if c != "(" or not ASSIGNMENT.fullmatch(word.text):
+                if c != "(" or not ASSIGNMENT.fullmatch("".join(pieces)):
                     break
-                self.balanced()  # an array
+                while self.text[self.at : self.at + 1] == "(":
+                    self.balanced()  # an array
                 continue
             self.at += 1
             if c == "\\":
-                word.text += self.text[self.at : self.at + 1]
+                pieces.append(self.text[self.at : self.at + 1])
                 self.at += 1
             elif c == "'":
-                word.text += self.until("'")
+                pieces.append(self.until("'"))
             elif c == '"':
-                self.double_quoted(word)
+                pieces += self.double_quoted(word.nested)
             elif c in "$`<>":
-                self.expansion(c, word)
+                pieces += self.expansion(c, word.nested)
             else:
-                word.text += c
+                pieces.append(c)
+        word.text = "".join(pieces)
         return word
 
-    def double_quoted(self, word: Word):
+    def double_quoted(self, nested: list[Script]) -> Iterator[str]:
+        """The text up to the closing quote; the commands in it come to `nested`."""
         while (c := self.next()) != '"':
             if c == "\\":
                 c = self.next()
-                word.text += c if c in '$`"\\' else "\\" + c
+                yield c if c in '$`"\\' else "\\" + c
             elif c in "$`":
-                self.expansion(c, word)
+                yield from self.expansion(c, nested)
             else:
-                word.text += c
+                yield c
 
-    def expansion(self, c: str, word: Word):
+    def expansion(self, c: str, nested: list[Script]) -> Iterator[str]:
         """After $, `, <( or >(: a command, arithmetic, or a variable, whose name stays."""
         after = self.text[self.at : self.at + 1]
         if c == "`":
-            inside = ""
+            inside = []
             while (d := self.next()) != "`":
                 after = self.text[self.at : self.at + 1]
-                inside += self.next() if d == "\\" and after in set("\\`$") else d
-            word.nested.append(Reader(inside).script())
+                inside.append(self.next() if d == "\\" and after in set("\\`$") else d)
+            nested.append(Reader("".join(inside)).script())
         elif after == "(" and self.text[self.at + 1 : self.at + 2] == "(":
             self.balanced()
         elif after == "(":
             self.at += 1
-            word.nested.append(self.script(")"))
+            nested.append(self.script(")"))
         elif c == "$" and after == "{":
             self.at += 1
-            word.text += "$" + self.until("}")
+            yield "$" + self.until("}")
         elif c == "$" and after == "'":
             self.at += 1
             while (d := self.next()) != "'":
-                word.text += self.next() if d == "\\" else d
+                yield self.next() if d == "\\" else d
         else:
-            word.text += c
+            yield c
 
     def next(self) -> str:
         """One character, which there must be."""
@@ -451,6 +459,11 @@ def flag_score(predicted: Utility, true: Utility) -> float:
     """F of `nlc2cmd`."""
     P, G = predicted.all_flags(), true.all_flags()
     return (2 * len(P & G) - len(P | G)) / max(len(P), len(G)) if P or G else 1.0
+
+
+def has_bash() -> bool:
+    """Whether there is one to parse with."""
+    return shutil.which("bash") is not None
 
 
 def bash_parses(command: str) -> bool:

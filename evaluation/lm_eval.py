@@ -120,14 +120,15 @@ class Decoder(LM):
 
     def encode(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         """What is read first, and what is scored, as ids; a stream's are cut from one text."""
-        if self.kind != "pairs":
+        if self.kind != "pairs" and context:
             read, whole = (
                 prompt_ids(self.kind, self.tokenizer, clean_text(text), self.start_token)
                 for text in (context, context + continuation)
             )
-            return (read, whole[len(read) :]) if context else (read, whole[-len(whole) + 1 :])
-        said = self.tokenizer.encode(clean_text(continuation.removeprefix(" ")))
-        return prompt_ids("pairs", self.tokenizer, clean_text(context)), said
+            return read, whole[len(read) :]
+        said = continuation.removeprefix(" ") if self.kind == "pairs" else continuation
+        read = prompt_ids(self.kind, self.tokenizer, clean_text(context), self.start_token)
+        return read, self.tokenizer.encode(clean_text(said))
 
     @torch.inference_mode()
     def score(self, pairs: Sequence[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:

@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import groupby
 
 import numpy as np
 
@@ -83,6 +84,8 @@ def measure(
         name = "char-BLEU" if characters else "BLEU"
         found[name] = Score(corpus_bleu(counts.sum(0)), low, high, digits=1)
     for name, check in ALONE[kind].items():
+        if check is commands.bash_parses and not commands.has_bash():
+            continue
         known = {answer: check(answer) for answer in dict.fromkeys(first)}
         found[name] = mean([known[answer] for answer in first])
     return found
@@ -123,7 +126,7 @@ def side_by_side(prompts: Sequence[str], true: Sequence[str], answers: Sequence[
 
 
 def marked(a: str, b: str) -> list[str]:
-    """Two texts word by word, those in bold that the other does not have in this place."""
+    """Two texts word by word, those in bold that the other does not have in this place, by runs."""
     from difflib import SequenceMatcher
 
     words = a.split(), b.split()
@@ -131,17 +134,19 @@ def marked(a: str, b: str) -> list[str]:
     for block in SequenceMatcher(None, *words, autojunk=False).get_matching_blocks():
         same[0].update(range(block.a, block.a + block.size))
         same[1].update(range(block.b, block.b + block.size))
-    return [
-        " ".join(code(word) if i in kept else f"**{code(word)}**" for i, word in enumerate(side))
-        for side, kept in zip(words, same, strict=True)
-    ]
+    sides = []
+    for side, kept in zip(words, same, strict=True):
+        runs = groupby(range(len(side)), kept.__contains__)
+        marks = [("" if has else "**", " ".join(side[i] for i in run)) for has, run in runs]
+        sides.append(" ".join(f"{mark}{code(run)}{mark}" for mark, run in marks))
+    return sides
 
 
-def code(word: str) -> str:
-    """A word as code in a table: with as many backticks as it needs, and no bare |."""
-    ticks = "`" * (max(map(len, re.findall("`+", word)), default=0) + 1)
-    space = " " if "`" in (word[:1], word[-1:]) else ""
-    return ticks + space + word.replace("|", "\\|") + space + ticks
+def code(text: str) -> str:
+    """Words as code in a table: with as many backticks as they need, and no bare |."""
+    ticks = "`" * (max(map(len, re.findall("`+", text)), default=0) + 1)
+    space = " " if "`" in (text[:1], text[-1:]) else ""
+    return ticks + space + text.replace("|", "\\|") + space + ticks
 
 
 def escape(text: str) -> str:

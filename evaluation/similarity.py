@@ -21,7 +21,10 @@ def features(text: str) -> Iterable[Counter]:
     words = re.findall(r"\w+|[^\w\s]", text.casefold())
     yield Counter(words)
     yield Counter(
-        f" {word} "[i : i + n] for word in words for n in GRAMS for i in range(len(word) + 3 - n)
+        word[i : i + n]
+        for word in (f" {word} " for word in words)
+        for n in GRAMS
+        for i in range(len(word) + 1 - n)
     )
 
 

@@ -1,6 +1,8 @@
 """Scores of commands, against the competition's own examples; nothing of a command is ever run."""
 
 import shutil
+import subprocess
+import sys
 
 import pytest
 from hypothesis import given, settings
@@ -17,6 +19,7 @@ from evaluation.commands import (
     template,
     template_match,
 )
+from tests.helpers import ROOT
 
 REGEX = "find . -regextype posix-egrep -regex '^.*/[a-z][^/]*$' -type f"
 # true command, predicted command, score: the examples published with the competition's metric
@@ -135,6 +138,22 @@ def test_any_text_is_read_or_refused(text):
 def test_deep_nesting_is_refused():
     assert template("$(" * 5000) is None
     assert template("( " * 3000 + ") " * 3000) is None
+
+
+LONG = {
+    "a word": "'echo ' + 'x' * 3 * 10**6",
+    "a quoted word": "'echo \"' + 'x' * 3 * 10**6 + '\"'",
+    "lines that go on": "'echo ' + '\\\\\\n' * 10**6",
+    "comments": "'#\\n' * 10**6",
+    "commands in commands": "'xargs ' * 60 + 'ls -l'",
+}
+
+
+@pytest.mark.parametrize("command", LONG.values(), ids=LONG)
+def test_time_grows_no_faster_than_the_length_of_a_command(command):
+    """With its square, or twice with each command in another, it would be many minutes."""
+    code = f"from evaluation.commands import nlc2cmd; nlc2cmd({command}, {command})"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=100)
 
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")

@@ -108,6 +108,19 @@ def test_scores_are_those_of_each_text_alone(model):
         assert greedy == (best == ids)
 
 
+@pytest.mark.parametrize(
+    "kind, read",
+    [
+        ("stream", TOKENIZER.encode("\n")),
+        ("documents", [TOKENIZER.start_id]),
+        ("pairs", [TOKENIZER.start_id]),
+    ],
+)
+@pytest.mark.parametrize("said", ["x", "xyz"])
+def test_after_an_empty_context_all_of_a_continuation_is_scored(model, kind, read, said):
+    assert Decoder(model, TOKENIZER, kind).encode("", said) == (read, TOKENIZER.encode(said))
+
+
 def test_generating_stops_before_a_text(model):
     decoder = Decoder(model, TOKENIZER, "stream")
 

@@ -55,6 +55,12 @@ def test_measures_are_means_over_the_first_answers_and_the_best():
     assert alone == {"exact match": Score(1.0, 1.0, 1.0)}
 
 
+def test_without_bash_its_row_is_left_out(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    found = measure("bash", [["ls -l"]], ["ls -l"], bleu=False)
+    assert found["template match"].value == 1 and "bash -n" not in found
+
+
 def test_a_table_for_people():
     shown = table(
         {
@@ -71,7 +77,8 @@ def test_a_table_for_people():
 
 def test_words_that_differ_are_marked():
     assert marked("ls -l /x", "ls -a /x") == ["`ls` **`-l`** `/x`", "`ls` **`-a`** `/x`"]
-    assert marked("a | b", "a") == ["`a` **`\\|`** **`b`**", "`a`"]
+    assert marked("a | b", "a") == ["`a` **`\\| b`**", "`a`"]
+    assert marked("find . -name x", "ls -l") == ["**`find . -name x`**", "**`ls -l`**"]
     assert marked("`x`", "") == ["**`` `x` ``**", ""]
     shown = side_by_side(["a *b*\n|c"], ["x"], ["y"])
     assert shown.splitlines()[2] == r"| a \*b\* \|c | **`x`** | **`y`** |"

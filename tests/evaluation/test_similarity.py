@@ -1,11 +1,14 @@
 """Nearest neighbours against the formula, BLEU against sacrebleu, intervals against theory."""
 
 import math
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 
 from evaluation.similarity import Neighbours, bleu_counts, corpus_bleu, features, interval
+from tests.helpers import ROOT
 
 TEXTS = [
     "Find all files in /tmp", "find all directories", "list files", "Delete files of 5 days",
@@ -36,6 +39,18 @@ def test_neighbours_are_those_of_the_formula():
         for k in (1, 3, len(TEXTS), 20):
             assert nearest(query, k) == order[:k]
     assert nearest("list files", 2) == [2, 6]  # equal ones in their order
+
+
+def test_features_are_words_and_what_stands_in_them():
+    words, characters = features("ab, ab")
+    assert words == {"ab": 2, ",": 1}
+    assert characters == {" ab": 2, "ab ": 2, " ab ": 2, " , ": 1}
+
+
+def test_a_word_is_not_copied_for_each_of_its_characters():
+    """Of this one that would be many minutes."""
+    code = "from evaluation.similarity import features; [*features('x' * 3 * 10**6)]"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=100)
 
 
 def test_bleu_is_sacrebleus():
