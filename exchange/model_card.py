@@ -5,7 +5,7 @@ from pathlib import Path
 from checkpoint.reader import Checkpoint
 from common.jsonl import read_records
 from data.config import as_paths
-from evaluation.report import Found, read_report
+from evaluation.report import Found, is_limited, read_report
 from model.config import ModelConfig
 
 MEASURES = {  # scalars of a run's log, by what people call them
@@ -81,9 +81,12 @@ def figures(checkpoint: Checkpoint) -> list[tuple[str, str]]:
 
 
 def evaluation(checkpoint: Checkpoint) -> str:
-    """What evaluate.py has found of this step, a table a split; empty if it has not been run."""
-    found = read_report(checkpoint.run)
-    tables = [scores(split, f) for split, f in found.items() if f.step == checkpoint.step]
+    """What evaluate.py has found of this step, a table a split; empty if it has not been run.
+
+    First what was found on whole splits.
+    """
+    found = sorted(read_report(checkpoint.run).items(), key=lambda item: is_limited(item[0]))
+    tables = [scores(split, f) for split, f in found if f.step == checkpoint.step]
     return "".join(["## Evaluation\n\n", *tables]) if tables else ""
 
 

@@ -28,6 +28,7 @@ def test_what_has_another_form_is_left_out(tmp_path, content):
     (tmp_path / "evaluation.json").write_bytes(content)
     assert read_report(tmp_path) == {}
     publish(tmp_path, "val", FOUND)
+    assert (tmp_path / "damaged_evaluation.json_0").read_bytes() == content
     assert json.loads((tmp_path / "evaluation.json").read_bytes())["splits"] == {"val": FOUND}
 
 
@@ -37,6 +38,24 @@ def test_numbers_of_any_size_and_names_of_any_kind_are_shown(tmp_path):
     (tmp_path / "evaluation.json").write_text(json.dumps({"splits": {"\ud800": strange}}))
     publish(tmp_path, "val", FOUND)
     assert [*read_report(tmp_path)] == ["\ud800", "val"]
+
+
+def test_what_can_be_read_of_a_damaged_file_is_kept(tmp_path, capsys):
+    content = json.dumps({"splits": {"val": FOUND, "other": {**FOUND, "loss": "low"}}})
+    (tmp_path / "evaluation.json").write_text(content)
+    publish(tmp_path, "test", FOUND)
+    assert [*read_report(tmp_path)] == ["val", "test"]
+    assert (tmp_path / "damaged_evaluation.json_0").read_text() == content
+    assert "was damaged, and is kept as damaged_evaluation.json_0" in capsys.readouterr().err
+    publish(tmp_path, "test", FOUND)
+    assert not (tmp_path / "damaged_evaluation.json_1").exists()
+
+
+def test_an_error_names_the_file_that_was_to_be_written(tmp_path):
+    (tmp_path / "evaluation.tmp").mkdir()
+    with pytest.raises(OSError) as found:
+        publish(tmp_path, "val", FOUND)
+    assert found.value.filename == str(tmp_path / "evaluation.json")
 
 
 def test_splits_are_kept_and_shown_together(tmp_path):

@@ -39,6 +39,10 @@ By `evaluate.py` on mine.jsonl: loss 1.5000, perplexity 4.480, 0.9000 bits a byt
 ## Use
 """
     assert table in page and "someone" not in page
+    publish(tmp_path / "run", "val, 3 examples", found(7))
+    publish(tmp_path / "run", "val", found(7))
+    page = model_card(checkpoint, PRE, "pairs", "use()").decode()
+    assert page.index("on val:") < page.index("on val, 3 examples:")
 
 
 def test_a_checkpoint_that_stands_alone_has_its_own_figures(tmp_path):
