@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from checkpoint.reader import Checkpoint, named_or_newest
 from common import cli
-from common.errors import at_least, refuse
+from common.errors import UserError, at_least, refuse
 from common.files import replace_synced
 from data.prompt_format import end_id, prompt_ids
 from data.rng import permutation
@@ -32,18 +32,20 @@ from data.slots import Slots
 from data.tokenizers.base import Tokenizer
 from data.tokenizers.load import TOKENIZER_FILES, load_tokenizer
 from evaluation.answers import answer
+from evaluation.commands import has_bash
 from evaluation.look_ups import chooser, look_ups, nearest
 from evaluation.memorization import Index, shares
-from evaluation.report import publish
+from evaluation.report import publish, refuse_unwritable
 from evaluation.scores import kind_of, measure, side_by_side, table
 from evaluation.similarity import has_sacrebleu
 from evaluation.split import Split, read_split
-from generation.sampling import Sampling
+from generation.sampling import MAX_BEAMS, Sampling
 from model import engines
 from model.config import read_model_config
 
 DESCRIPTION = "Scores a trained model: perplexity, and how right its answers are."
 LOOK_UPS_AT_MOST = 50_000  # training pairs that look-ups search unasked
+MAX_SAMPLES = 1000  # answers to a prompt: more is a slip of the finger
 FREE_TEXTS = 20  # that are written to see how much of them is memorized
 log = partial(print, file=sys.stderr, flush=True)
 
@@ -89,8 +91,8 @@ class Arguments:
     memorization: bool = False
     """How much of the answers, or of texts written freely, stands word for word in the training
     data: the longest runs of tokens."""
-    no_bleu: bool = False
-    """Without BLEU, which takes pip install -e '.[eval]'."""
+    bleu: bool = True
+    """With BLEU, which takes pip install -e '.[eval]'."""
     batch_size: int = 32
     """Examples in a forward pass, for the perplexity."""
     device: str = "auto"
@@ -108,8 +110,12 @@ class Arguments:
             wrong.append("--rerank: takes a beam search; give --beams 5, say")
         if self.neighbours and not (self.rerank and self.look_ups != "no"):
             wrong.append("--neighbours: takes --rerank, and look-ups; give --rerank --look_ups yes")
-        wrong += at_least(self, 1, "beams", "num_samples", "batch_size")
-        if self.beams > 1 and self.num_samples > self.beams:
+        wrong += at_least(self, 1, "batch_size")
+        if not 1 <= self.beams <= MAX_BEAMS:
+            wrong.append(f"beams = {self.beams} must be 1 (greedy) to {MAX_BEAMS}")
+        if not 1 <= self.num_samples <= MAX_SAMPLES:
+            wrong.append(f"num_samples = {self.num_samples} must be 1 to {MAX_SAMPLES}")
+        elif self.num_samples > self.beams > 1:
             wrong.append(
                 f"num_samples = {self.num_samples} must be at most beams = {self.beams}, of which "
                 "they are"
@@ -121,9 +127,14 @@ def main() -> int:
     """Reads the command line, scores, prints and writes. Returns the exit status."""
     arguments = cli.parse(Arguments, DESCRIPTION)
     checkpoint = find(arguments)
+    refuse_unwritable(checkpoint.run)
     weights = engines.read_weights("torch", checkpoint)  # first, because the settings may not fit
     shape = read_model_config(checkpoint)
     tokenizer = load_tokenizer(checkpoint.path)
+    # before the data, which may take long: the device may not be there
+    precision, why = engines.choose_precision("torch", shape, arguments.device, arguments.precision)
+    log(f"precision: {precision} ({why})")
+    model = engines.load_model("torch", shape, weights, arguments.device, precision)
     data = read_split(
         checkpoint,
         tokenizer,
@@ -134,9 +145,8 @@ def main() -> int:
         known={"no": 0, "yes": None, "auto": LOOK_UPS_AT_MOST}[arguments.look_ups],
         memorization=arguments.memorization,
     )
-    precision, why = engines.choose_precision("torch", shape, arguments.device, arguments.precision)
-    log(f"precision: {precision} ({why})")
-    model = engines.load_model("torch", shape, weights, arguments.device, precision)
+    if data.kind != "pairs":
+        refuse_for_texts(arguments, data)
     found = {"step": checkpoint.step, "checkpoint": checkpoint.path.name, "data": data.name}
     found |= losses(arguments, data, model, precision)
     print(
@@ -147,7 +157,10 @@ def main() -> int:
         found |= score(arguments, checkpoint, data, tokenizer, model)
     elif data.index is not None:
         found |= memorized(data.index, {"free": write_freely(arguments, data, tokenizer, model)})
-    log(f"written: {publish(checkpoint.run, arguments.split, found)}")
+    split = arguments.split
+    if 0 < arguments.limit < data.size:  # which does not replace what was found on all of it
+        split += f", {arguments.limit} examples"
+    log(f"written: {publish(checkpoint.run, split, found)}")
     return 0
 
 
@@ -163,6 +176,24 @@ def find(arguments: Arguments) -> Checkpoint:
             checkpoint.read(name)  # which verifies it
     log(f"{checkpoint.path}: step {checkpoint.step:,}")
     return checkpoint
+
+
+def refuse_for_texts(arguments: Arguments, data: Split):
+    """Raises UserError for what is asked of answers, where data has none."""
+    asked = {
+        "answers": arguments.answers != "auto",
+        "beams": arguments.beams > 1,
+        "num_samples": arguments.num_samples > 1 and not arguments.memorization,
+        "rerank": arguments.rerank,
+        "neighbours": arguments.neighbours,
+        "look_ups": arguments.look_ups == "yes",
+        "examples": arguments.examples,
+    }
+    if names := ", ".join(f"--{name}" for name, is_asked in asked.items() if is_asked):
+        raise UserError(
+            f"{names}: of the answers to prompts, and {data.name} is of kind {data.kind}; leave "
+            f"{'it' if ',' not in names else 'them'} out"
+        )
 
 
 # Scoring ------------------------------------------------------------------------------------------
@@ -193,7 +224,7 @@ def score(
     prompts, true = [list(side) for side in zip(*data.pairs, strict=True)]
     kind = arguments.answers
     if kind == "auto":
-        kind = kind_of(true, data.name)
+        kind = kind_of(true, data.name, data.trained_on)
     count, beams = arguments.num_samples, arguments.beams
     name = f"{beams} beams" if beams > 1 else "greedy"
     if arguments.neighbours and data.known:
@@ -222,9 +253,11 @@ def score(
         }
     if data.known:
         answers |= look_ups(prompts, data.known, count, data.slots)
-    bleu = not arguments.no_bleu and has_sacrebleu()
+    bleu = arguments.bleu and has_sacrebleu()
     if not bleu:
         log("note: without BLEU; it is computed after pip install -e '.[eval]'")
+    if kind == "bash" and not has_bash():
+        log("note: without bash -n, because there is no bash on PATH")
     columns = {name: measure(kind, several, true, bleu) for name, several in answers.items()}
     print(f"\n{table(columns)}\n\n{len(prompts):,} {kind} answers; in brackets, 95 % confidence")
     if arguments.examples:

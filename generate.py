@@ -358,13 +358,14 @@ def ordered(
     if not arguments.rerank:
         return sorted((ids for ids, _ in found), key=lambda ids: slots.lacks(tokenizer.decode(ids)))
     from checkpoint.run_data import data_config  # what few need
-    from data.sources.source import name_data
     from evaluation.look_ups import utility
     from evaluation.scores import kind_of
+    from evaluation.split import data_name
     from generation.beams import with_log_probabilities
     from generation.rerank import choose, shares
 
-    kind = kind_of([], name_data(data_config(source.checkpoint, lambda line: None)))
+    answers = [pair["completion"] for pair in source.held_out]
+    kind = kind_of(answers, data_name(data_config(source.checkpoint, lambda line: None)))
     found = with_log_probabilities(found, arguments.sampling.max_new_tokens)
     texts = [tokenizer.decode(ids) for ids, _ in found]
     of = {text: ids for text, (ids, _) in zip(reversed(texts), reversed(found), strict=True)}

@@ -37,6 +37,11 @@ def data_config(checkpoint: Checkpoint, log: Log) -> DataConfig:
     return locate_data(DataConfig(**stored), checkpoint, log)
 
 
+def was_imported(checkpoint: Checkpoint) -> bool:
+    """Whether another program's model is all there is of a run, which then has no data."""
+    return "imported_from" in checkpoint.state and "data" not in checkpoint.state
+
+
 def as_source(stored: dict) -> dict:
     """A source of a mixture as it was before it became JSON."""
     path = stored.get("path")

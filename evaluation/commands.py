@@ -56,6 +56,7 @@ RUNS = {"command": 0, "env": 0, "exec": 0, "nice": 0, "nohup": 0, "setsid": 0, "
 # utilities that hold one as a flag's argument
 HOLDS = dict.fromkeys(("bash", "dash", "ksh", "sh", "su", "zsh"), "-c") | {"rsync": "-e"}
 ALIASES = {"egrep": ("grep", ["-E"]), "fgrep": ("grep", ["-F"])}
+KNOWN = {*WITH_ARGUMENT, *RUNS, *HOLDS, "cat", "cd", "echo", "find", "kill", "rm", "tr", "wc"}
 
 RESERVED = re.compile("if|then|elif|else|fi|do|done|while|until|esac|[!{}]")
 LISTS = ("for", "select", "case", "function")  # whose words are no command
@@ -453,6 +454,12 @@ def utilities_of(command: str) -> list[Utility]:
         return utilities(parse(command))
     except SyntaxFault:
         return []
+
+
+def looks_like_command(text: str) -> bool:
+    """Whether a text begins with a utility that is known here, and has a flag, as prose has not."""
+    found = utilities_of(text) if text.lstrip()[:1].islower() else []
+    return bool(found) and found[0].name in KNOWN and any(utility.flags for utility in found)
 
 
 def flag_score(predicted: Utility, true: Utility) -> float:

@@ -21,7 +21,7 @@ import numpy as np
 from tqdm import tqdm
 
 from checkpoint.reader import Checkpoint
-from checkpoint.run_data import data_config
+from checkpoint.run_data import data_config, was_imported
 from common.cli import visible
 from common.errors import UserError
 from common.files import user_path
@@ -201,6 +201,11 @@ class Memory:
     @classmethod
     def of(cls, checkpoint: Checkpoint, tokenizer: Tokenizer, log: Log) -> "Memory":
         """The data of a checkpoint's run, prepared again if need be. Raises UserError."""
+        if was_imported(checkpoint):
+            raise UserError(
+                f"--memorization: {checkpoint.run} was imported and has no data of its own; leave "
+                "the flag out"
+            )
         config = data_config(checkpoint, log)
         given = tokenizer if checkpoint.state.get("tokenizer_given") else None
         dataset = prepare(config, log, given)

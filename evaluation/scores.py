@@ -1,6 +1,7 @@
 """What answers are measured by, for each kind of answer, and the table of it."""
 
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -52,12 +53,15 @@ ALONE: dict[Kind, dict[str, Callable[[str], float]]] = {
 }
 
 
-def kind_of(answers: Sequence[str], name: str) -> Kind:
-    """What the answers of a source are: by its name, or as most of them look."""
-    if name.startswith("nl2bash"):
+def kind_of(answers: Sequence[str], *names: str) -> Kind:
+    """What answers are: by the names of their data and of the training data, or as most look."""
+    if any(name.startswith("nl2bash") for name in names):
         return "bash"
-    looks = sum(bool(PYTHON.match(answer)) for answer in answers)
-    return "python" if 2 * looks > len(answers) else "text"
+    looks = Counter(
+        "python" if PYTHON.match(a) else "bash" if commands.looks_like_command(a) else "text"
+        for a in answers
+    )
+    return next((kind for kind, n in looks.items() if 2 * n > len(answers)), "text")
 
 
 def measure(
@@ -126,7 +130,7 @@ def side_by_side(prompts: Sequence[str], true: Sequence[str], answers: Sequence[
 
 
 def marked(a: str, b: str) -> list[str]:
-    """Two texts word by word, those in bold that the other does not have in this place, by runs."""
+    """Two texts word by word, runs in bold that the other does not have in this place."""
     from difflib import SequenceMatcher
 
     words = a.split(), b.split()

@@ -1,5 +1,8 @@
 """A split of a run's data, as evaluate.py reads it: as ids, and pairs as texts, too."""
 
+import contextlib
+import os
+import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -9,8 +12,8 @@ from pathlib import Path
 from typing import cast
 
 from checkpoint.reader import Checkpoint
-from checkpoint.run_data import data_config
-from common.errors import UserError
+from checkpoint.run_data import data_config, was_imported
+from common.errors import UnreadableError, UserError
 from common.files import user_path
 from data.batches import Examples
 from data.config import DEFAULT_CACHE_DIR, DataConfig, as_paths
@@ -20,7 +23,7 @@ from data.prepared.splitting import split_texts
 from data.rng import permutation
 from data.sources.builtin import named_files
 from data.sources.records import Pair
-from data.sources.source import open_source
+from data.sources.source import name_data, open_source
 from data.tokenizers.base import Tokenizer
 from evaluation.memorization import Index, index_file, open_index
 from model.config import ModelConfig
@@ -33,8 +36,10 @@ class Split:
     """A split as ids, and for pairs the texts of it and of training."""
 
     name: str
+    trained_on: str  # the name of the training data
     kind: str
     examples: Examples
+    size: int  # examples in all, of which a limit may leave but some
     pairs: list[Pair]
     known: list[Pair]
     start_token: bool  # whether documents begin with <start>
@@ -59,18 +64,34 @@ def read_split(
     for look-ups, and none if there are more; None: all. memorization: with an index of the training
     data.
     """
+    own, imported = split == "val", was_imported(checkpoint)
+    if imported and (own or split == "test"):
+        raise UserError(
+            f"--split {split}: {checkpoint.run} was imported and has no data of its own; give a "
+            "file with --split FILE"
+        )
+    if imported and memorization:
+        raise UserError(
+            f"--memorization: {checkpoint.run} was imported and has no data of its own; leave the "
+            "flag out"
+        )
     config = data_config(checkpoint, log)
     if cache_dir:
         config = replace(config, cache_dir=cache_dir)
     given = tokenizer if checkpoint.state.get("tokenizer_given") else None
-    own = split == "val"
     chosen = config if own else other_split(split, config)
     try:
         dataset = prepare(chosen, log, given if own else tokenizer)
+    except UnreadableError:
+        raise
     except UserError as error:
-        if own:
-            raise
-        raise UserError(str(error).replace("data.path = ", "--split ", 1)) from None
+        message = with_flags(str(error), own)
+        if imported and has_pairs(chosen):
+            message = (
+                f"--split {split}: has pairs, but {checkpoint.run} was imported and reads texts; "
+                "give a file of texts, or train it on pairs first, with train.py --init_from"
+            )
+        raise UserError(message) from None
     now = dataset.fingerprint, dataset.tokenizer.fingerprint
     if own and now != (checkpoint.state.get("data"), checkpoint.state.get("tokenizer")):
         raise UserError(
@@ -92,8 +113,10 @@ def read_split(
         )
     log(f"data: {dataset.name} ({dataset.kind}): {encoded.describe()}")
     pairs, trained = [], []
+    size = examples.evaluated + examples.are_windows  # and a stream's short window
     if dataset.kind == "pairs":
         pairs = [pair for its_side, pair in texts(chosen) if its_side == side]
+        size = max(size, len(pairs))
         drawn = sorted(permutation(len(pairs), "evaluation")[: limit or None])
         pairs = [pairs[i] for i in drawn]
         if known != 0:
@@ -104,13 +127,51 @@ def read_split(
                     f"note: without look-ups, which search over {known:,} pairs with --look_ups yes"
                 )
                 trained = []
+            if not own and (seen := sum(map(set(trained).__contains__, pairs))):
+                log(
+                    f"note: {seen:,} of {len(pairs):,} pairs stand in the training data word for "
+                    "word"
+                )
     index = None
     if memorization:
         whole = dataset if own else prepare(config, lambda line: None, given)
         cache = user_path(config.cache_dir or DEFAULT_CACHE_DIR)
         index = open_index(whole.train.ids, index_file(cache, whole))
     start, slots = dataset.start_token, dataset.slots
-    return Split(dataset.name, dataset.kind, examples, pairs, trained, start, slots, index)
+    return Split(
+        dataset.name, data_name(config), dataset.kind, examples, size, pairs, trained, start, slots,
+        index,
+    )  # fmt: skip
+
+
+def with_flags(message: str, own: bool) -> str:
+    """What is wrong with data, with what evaluate.py, which has no settings of it, can do."""
+    for setting, flag in {
+        "set data.cache_dir to a writable folder": "give a writable folder with --cache_dir",
+        "set data.cache_dir": "give another folder with --cache_dir",
+    }.items():
+        message = message.replace(setting, flag)
+    if own:
+        return message
+    first, *fixes = message.replace("data.path = ", "--split ", 1).split("; ")
+    known = [fix for fix in fixes if not re.search(r"\bdata\.\w|set it to", fix)]
+    if known != fixes:
+        known.append("give a file that is read as the run's own data is")
+    return "; ".join([first, *known])
+
+
+def has_pairs(config: DataConfig) -> bool:
+    """Whether files look like pairs, whatever kind they are to be read as."""
+    cache = user_path(config.cache_dir or DEFAULT_CACHE_DIR)
+    with contextlib.suppress(UserError):
+        return open_source(replace(config, kind="auto"), lambda line: None, cache).kind == "pairs"
+    return False
+
+
+def data_name(config: DataConfig) -> str:
+    """What a run's data is called, of a mixture all of it."""
+    parts = (source.name or name_data(settings_of(config, source)) for source in config.sources)
+    return " + ".join(parts) or name_data(config)
 
 
 def other_split(split: str, config: DataConfig) -> DataConfig:
@@ -123,6 +184,9 @@ def other_split(split: str, config: DataConfig) -> DataConfig:
                 "--split test: the run's data has no test split; give a file with --split FILE"
             )
         path = str(folder / "test.nl")
+    elif all(os.path.isfile(user_path(split) / f"dev.{end}") for end in ("nl", "cm")):
+        path = str(user_path(split) / "dev.nl")
+        log(f"--split {split}: of the folder, dev.nl and dev.cm")
     return replace(config, path=path, sources=(), val_path="", val_fraction=0.0)
 
 

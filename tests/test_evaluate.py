@@ -114,9 +114,7 @@ def test_pairs_are_answered_and_scored_beside_look_ups(folder, run):
     assert scores["greedy"]["template match"]["value"] == 0
     assert "template match" in said and "10 bash answers" in said
     shown = (folder / "runs" / "bash" / "evaluation.md").read_text().splitlines()
-    assert len(shown) == 2 + 3 and all(
-        "`ls` `-l`" in line or "**`ls`**" in line for line in shown[2:]
-    )
+    assert len(shown) == 2 + 3 and all("`ls -l" in line for line in shown[2:])
 
 
 def test_slots_are_filled_and_neighbours_join(folder, run):
@@ -164,10 +162,10 @@ def test_other_splits_stand_beside_and_tensorboard_has_all(folder, run):
     file = folder / "records.jsonl"
     run("python", "--split", str(file), "--limit", "20")
     _, splits = run("python", "--beams", "3", "--num_samples", "2")
-    assert set(splits) == {"val", str(file)}
-    assert splits[str(file)]["settings"]["examples"] == 20
-    assert splits[str(file)]["settings"]["answers"] == "python"
-    trained = splits[str(file)]["scores"]["nearest neighbour"]["exact match"]["value"]
+    other = splits[f"{file}, 20 examples"]
+    assert set(splits) == {"val", f"{file}, 20 examples"}
+    assert other["settings"]["examples"] == 20 and other["settings"]["answers"] == "python"
+    trained = other["scores"]["nearest neighbour"]["exact match"]["value"]
     assert trained > 0.7  # a tenth of them was held out
     assert "exact match, top-2" in splits["val"]["scores"]["3 beams"]
     board = EventAccumulator(str(folder / "runs" / "python" / "evaluation"))
@@ -184,8 +182,75 @@ def test_the_test_split_of_a_folder(folder, run):
         "bash", "--split", "test", "--look_ups", "no", "--no_bleu", "--num_samples", "2"
     )
     assert splits["test"]["settings"]["examples"] == 4
-    assert splits["test"]["settings"]["answers"] == "text" and "greedy" in splits["test"]["scores"]
+    assert splits["test"]["settings"]["answers"] == "bash" and "greedy" in splits["test"]["scores"]
     assert splits["test"]["settings"]["temperature"] == 0.8
+
+
+def test_of_a_folder_with_a_dev_split_that_is_taken(folder, run):
+    split = str(folder / "pairs")
+    _, splits = run("bash", "--split", split, "--look_ups", "no", "--no_bleu")
+    assert splits[split]["settings"]["examples"] == 10
+
+
+def test_a_few_examples_do_not_replace_all_of_them(run):
+    whole = run("stream")[1]["val"]
+    few = run("stream", "--limit", "1")[1]
+    assert few["val"] == whole and few["val, 1 examples"]["loss"] != whole["loss"]
+    assert run("stream", "--limit", "999")[1]["val"] == whole
+
+
+def test_what_stands_in_the_training_data_is_counted(tmp_path, run, monkeypatch):
+    file = tmp_path / "some.jsonl"
+    pairs = [("p 1", "def f1(a):"), ("p 1", "def f2(a):"), ("x", "def f1(a):")]
+    lines = [json.dumps({"prompt": prompt, "completion": text}) for prompt, text in pairs]
+    file.write_text("\n".join(lines))
+    said = []
+    monkeypatch.setattr("evaluation.split.log", said.append)
+    run("python", "--split", str(file), "--no_bleu")
+    assert "note: 1 of 3 pairs stand in the training data word for word" in said
+    said.clear()
+    run("python", "--no_bleu")
+    assert not any("word for word" in line for line in said)
+
+
+def test_without_bash_the_other_scores_are_there(run, monkeypatch, tmp_path):
+    said = []
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(evaluate, "log", said.append)
+    _, splits = run("bash", "--answers", "bash", "--no_bleu")
+    assert "note: without bash -n, because there is no bash on PATH" in said
+    scores = splits["val"]["scores"]["greedy"]
+    assert "NLC2CMD" in scores and "bash -n" not in scores
+
+
+def test_what_another_version_wrote_is_not_replaced(folder, run):
+    file = folder / "runs" / "slots" / "evaluation.json"
+    before = file.read_bytes() if file.exists() else None
+    file.write_text('{"format": 2}')
+    try:
+        with pytest.raises(UserError, match=r"json: of another version of this project.*rename"):
+            run("slots")
+        assert file.read_text() == '{"format": 2}'
+        file.unlink()
+        file.mkdir()
+        with pytest.raises(UserError, match=r"evaluation\.json: a folder, where a file is to be"):
+            run("slots")
+        file.rmdir()
+    finally:
+        if before is not None:
+            file.write_bytes(before)
+
+
+def test_errors_of_data_name_what_the_command_has(folder, run):
+    text, pairs = folder / "text.txt", folder / "records.jsonl"
+    for name, split in (("python", text), ("stream", pairs)):
+        flags = ["--split", str(split), "--cache_dir", "/dev/null/x"]
+        with pytest.raises(UserError, match=r"; give a writable folder with --cache_dir$"):
+            run(name, *flags)
+    with pytest.raises(UserError) as found:
+        run("python", "--split", str(text))
+    assert str(found.value).endswith("; give a file that is read as the run's own data is")
+    assert "data." not in str(found.value)
 
 
 def test_answers_are_those_of_each_prompt_alone(folder):
@@ -215,6 +280,14 @@ def test_answers_are_those_of_each_prompt_alone(folder):
         ("bash", ["--rerank"], "--rerank: takes a beam search; give --beams 5"),
         ("bash", ["--neighbours", "2"], "--neighbours: takes --rerank"),
         ("none", [], "no such checkpoint or run"),
+        ("bash", ["--beams", "65"], "--beams = 65 must be 1 .greedy. to 64"),
+        ("bash", ["--num_samples", "1001"], "--num_samples = 1001 must be 1 to 1000"),
+        ("none.txt", ["--beams", "0"], "--beams = 0 must be 1"),
+        ("stream", ["--split", "none.txt", "--device", "cuda:9999"], "--device cuda:9999: not on"),
+        ("stream", ["--beams", "2"], "--beams: of the answers to prompts, and text is of kind st"),
+        ("stream", ["--beams", "2", "--rerank"], "^--beams, --rerank: .*; leave them out$"),
+        ("stream", ["--examples", "2", "--look_ups", "yes"], "^--look_ups, --examples: "),
+        ("stream", ["--answers", "bash", "--num_samples", "2"], "^--answers, --num_samples: "),
     ],
 )
 def test_what_cannot_be_done_is_refused(run, name, flags, wrong):
@@ -266,7 +339,7 @@ def test_generate_writes_the_texts_of_a_beam_search(folder, monkeypatch, capsys)
 def test_generate_orders_what_a_search_has_found(folder, monkeypatch, capsys, kind):
     """Of random weights, with slots: as evaluate.py has them, or by minimum Bayes risk."""
     if kind == "bash":  # which the name of its data tells
-        monkeypatch.setattr("data.sources.source.name_data", lambda config: "nl2bash")
+        monkeypatch.setattr("evaluation.split.name_data", lambda config: "nl2bash")
     checkpoint = Checkpoint.find(folder / "runs" / "slots")
     model = TransformerDecoder.from_checkpoint(checkpoint.path)
     tokenizer = evaluate.load_tokenizer(checkpoint.path)

@@ -25,6 +25,12 @@ def test_kinds_are_told_by_name_or_by_looks():
     assert kind_of(["def f():"], "nl2bash_paper") == "bash"
     assert kind_of(["def f(a):", "async def g():", "x"], "mine") == "python"
     assert kind_of(["ls", "def"], "mine") == "text"
+    assert kind_of(["find it"], "dev", "nl2bash") == "bash"
+    commands = ["find . -name x", "sudo ls -l | wc", "x"]
+    assert kind_of(commands, "mine") == "bash"
+    prose = ["Find -x", "find all files", "sort - as it is - of", "time and again", "a 'b", ""]
+    assert kind_of(prose, "mine") == "text"
+    assert kind_of(["find . -name x", "def f():"], "mine") == "text"  # neither are most
 
 
 def test_measures_are_means_over_the_first_answers_and_the_best():

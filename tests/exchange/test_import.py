@@ -12,9 +12,12 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
+import evaluate
+import generate
 from checkpoint.reader import Checkpoint
 from common.errors import UserError
 from data.tokenizers.load import load_tokenizer
+from evaluation.report import read_report
 from generation.sampling import Sampling
 from model import engines
 from model.config import read_model_config
@@ -249,6 +252,38 @@ def test_what_is_no_gpt2_is_refused_in_a_line(said, folder, tmp_path, monkeypatc
     (line,) = capsys.readouterr().err.splitlines()
     assert said in line and str(folder) in line
     assert not (tmp_path / "runs").exists() or not any((tmp_path / "runs").iterdir())
+
+
+def test_an_imported_run_has_no_data_of_its_own(gpt2, tmp_path, monkeypatch):
+    """And none is read in its place; texts that are given are scored, pairs are refused."""
+    run, text, pairs = (tmp_path / name for name in ("run", "text.txt", "pairs.jsonl"))
+    assert exchanged(monkeypatch, "import", gpt2[0], run) == 0
+    text.write_text("The loss of a step.\n")
+    pairs.write_text('{"prompt": "a", "completion": "b"}\n' * 2)
+    cache = tmp_path / "cache"
+
+    def refused(program, *flags) -> str:
+        arguments = ["x.py", "--checkpoint", run, "--device", "cpu", *flags]
+        monkeypatch.setattr("sys.argv", [*map(str, arguments)])
+        with pytest.raises(UserError) as error:
+            program.main()
+        return str(error.value)
+
+    none = f"{run} was imported and has no data of its own; "
+    with_cache = "--cache_dir", cache
+    for split in ("val", "test"):
+        said = refused(evaluate, "--split", split, *with_cache)
+        assert said == f"--split {split}: {none}give a file with --split FILE"
+    said = refused(evaluate, "--split", text, "--memorization", *with_cache)
+    assert said == f"--memorization: {none}leave the flag out"
+    assert refused(generate, "--prompt", "x", "--memorization") == said
+    assert not cache.exists()
+    said = refused(evaluate, "--split", pairs, *with_cache)
+    assert said.startswith(f"--split {pairs}: has pairs, but {run} was imported and reads texts; ")
+    arguments = ["x.py", "--checkpoint", run, "--device", "cpu", "--split", text, *with_cache]
+    monkeypatch.setattr("sys.argv", [*map(str, arguments)])
+    assert evaluate.main() == 0
+    assert read_report(run)[str(text)].data == "text"
 
 
 def test_a_full_disk_leaves_nothing(gpt2, tmp_path, monkeypatch, capsys):
