@@ -117,6 +117,11 @@ def tokenizer_files(source: Source) -> dict[str, bytes]:
     )
 
 
+def card(source: Source, library: str, example: str) -> bytes:
+    """Its README.md."""
+    return model_card(source.checkpoint, source.config, source.kind, library, example)
+
+
 def to_huggingface(source: Source, folder: Path):
     """A model of transformers with its tokenizer."""
     config, tokenizer = source.config, source.tokenizer
@@ -130,7 +135,7 @@ def to_huggingface(source: Source, folder: Path):
     files = tokenizer_files(source)
     files["config.json"] = json_file(huggingface.settings(config, kind) | ids)
     files["generation_config.json"] = json_file(ids | sampling)
-    files["README.md"] = model_card(source.checkpoint, config, source.kind, TRANSFORMERS)
+    files["README.md"] = card(source, "transformers", TRANSFORMERS)
     for name, content in files.items():
         write_synced(folder / name, content)
     arrays = huggingface.exported(config, source.weights, kind)
@@ -147,8 +152,7 @@ def to_gguf(source: Source, folder: Path):
     model = source.config, source.weights, source.tokenizer, source.kind
     if note := write_gguf(*model, name, where, folder / "model.gguf", source.start_token):
         print(f"note: {note}")
-    card = model_card(source.checkpoint, source.config, source.kind, LLAMA_CPP)
-    write_synced(folder / "README.md", card)
+    write_synced(folder / "README.md", card(source, "llama-cpp-python", LLAMA_CPP))
 
 
 def to_onnx(source: Source, folder: Path):
@@ -161,7 +165,7 @@ def to_onnx(source: Source, folder: Path):
     except UserError as error:  # the graph is of use without it
         print(f"note: {error}")
         files = source.tokenizer.files()
-    files["README.md"] = model_card(source.checkpoint, source.config, source.kind, ONNXRUNTIME)
+    files["README.md"] = card(source, "onnx", ONNXRUNTIME)
     for name, content in files.items():
         write_synced(folder / name, content)
 
@@ -208,7 +212,15 @@ def read_tokenizer(folder: Path) -> Tokenizer:
     """The tokenizer of a GPT-2, also as its older files have it. Raises UserError."""
     older = folder / "vocab.json", folder / "merges.txt"
     if (folder / "tokenizer.json").exists() or not all(file.is_file() for file in older):
-        return load_tokenizer(folder)
+        try:
+            return load_tokenizer(folder)
+        except UserError as error:
+            if "data.end_token" not in str(error):  # a setting of training
+                raise
+            raise UserError(
+                f"{folder / 'tokenizer.json'}: no token in it is known to end a text; set "
+                "eos_token in tokenizer_config.json to the one that does"
+            ) from None
     try:
         vocab, merges = (file.read_bytes() for file in older)
     except OSError as error:

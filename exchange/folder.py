@@ -1,6 +1,7 @@
 """A folder that is there whole or not at all."""
 
 import contextlib
+import errno
 import os
 import shutil
 from collections.abc import Generator
@@ -8,6 +9,8 @@ from pathlib import Path
 
 from common.errors import UserError
 from common.files import sync_directory
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what a disk says that is full
 
 
 @contextlib.contextmanager
@@ -30,9 +33,20 @@ def new_folder(target: Path) -> Generator[Path]:
         refuse_taken(target)  # by somebody else, meanwhile
         os.rename(hidden, target)
         sync_directory(target.parent)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(hidden, ignore_errors=True)
+        if isinstance(error, OSError):
+            explain(error, hidden, target)
         raise
+
+
+def explain(error: OSError, hidden: Path, target: Path):
+    """Raises what an error says in words of the folder that was to be made, with what to do."""
+    file = str(error.filename or hidden).replace(str(hidden), str(target))  # a write() names none
+    if error.errno in FULL:
+        raise OSError(error.errno, error.strerror, file) from None
+    if Path(file).is_relative_to(target):
+        raise UserError(f"{file}: {error.strerror}; choose a folder that can be written") from None
 
 
 def refuse_taken(folder: Path):

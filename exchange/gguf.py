@@ -69,12 +69,19 @@ def write_gguf(
         tensors[theirs(key)] = np.ascontiguousarray(rows, np.float32)
     for key, array in tensors.items():
         writer.add_tensor(key, array)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    try:
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+    except OSError as error:  # NumPy's tofile() says how much it has written, but not why
+        raise full(file) if error.errno is None else error from None
     check_whole(file, tensors)
     return note
+
+
+def full(file: Path) -> OSError:
+    return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(file))
 
 
 def check_whole(file: Path, tensors: Mapping[str, np.ndarray]):
@@ -87,7 +94,7 @@ def check_whole(file: Path, tensors: Mapping[str, np.ndarray]):
     except (ValueError, IndexError, KeyError):  # what the reader raises for half a file
         whole = False
     if not whole:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(file))
+        raise full(file)
 
 
 def refuse_unlike(config: ModelConfig, where: str):

@@ -21,10 +21,12 @@ READS = {
 }
 
 
-def model_card(checkpoint: Checkpoint, config: ModelConfig, kind: str, example: str) -> bytes:
+def model_card(
+    checkpoint: Checkpoint, config: ModelConfig, kind: str, library: str, example: str
+) -> bytes:
     """The page, in the form of Hugging Face's model cards, for a model that learned data of `kind`.
 
-    example: how it is loaded, a few lines of Python.
+    library: which loads it, by its name on the Hub. example: how, a few lines of Python.
     """
     data, state = checkpoint.config["data"], checkpoint.state
     source = ", ".join(as_paths(data.get("path") or "")) or data.get("source", "unknown data")
@@ -49,7 +51,7 @@ def model_card(checkpoint: Checkpoint, config: ModelConfig, kind: str, example: 
     name = checkpoint.run.name.replace("\n", " ")
     table = "\n".join(f"| {what} | {cell(value)} |" for what, value in rows)
     return f"""---
-library_name: transformers
+library_name: {library}
 pipeline_tag: text-generation
 ---
 

@@ -45,7 +45,11 @@ def write_onnx(config: ModelConfig, weights: Mapping[str, np.ndarray], folder: P
         )
         assert program is not None  # as with dynamo = True, the default
         large = 4 * config.num_parameters() > LARGEST
-        program.save(folder / "model.onnx", external_data=large)
+        file = folder / "model.onnx"
+        try:
+            program.save(file, external_data=large)
+        except OSError as error:  # a failed write does not say which file it was
+            raise OSError(error.errno, error.strerror, str(file)) from None
 
 
 @contextlib.contextmanager

@@ -53,6 +53,8 @@ def test_the_file_has_the_weights_and_the_tokenizer(tmp_path, monkeypatch):
     assert tokens == [tokenizer.token(i) for i in range(400)]
     assert field(reader, "tokenizer.ggml.add_bos_token") is True
     assert field(reader, "tokenizer.ggml.eos_token_id") == 3
+    page = (tmp_path / "out" / "README.md").read_text()
+    assert page.startswith("---\nlibrary_name: llama-cpp-python\n")
 
 
 def test_a_tokenizer_that_it_has_not_is_left_out_with_a_note(tmp_path, monkeypatch, capsys):

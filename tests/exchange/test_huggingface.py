@@ -143,13 +143,22 @@ def test_the_page_has_the_figures(exports):
     assert "| optimizer steps | 7 |" in page
 
 
-@pytest.mark.parametrize("form", ["huggingface", "gguf"])
-def test_a_full_disk_leaves_nothing(form, exports, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("limit", [6000, 12000])  # bytes, as the header is written, or a tensor
+@pytest.mark.parametrize(
+    ("form", "file", "needs"),
+    [
+        ("huggingface", "model.safetensors", "transformers"),
+        ("gguf", "model.gguf", "gguf"),
+        ("onnx", "model.onnx", "onnxscript"),
+    ],
+)
+def test_a_full_disk_leaves_nothing(
+    form, file, needs, limit, exports, tmp_path, monkeypatch, capsys
+):
     """A limit on the size of a file, below that of the weights."""
-    if form != "huggingface":
-        pytest.importorskip(form)
+    pytest.importorskip(needs)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (6000, limits[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limits[1]))
     try:
         where = exports["lines"][0], tmp_path / "out"
         status = exchanged(monkeypatch, "export", *where, "--format", form)
@@ -157,8 +166,17 @@ def test_a_full_disk_leaves_nothing(form, exports, tmp_path, monkeypatch, capsys
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert status == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert "; free some disk space and try again" in line
+    assert f": {tmp_path / 'out' / file}: " in line
+    assert line.endswith("; free some disk space and try again")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_cannot_be_made_is_named(exports, tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").touch()
+    out = tmp_path / "file" / "out"
+    assert exchanged(monkeypatch, "export", exports["lines"][0], out) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith(f": {out}: Not a directory; choose a folder that can be written")
 
 
 def test_what_is_there_is_left_alone(exports, tmp_path, monkeypatch, capsys):

@@ -254,6 +254,21 @@ def test_what_is_no_gpt2_is_refused_in_a_line(said, folder, tmp_path, monkeypatc
     assert not (tmp_path / "runs").exists() or not any((tmp_path / "runs").iterdir())
 
 
+def test_a_tokenizer_without_an_end_is_refused_with_where_to_name_it(
+    folder, tmp_path, monkeypatch, capsys
+):
+    file = folder / "tokenizer.json"
+    content = file.read_text().replace(END, "<|x|>")
+    file.write_text(content)
+    (folder / "tokenizer_config.json").unlink()
+    (folder / "special_tokens_map.json").unlink(missing_ok=True)
+    assert exchanged(monkeypatch, "import", folder, tmp_path / "run") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"{file}: no token in it is known to end a text; set eos_token in tok" in line
+    (folder / "tokenizer_config.json").write_text('{"eos_token": "<|x|>"}')
+    assert exchanged(monkeypatch, "import", folder, tmp_path / "run") == 0
+
+
 def test_an_imported_run_has_no_data_of_its_own(gpt2, tmp_path, monkeypatch):
     """And none is read in its place; texts that are given are scored, pairs are refused."""
     run, text, pairs = (tmp_path / name for name in ("run", "text.txt", "pairs.jsonl"))

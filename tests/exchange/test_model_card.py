@@ -21,12 +21,12 @@ def found(step: int) -> dict:
 def test_what_was_evaluated_of_this_step_stands_in_it(tmp_path):
     save_run(tmp_path / "run", PRE, "pairs")
     checkpoint = Checkpoint.find(tmp_path / "run")
-    before = model_card(checkpoint, PRE, "pairs", "use()").decode()
+    before = model_card(checkpoint, PRE, "pairs", "onnx", "use()").decode()
     assert "| validation loss (nats a token) | 1.2500 |" in before and "evaluate.py" not in before
     publish(tmp_path / "run", "val", found(6))  # another step's figures are not this one's
-    assert model_card(checkpoint, PRE, "pairs", "use()").decode() == before
+    assert model_card(checkpoint, PRE, "pairs", "onnx", "use()").decode() == before
     publish(tmp_path / "run", "/home/someone/mine.jsonl", found(7))
-    page = model_card(checkpoint, PRE, "pairs", "use()").decode()
+    page = model_card(checkpoint, PRE, "pairs", "onnx", "use()").decode()
     table = """## Evaluation
 
 By `evaluate.py` on mine.jsonl: loss 1.5000, perplexity 4.480, 0.9000 bits a byte; beams 8.
@@ -41,7 +41,7 @@ By `evaluate.py` on mine.jsonl: loss 1.5000, perplexity 4.480, 0.9000 bits a byt
     assert table in page and "someone" not in page
     publish(tmp_path / "run", "val, 3 examples", found(7))
     publish(tmp_path / "run", "val", found(7))
-    page = model_card(checkpoint, PRE, "pairs", "use()").decode()
+    page = model_card(checkpoint, PRE, "pairs", "onnx", "use()").decode()
     assert page.index("on val:") < page.index("on val, 3 examples:")
 
 
@@ -52,7 +52,7 @@ def test_a_checkpoint_that_stands_alone_has_its_own_figures(tmp_path):
     publish(tmp_path, "val", found(7))  # of whatever lies around it
     checkpoint = Checkpoint.find(alone)
     assert checkpoint.run == alone
-    assert "evaluate.py" not in model_card(checkpoint, PRE, "pairs", "use()").decode()
+    assert "evaluate.py" not in model_card(checkpoint, PRE, "pairs", "onnx", "use()").decode()
     publish(alone, "val", found(7))
-    page = model_card(checkpoint, PRE, "pairs", "use()").decode()
+    page = model_card(checkpoint, PRE, "pairs", "onnx", "use()").decode()
     assert page.count("By `evaluate.py` on val") == 1 and "\n# model\n" in page

@@ -42,3 +42,4 @@ def test_a_run_is_exported_with_its_tokenizer(tmp_path, monkeypatch, capsys):
     assert logits.shape == ["batch", "length", CHARACTERS.vocab_size]
     said = capsys.readouterr()
     assert said.err == "" and len(said.out.splitlines()) == 5  # and nothing of the exporter's
+    assert (out / "README.md").read_text().startswith("---\nlibrary_name: onnx\n")
