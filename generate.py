@@ -351,7 +351,7 @@ def ordered(
     """What a beam search has found for a prompt, the best first.
 
     By its scores, with texts last that have a placeholder which the prompt lacks; or by minimum
-    Bayes risk, as evaluate.py has it, each text once.
+    Bayes risk, as evaluate.py has it, each text once, and then those that had not ended.
     """
     tokenizer = source.tokenizer
     slots = next(job.slots for job in jobs if tuple(job.ids) == prompt)
@@ -366,11 +366,18 @@ def ordered(
 
     answers = [pair["completion"] for pair in source.held_out]
     kind = kind_of(answers, data_name(data_config(source.checkpoint, lambda line: None)))
+    of = {tokenizer.decode(ids): ids for ids, _ in reversed(found)}
     found = with_log_probabilities(found, arguments.sampling.max_new_tokens)
     texts = [tokenizer.decode(ids) for ids, _ in found]
-    of = {text: ids for text, (ids, _) in zip(reversed(texts), reversed(found), strict=True)}
     weights = shares(texts, [total for _, total in found], slots)
-    return [of[text] for text in choose(texts, weights, len(texts), utility(kind))]
+    chosen = choose(texts, weights, len(texts), utility(kind))
+    chosen += [text for text in reversed(of) if text not in chosen]
+    if len(chosen) < arguments.num_samples:
+        print(
+            f"note: only {len(chosen)} of the texts that were found differ; give more --beams",
+            file=sys.stderr,
+        )
+    return [of[text] for text in chosen]
 
 
 def as_json(job: Job, text: StreamedText, tokens: int, arguments: Arguments) -> dict:

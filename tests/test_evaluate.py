@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import asdict, replace
+from functools import partial
 
 import pytest
 import torch
@@ -186,6 +187,14 @@ def test_the_test_split_of_a_folder(folder, run):
     assert splits["test"]["settings"]["temperature"] == 0.8
 
 
+def test_each_flag_has_one_no(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["evaluate.py", "--help"])
+    with pytest.raises(SystemExit):
+        evaluate.main()
+    said = capsys.readouterr().out
+    assert "--bleu, --no_bleu" in said and "no_no" not in said
+
+
 def test_of_a_folder_with_a_dev_split_that_is_taken(folder, run):
     split = str(folder / "pairs")
     _, splits = run("bash", "--split", split, "--look_ups", "no", "--no_bleu")
@@ -365,6 +374,23 @@ def test_generate_orders_what_a_search_has_found(folder, monkeypatch, capsys, ki
         weights = shares(texts, [score for _, score in found], slots)
         best = choose(texts, weights, 1, utility(kind))
         assert several[0] == slots.show(best[0])
+
+
+def test_generate_fills_up_with_texts_that_had_not_ended(folder, capsys):
+    """Where others are equal; and says that there are fewer, where there are."""
+    checkpoint = Checkpoint.find(folder / "runs" / "bash")
+    source = generate_program.read_source(checkpoint, "torch")
+    jobs = generate_program.plan(source, ["list 1"], 3)
+    ended, cut = source.tokenizer.encode("ls"), source.tokenizer.encode("ls -l 1")
+    rules = Sampling(max_new_tokens=len(cut))
+    arguments = partial(generate_program.Arguments, beams=3, rerank=True, sampling=rules)
+    found = [(ended, -0.1), (ended, -0.2), (cut, -0.3)]
+    for count in (2, 3):
+        several = generate_program.ordered(
+            source, jobs, arguments(num_samples=count), tuple(jobs[0].ids), found
+        )
+        assert several == [ended, cut]
+        assert ("note: only 2 of the texts" in capsys.readouterr().err) == (count == 3)
 
 
 def test_pairs_of_a_prepared_folder_are_those_that_it_was_made_of(folder):
