@@ -85,7 +85,7 @@ def read_split(
     except UnreadableError:
         raise
     except UserError as error:
-        message = with_flags(str(error), own)
+        message = with_flags(str(error), "" if own else config.kind)
         if imported and has_pairs(chosen):
             message = (
                 f"--split {split}: has pairs, but {checkpoint.run} was imported and reads texts; "
@@ -144,19 +144,22 @@ def read_split(
     )  # fmt: skip
 
 
-def with_flags(message: str, own: bool) -> str:
-    """What is wrong with data, with what evaluate.py, which has no settings of it, can do."""
+def with_flags(message: str, kind: str) -> str:
+    """What is wrong with data, with what evaluate.py, which has no settings of it, can do.
+
+    kind: of the run's data, where a file is read as that; "" where the run's data itself is.
+    """
     for setting, flag in {
         "set data.cache_dir to a writable folder": "give a writable folder with --cache_dir",
         "set data.cache_dir": "give another folder with --cache_dir",
     }.items():
         message = message.replace(setting, flag)
-    if own:
+    if not kind:
         return message
     first, *fixes = message.replace("data.path = ", "--split ", 1).split("; ")
     known = [fix for fix in fixes if not re.search(r"\bdata\.\w|set it to", fix)]
     if known != fixes:
-        known.append("give a file that is read as the run's own data is")
+        known.append(f"give a file to read as {kind}, as the run's own data is")
     return "; ".join([first, *known])
 
 
@@ -184,7 +187,9 @@ def other_split(split: str, config: DataConfig) -> DataConfig:
                 "--split test: the run's data has no test split; give a file with --split FILE"
             )
         path = str(folder / "test.nl")
-    elif all(os.path.isfile(user_path(split) / f"dev.{end}") for end in ("nl", "cm")):
+    elif config.kind in ("auto", "pairs") and all(
+        os.path.isfile(user_path(split) / f"dev.{end}") for end in ("nl", "cm")
+    ):
         path = str(user_path(split) / "dev.nl")
         log(f"--split {split}: of the folder, dev.nl and dev.cm")
     return replace(config, path=path, sources=(), val_path="", val_fraction=0.0)

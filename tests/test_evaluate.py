@@ -258,8 +258,10 @@ def test_errors_of_data_name_what_the_command_has(folder, run):
             run(name, *flags)
     with pytest.raises(UserError) as found:
         run("python", "--split", str(text))
-    assert str(found.value).endswith("; give a file that is read as the run's own data is")
+    assert str(found.value).endswith("; give a file to read as pairs, as the run's own data is")
     assert "data." not in str(found.value)
+    with pytest.raises(UserError, match="; give a file to read as stream, as the"):
+        run("stream", "--split", str(folder / "pairs"))
 
 
 def test_answers_are_those_of_each_prompt_alone(folder):
