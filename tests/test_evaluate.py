@@ -15,12 +15,12 @@ import generate as generate_program
 from checkpoint import writer
 from checkpoint.reader import Checkpoint
 from common.errors import UserError
-from data.config import DataConfig
+from data.config import DataConfig, SourceConfig
 from data.dataset import prepare
 from data.slots import Slots
 from evaluation.answers import answer
 from evaluation.look_ups import utility
-from evaluation.split import decoded, texts
+from evaluation.split import data_name, decoded, texts
 from generation.batched import generate
 from generation.beams import search, with_log_probabilities
 from generation.rerank import choose, shares
@@ -393,6 +393,12 @@ def test_generate_fills_up_with_texts_that_had_not_ended(folder, capsys):
         )
         assert several == [ended, cut]
         assert ("note: only 2 of the texts" in capsys.readouterr().err) == (count == 3)
+
+
+def test_a_mixture_is_called_by_all_of_its_sources():
+    sources = SourceConfig(1, path="x.txt"), SourceConfig(1, source="nl2bash")
+    assert data_name(DataConfig(sources=sources)) == "x + nl2bash"
+    assert data_name(DataConfig(source="nl2bash")) == "nl2bash"
 
 
 def test_pairs_of_a_prepared_folder_are_those_that_it_was_made_of(folder):
