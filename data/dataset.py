@@ -15,7 +15,15 @@ from tqdm import tqdm
 from common.errors import UserError, refuse
 from common.files import is_address, read_checksummed_json, user_path
 from data.config import DEFAULT_CACHE_DIR, DataConfig, Kind, as_paths
-from data.prepared.building import LAYOUT, build, building, fingerprint_of, sweep, writing
+from data.prepared.building import (
+    LAYOUT,
+    build,
+    building,
+    check_round_trip,
+    fingerprint_of,
+    sweep,
+    writing,
+)
 from data.prepared.manifest import check_files, check_manifest, explained, what_is_begun
 from data.prepared.remote_shards import RemoteFolder, open_remote_split, verify_remote
 from data.prepared.token_files import Split, check_shard, check_sizes, open_split
@@ -23,9 +31,7 @@ from data.sources.paths import split_suffix
 from data.sources.remote import Store, has_magic, name_of
 from data.sources.source import Source, open_source
 from data.tokenizers.base import Tokenizer
-from data.tokenizers.foreign import ForeignTokenizer
 from data.tokenizers.load import load_tokenizer
-from data.tokenizers.round_trip import warning
 
 SMALL = 1 << 26  # tokens that are checked by their hashes whenever they are opened
 Log = Callable[[str], object]
@@ -72,10 +78,7 @@ def prepare(
     with writing(cache):
         cache.mkdir(parents=True, exist_ok=True)
     source = source or open_source(config, log, cache)
-    if isinstance(tokenizer, ForeignTokenizer):
-        log(f"tokenizer: {tokenizer.describe()}")
-        if found := warning(tokenizer, source.train()):
-            log(found)
+    check_round_trip(tokenizer, source, log)
     fingerprint = fingerprint_of(source, config, tokenizer)
     folder = cache / f"{source.name}-{fingerprint}-{LAYOUT}"
     with building(folder, fingerprint, log) as unfinished:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from common.errors import UserError
+from common.errors import UnreadableError, UserError
 from common.files import checksummed_json, hash_file, replace_synced
 from data.config import DataConfig
 from data.prepared.encoding import Encoder, EndedError
@@ -41,7 +41,9 @@ from data.sources.source import Source
 from data.tokenizers.base import Tokenizer
 from data.tokenizers.byte import ByteTokenizer
 from data.tokenizers.char import CharTokenizer
+from data.tokenizers.foreign import ForeignTokenizer
 from data.tokenizers.load import load_tokenizer
+from data.tokenizers.round_trip import warning
 from data.tokenizers.train_sentencepiece import train_sentencepiece
 
 FORMAT = 1  # of the token ids: another one is other data, on which no older run can be resumed
@@ -69,6 +71,14 @@ def fingerprint_of(source: Source, config: DataConfig, tokenizer: Tokenizer | No
 def describe_tokenizer(config: DataConfig) -> list:
     """The settings that shape a tokenizer made here."""
     return [config.tokenizer, config.vocab_size if config.tokenizer in ("bpe", "unigram") else 0]
+
+
+def check_round_trip(tokenizer: Tokenizer | None, source: Source, log: Log):
+    """Says what a tokenizer of others is, and loses. Raises UserError where that is nearly all."""
+    if isinstance(tokenizer, ForeignTokenizer):
+        log(f"tokenizer: {tokenizer.describe()}")
+        if found := warning(tokenizer, source.train()):
+            log(found)
 
 
 def check_slots(source: Source, config: DataConfig):
@@ -126,8 +136,8 @@ def building(
             if folder.exists():  # a folder without a manifest is nobody's
                 shutil.rmtree(folder)
             os.replace(unfinished, folder)
-        except (BrokenPipeError, EndedError):
-            raise  # BrokenPipeError: of what is reported, not of what is written
+        except (BrokenPipeError, EndedError, UnreadableError):
+            raise  # BrokenPipeError: of what is reported; UnreadableError: as of a lost network
         except UserError:
             keep = False
             raise

@@ -28,7 +28,15 @@ from common.files import (
     user_path,
 )
 from data.config import DEFAULT_CACHE_DIR, DataConfig, as_paths
-from data.prepared.building import Log, build, building, fingerprint_of, make_tokenizer, writing
+from data.prepared.building import (
+    Log,
+    build,
+    building,
+    check_round_trip,
+    fingerprint_of,
+    make_tokenizer,
+    writing,
+)
 from data.prepared.manifest import PROGRESS, check_manifest, explained
 from data.prepared.remote_shards import RemoteFolder
 from data.prepared.splitting import count_characters, hash_fraction, hold_out
@@ -76,6 +84,7 @@ def prepare_part(
         to.mkdir(parents=True, exist_ok=True)
     folder = to / f"{part}-of-{parts}"
     refuse_other(folder, fingerprint, "")
+    check_round_trip(tokenizer, source, log)
     tokenizer = tokenizer or shared_tokenizer(
         config, source, to, fingerprint, part, parts, log, there
     )

@@ -17,6 +17,8 @@ from data.dataset import open_dataset, prepare, verify
 from data.prepared import building, parts
 from data.prepared.parts import borders, merge, prepare_part
 from data.sources.source import open_source
+from data.tokenizers.load import named_tokenizer
+from tests.data.tokenizers.foreign_files import sentencepiece_model
 from tests.helpers import TEXT
 
 
@@ -147,6 +149,14 @@ def test_what_is_begun_is_neither_lost_nor_read_as_text(config, tmp_path, monkey
     for wrong, why in ((config.path, "not prepared data: has"), (str(TEXT), "not a folder; give")):
         with pytest.raises(UserError, match=why):
             verify(Path(wrong), quiet)
+
+
+def test_what_a_given_tokenizer_loses_is_said(config, tmp_path):
+    (tmp_path / "theirs.model").write_bytes(sentencepiece_model())
+    config = replace(config, tokenizer_path=str(tmp_path / "theirs.model"))
+    said = []
+    prepare_part(config, tmp_path / "to", 1, 1, said.append, named_tokenizer(config))
+    assert any(line.startswith("warning: ") and "runs of spaces" in line for line in said), said
 
 
 def test_bytes_wait_for_no_tokenizer(config, tmp_path):

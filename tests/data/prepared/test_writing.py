@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from common.errors import UserError
+from common.errors import UnreadableError, UserError
 from data.config import DataConfig
 from data.dataset import prepare
 from data.prepared import building, encoding, token_files, writing
@@ -58,7 +58,7 @@ def files(config: DataConfig) -> dict[str, bytes]:
 
 
 @contextmanager
-def killed(owner: type, method: str, times: int):
+def killed(owner: type, method: str, times: int, error: BaseException | type = Killed):
     """The block, in which a process is killed when a method has been called so often."""
     before, left = getattr(owner, method), [times]
 
@@ -66,7 +66,7 @@ def killed(owner: type, method: str, times: int):
         before(self, *arguments, **more)
         left[0] -= 1
         if not left[0]:
-            raise Killed
+            raise error
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(owner, method, last)
@@ -90,6 +90,19 @@ def test_ended_at_every_record_it_ends_in_the_same_bytes(tmp_path, kind, owner):
             break
     assert tries > 3 and files(config) == whole
     assert [line for line in said if "skipped" in line] == notes
+
+
+def test_work_is_kept_where_a_source_cannot_be_read_for_now(tmp_path):
+    config, said = make(tmp_path / "texts", "documents"), []
+    prepare(config, said.append)
+    whole = files(config)
+    shutil.rmtree(config.cache_dir)
+    lost = UnreadableError(OSError(0, "unreachable"), "s3://bucket", "check the network")
+    with pytest.raises(UnreadableError), killed(writing.Progress, "record", 5, lost):
+        prepare(config, lambda _: None)
+    said.clear()
+    prepare(config, said.append)
+    assert any("of them made before" in line for line in said) and files(config) == whole
 
 
 def test_what_was_made_of_another_content_is_removed(tmp_path, monkeypatch):
