@@ -2,7 +2,8 @@
 
 RANK=0 WORLD_SIZE=2 MASTER_ADDR=... python -m tests.distributed.worker '[["--config", ...], ...]'
 
-Prints their exit statuses as JSON. Loading PyTorch takes longer than a tiny run.
+Prints their exit statuses as JSON; one that fails ends the process, as it ends train.py. Loading
+PyTorch takes longer than a tiny run.
 """
 
 import json
