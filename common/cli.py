@@ -3,7 +3,6 @@
 import argparse
 import contextlib
 import dataclasses
-import errno
 import io
 import os
 import re
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TextIO, TypeVar, cast
 
 from common import cuda
-from common.errors import UserError
+from common.errors import FULL, UserError
 from common.files import user_path
 from common.signals import INTERRUPT, handle_interrupts
 
@@ -252,7 +251,7 @@ def explain_error(error: BaseException, program: str = "") -> str:
                 return f"{first.rstrip('. ')}; {advice}"
     if isinstance(error, OSError):  # a full disk, a path that cannot be
         where = f"{error.filename}: " if error.filename else ""
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        full = error.errno in FULL
         what = error.strerror or first or type(error).__name__
         return f"{where}{what}" + ("; free some disk space and try again" if full else "")
     return ""

@@ -5,6 +5,7 @@ import math
 
 # what open() says of a file that is not there, or is something else than a file
 MISSING = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG)
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what a disk says that is full
 
 
 class UserError(ValueError):

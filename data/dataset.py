@@ -172,16 +172,18 @@ def prepared_folder(config: DataConfig, log: Log) -> Path | RemoteFolder | None:
         may_be = not has_magic(paths[0]) and not split_suffix(name_of(paths[0]).name)[0]
         folder = RemoteFolder(paths[0], store_of(config, log))
         return folder if may_be and folder.copy() else None
-    folder = user_path(paths[0]) if len(paths) == 1 else Path()
+    if len(paths) != 1:
+        return None
+    folder = user_path(paths[0])
     try:
-        manifest = (folder / "manifest.json").read_bytes() if paths else b""
+        manifest = (folder / "manifest.json").read_bytes()
     except OSError:
         manifest = b""
     except ValueError:  # a NUL in the name
         return None
     if b'"splits":' in manifest:
         return folder
-    if paths and (begun := what_is_begun(folder)):
+    if begun := what_is_begun(folder):
         raise UserError(f"data.path = {folder}: prepared data, but {begun}")
     return None
 

@@ -1,16 +1,13 @@
 """A folder that is there whole or not at all."""
 
 import contextlib
-import errno
 import os
 import shutil
 from collections.abc import Generator
 from pathlib import Path
 
-from common.errors import UserError
+from common.errors import FULL, UserError
 from common.files import sync_directory
-
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what a disk says that is full
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from common.errors import UnreadableError, UserError
-from common.files import checksummed_json, hash_file, replace_synced
+from common.files import checksummed_json, hash_file, read_checksummed_json, replace_synced
 from data.config import DataConfig
 from data.prepared.encoding import Encoder, EndedError
 from data.prepared.splitting import (
@@ -116,15 +116,11 @@ def building(
         is_there = (folder / "manifest.json").exists()  # and nothing need be written
         lock = nullcontext() if is_there else acquired(FileLock(f"{folder}.lock"), folder, log)
     with lock:  # two runs may prepare the same data at once
+        refuse_other(folder, fingerprint, key)
         if (folder / "manifest.json").exists():
             yield None
             return
         unfinished = folder.with_name(f".{folder.name}")
-        if recorded(unfinished).get("fingerprint", fingerprint) != fingerprint:
-            raise UserError(
-                f"{folder}: begun with another corpus or other settings; give those again to "
-                f"continue, or another {key}, or remove {unfinished}"
-            )
         with writing(folder.parent, key):
             if Progress(unfinished, fingerprint)["tokenizer"] is None:
                 shutil.rmtree(unfinished, ignore_errors=True)
@@ -151,6 +147,19 @@ def building(
         finally:
             if not (keep and (unfinished / PROGRESS).exists()):
                 shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def refuse_other(folder: Path, fingerprint: str, key: str, why: str = ""):
+    """Refuses a folder that is there, finished or not, of another corpus or other settings."""
+    for file in (folder / "manifest.json", folder.with_name(f".{folder.name}") / PROGRESS):
+        found = fingerprint
+        with suppress(OSError, ValueError, KeyError):  # not there, or not whole yet
+            found = read_checksummed_json(file)["fingerprint"]
+        if found != fingerprint:
+            raise UserError(
+                f"{file.parent}: of another corpus or other settings{why}; give those again, or "
+                f"another {key}, or remove it"
+            )
 
 
 def acquired(lock: FileLock, folder: Path, log: Log):

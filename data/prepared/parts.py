@@ -13,7 +13,6 @@ import shutil
 import time
 from bisect import bisect_left
 from collections import Counter
-from contextlib import suppress
 from itertools import accumulate
 from pathlib import Path
 
@@ -35,9 +34,10 @@ from data.prepared.building import (
     check_round_trip,
     fingerprint_of,
     make_tokenizer,
+    refuse_other,
     writing,
 )
-from data.prepared.manifest import PROGRESS, check_manifest, explained
+from data.prepared.manifest import check_manifest, explained
 from data.prepared.remote_shards import RemoteFolder
 from data.prepared.splitting import count_characters, hash_fraction, hold_out
 from data.sources.readers import Place, Reader
@@ -83,7 +83,7 @@ def prepare_part(
     with writing(to, "--to"):
         to.mkdir(parents=True, exist_ok=True)
     folder = to / f"{part}-of-{parts}"
-    refuse_other(folder, fingerprint, "")
+    refuse_other(folder, fingerprint, "--to")
     check_round_trip(tokenizer, source, log)
     tokenizer = tokenizer or shared_tokenizer(
         config, source, to, fingerprint, part, parts, log, there
@@ -96,7 +96,6 @@ def prepare_part(
     with building(folder, fingerprint, log, "--to") as unfinished:
         if unfinished:
             build(source, config, fingerprint, unfinished, log, tokenizer, jobs, share)
-    refuse_other(folder, fingerprint, "")  # in the meantime
     if there:
         there.move_part(folder)
     return merge(to, parts, log, there)
@@ -160,7 +159,7 @@ def shared_tokenizer(
             first = to / f"1-of-{parts}"
             if there:
                 there.fetch(f"{first.name}/manifest.json")
-            refuse_other(first, fingerprint, ", and makes no tokenizer for these")
+            refuse_other(first, fingerprint, "--to", ", and makes no tokenizer for these")
             time.sleep(INTERVAL)
     if not is_here():
         tokenizer = make_tokenizer(config, source, count_characters(source, config), log)
@@ -173,19 +172,6 @@ def shared_tokenizer(
     if there and part == 1:
         there.send_folder(place)
     return load_tokenizer(place)
-
-
-def refuse_other(folder: Path, fingerprint: str, why: str):
-    """Refuses a part that is there, finished or not, of another corpus or other settings."""
-    for file in (folder / "manifest.json", folder.with_name(f".{folder.name}") / PROGRESS):
-        found = fingerprint
-        with suppress(OSError, ValueError, KeyError):  # not there, or not whole yet
-            found = read_checksummed_json(file)["fingerprint"]
-        if found != fingerprint:
-            raise UserError(
-                f"{file.parent}: of another corpus or other settings{why}; give those again, or "
-                "another --to"
-            )
 
 
 def merge(to: Path, parts: int, log: Log = print, there: RemoteFolder | None = None) -> bool:

@@ -13,7 +13,7 @@ from filelock import FileLock
 
 from common.errors import UserError
 from data.config import DataConfig
-from data.dataset import open_dataset, prepare, verify
+from data.dataset import open_dataset, prepare, prepared_folder, verify
 from data.prepared import building, parts
 from data.prepared.parts import borders, merge, prepare_part
 from data.sources.source import open_source
@@ -149,6 +149,16 @@ def test_what_is_begun_is_neither_lost_nor_read_as_text(config, tmp_path, monkey
     for wrong, why in ((config.path, "not prepared data: has"), (str(TEXT), "not a folder; give")):
         with pytest.raises(UserError, match=why):
             verify(Path(wrong), quiet)
+
+
+def test_several_paths_are_texts_whatever_this_folder_is(config, tmp_path, monkeypatch):
+    files = tuple(str(path) for path in sorted(Path(config.path).iterdir()))
+    several = replace(config, path=files)
+    prepare_part(config, tmp_path / "to", 1, 2, quiet)  # begun, not whole
+    monkeypatch.chdir(tmp_path / "to")
+    assert prepare(several, quiet).train.bytes == prepare(config, quiet).train.bytes
+    prepare_part(config, tmp_path / "to", 2, 2, quiet)
+    assert prepared_folder(several, quiet) is None
 
 
 def test_what_a_given_tokenizer_loses_is_said(config, tmp_path):
